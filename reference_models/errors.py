@@ -1,0 +1,5 @@
+"""The error that every loader in this package raises."""
+
+
+class ModelError(ValueError):
+    """A model name, checkpoint or tokenizer that cannot be used; the message names the file, the key and the way out."""
