@@ -1,0 +1,229 @@
+"""From the tables of flags.py to a configuration: command line, recipes, TOML files, and what must fit.
+
+    config, _ = parse_args(["--recipe", "imagewoof-vit-tiny", "--lr", "1e-3"])
+
+Flags win over --config, --config over --recipe, --recipe over the defaults. The resolved configuration is written
+to the run directory as config.toml, which --config reads back.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import UserError
+from minilora.flags import Config, Rule, rules
+from minilora.values import close_match, convert, option
+
+RECIPES = Path(__file__).parent / "recipes"
+BASE = "base"  # a table of config.toml that is no flag: the base weights with their sha256
+NOT_SAVED = ("config", "dry_run", "output", "resume")  # what config.toml leaves out: how a run was started
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "layers", "train_norms", "train_bias")
+LORA_FLAGS += ("use_rslora", "use_dora")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for a table of flags: errors in one line, a hint for a mistyped flag, help in 100 columns."""
+
+    def __init__(self, table: type, prog: str, usage: str, description: str, epilog: str = ""):
+        super().__init__(
+            prog,
+            usage=f"{prog} {usage}",
+            description=description,
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.table = table
+        groups: dict[str, Any] = {}
+        for f in dataclasses.fields(table):
+            rule = f.metadata["rule"]
+            if rule.group not in groups:
+                groups[rule.group] = self.add_argument_group(rule.group)
+            _add_flag(groups[rule.group], f.name, rule, f.default)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def read(self, argv: Sequence[str] | None) -> tuple[dict[str, Any], argparse.Namespace]:
+        """({field: value} of the flags that were typed, everything that argparse read)."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            what = f"unknown flag {word}" if word.startswith("-") else f"{word!r} belongs to no flag"
+            raise UserError(f"{what}{close_match(word, known)}; see {self.prog} --help")
+        table = rules(self.table)
+        typed = {name: value for name, value in vars(args).items() if name in table}
+        return {name: convert(name, table[name], value) for name, value in typed.items()}, args
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """The checked configuration of train.py, and what argparse read (for --list-models and its like)."""
+    typed, args = train_parser().read(argv)
+    from_file = read_toml(typed["config"]) if "config" in typed else {}
+    recipe = typed.get("recipe", from_file.get("recipe"))
+    config = Config(**(read_recipe(recipe) if recipe else {}) | from_file | typed)
+    check(config, typed)
+    return config, args
+
+
+def train_parser() -> Parser:
+    """The command line of train.py."""
+    parser = Parser(
+        Config,
+        "train.py",
+        "[flags]",
+        "Fine-tune an encoder with LoRA, in full, or its head alone. With no flags: LoRA on the bundled nano ViT "
+        "and generated shapes, under a minute on two CPU cores. Defaults stand in [brackets].",
+        "NAME ... may be one value or one for each tower: vision=A text=B. A switch that a recipe has turned on is "
+        "turned off by --no-SWITCH.",
+    )
+    lists = parser.add_argument_group("print and exit")
+    lists.add_argument("--list-models", action="store_true", help="the names for --model")
+    lists.add_argument(
+        "--list-recipes", action="store_true", help="the names for --recipe, with a line on each"
+    )
+    lists.add_argument("--list-targets", metavar="MODEL", help="the layers of a model that LoRA can adapt")
+    return parser
+
+
+def _add_flag(group, name: str, rule: Rule, default: Any) -> None:
+    keep = {"dest": name, "default": argparse.SUPPRESS}
+    if rule.kind is bool:
+        group.add_argument(option(name), action="store_true", help=rule.help, **keep)
+        off = option(f"no_{name}")
+        group.add_argument(off, action="store_false", help=argparse.SUPPRESS, **keep)
+        return
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = f"{shown:g}" if isinstance(shown, float) else shown
+    shown = rule.shown or shown
+    text = f"{rule.help} [{shown}]" if shown is not None else rule.help
+    metavar = "|".join(rule.choices) or rule.meta or {int: "N", float: "X"}.get(rule.kind, "NAME")
+    several = {"nargs": "+"} if rule.many or rule.towers else {}
+    group.add_argument(option(name), metavar=metavar, help=text.replace("%", "%%"), **several, **keep)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=29, width=100)
+
+    def _format_args(self, action, default_metavar):
+        return (
+            f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
+        )
+
+
+def check(config: Config, typed: Iterable[str] = ()) -> None:
+    """What no flag can tell alone: flags of another task or mode, and pairs that exclude each other.
+
+    `typed` names the flags of the command line. There a LoRA flag beside --mode full is a mistake, while a
+    recipe's LoRA settings may well be run once in another mode.
+    """
+    for name, rule in rules(Config).items():
+        if getattr(config, name) == getattr(Config, name):
+            continue
+        if config.task not in rule.tasks:
+            belongs = " and ".join(f"--task {task}" for task in rule.tasks)
+            raise UserError(f"{option(name)} does not apply to --task {config.task}; it belongs to {belongs}")
+        if name in typed and name in LORA_FLAGS and config.mode != "lora":
+            raise UserError(f"{option(name)} has no effect with --mode {config.mode}; use --mode lora")
+        if name in typed and name.startswith("distill") and not config.teacher:
+            raise UserError(f"{option(name)} needs --teacher RUN, the model to learn from")
+    if config.head_lr and config.mode == "linear":
+        raise UserError("--head-lr has no effect with --mode linear, where --lr is the head's learning rate")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
+    if config.prompt and not ("{question}" in config.prompt and "{choice}" in config.prompt):
+        raise UserError(f"--prompt must contain {{question}} and {{choice}}, got {config.prompt!r}")
+    if config.cache_features and config.mode != "linear" and config.task != "vqa":
+        raise UserError(
+            f"--cache-features keeps what a frozen encoder says of each picture, but --mode {config.mode} changes the "
+            "encoder in every step; use --mode linear"
+        )
+    if config.cache_features and config.augment != "none":
+        raise UserError(
+            f"--cache-features encodes each picture once, but --augment {config.augment} changes it in every epoch; "
+            "use --augment none"
+        )
+
+
+def read_toml(path: str | os.PathLike) -> dict[str, Any]:
+    """{field: value} of a TOML file or of a run directory's config.toml; errors name the file and the key."""
+    content = _load_toml(path)
+    content.pop(BASE, None)
+    table, values = rules(Config), {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in table or name == "config":
+            raise UserError(f"{path}: unknown key {key!r}{close_match(name, table)}")
+        values[name] = convert(name, table[name], value, where=f"{path}: {key}")
+    return values
+
+
+def read_run_config(run_dir: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
+    """(configuration, {"weights": ..., "sha256": ...} of the base) of a run directory."""
+    path = Path(run_dir) / "config.toml"
+    base = _load_toml(path).get(BASE, {}) if path.is_file() else None
+    if not isinstance(base, dict):
+        raise UserError(f"{run_dir} is not a run directory of minilora: it has no usable config.toml")
+    return Config(**read_toml(path)), base
+
+
+def _load_toml(path: str | os.PathLike) -> dict[str, Any]:
+    path = Path(path) / "config.toml" if Path(path).is_dir() else Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def recipes() -> dict[str, str]:
+    """{recipe name: the first line of its file, which says what it is}."""
+    files = sorted(RECIPES.glob("*.toml"))
+    return {f.stem: f.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for f in files}
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The flags of a recipe."""
+    if name not in recipes():
+        raise UserError(
+            f"--recipe {name!r} is unknown{close_match(name, recipes())}; there are {', '.join(recipes())}"
+        )
+    return read_toml(RECIPES / f"{name}.toml") | {"recipe": name}
+
+
+def to_toml(config: Config, base: dict[str, Any] | None = None) -> str:
+    """The text of config.toml: every flag that has a value, by group, then the base weights."""
+    lines, group = ["# This run; `python train.py --config DIR` (or this file) trains it again."], None
+    for name, rule in rules(type(config)).items():
+        value = getattr(config, name)
+        if value is None or name in NOT_SAVED:
+            continue
+        if rule.group != group:
+            lines += ["", f"# {rule.group}"]
+            group = rule.group
+        lines.append(f"{name} = {_toml_value(value)}")
+    if base:
+        lines += ["", "# the frozen weights under the adapter, and what they must be", f"[{BASE}]"]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in base.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml_value(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return repr(value)

@@ -1,0 +1,146 @@
+"""The flags of train.py and evaluate.py: one dataclass field per flag, with its group, default and help.
+
+`--lora-r` is `config.lora_r`. values.py reads and checks a value by its rule; config.py makes command lines and
+TOML files of the tables.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+TASKS = ("classify", "vqa", "choice")
+TEXT = ("vqa", "choice")  # the tasks that read text beside pictures
+FORMATS = ("auto", "folder", "csv", "vqa2", "visual7w", "scpc", "shapes", "shards")
+MODES = ("lora", "full", "linear")
+AMP = ("auto", "fp32", "bf16", "fp16")
+SCHEDULES = ("linear", "cosine", "plateau", "constant")
+BIASES = ("none", "lora_only", "all")
+LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
+DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 5e-3}  # where --lr is not given, by --mode
+LR_BY_MODE = ", ".join(f"{mode} {lr:g}" for mode, lr in DEFAULT_LR.items())
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a flag reads and what it accepts.
+
+    kind: str, int, float or bool (a bool takes no value; `--no-NAME` switches it off again).
+    choices: accepted words; low, high: closed range; above, below: open range.
+    many: several values, between spaces or commas. towers: one value for all, or `vision=A text=B`.
+    tasks: where the flag means something. meta: the value's name in --help. shown: its default, in words.
+    """
+
+    group: str
+    help: str
+    kind: type = str
+    choices: tuple = ()
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    many: bool = False
+    towers: bool = False
+    tasks: tuple = TASKS
+    meta: str | None = None
+    shown: str | None = None
+
+
+def flag(group: str, default: Any, help: str, kind: type = str, **rule: Any) -> Any:
+    """A dataclass field that is also a flag."""
+    return field(default=default, metadata={"rule": Rule(group, help, kind, **rule)})
+
+
+def rules(table: type) -> dict[str, Rule]:
+    """{field name: rule} of a table of flags."""
+    return {f.name: f.metadata["rule"] for f in fields(table)}
+
+
+W, M, O, I, T, S, C, R = "what", "method", "optimiser", "input", "text", "speed", "compression", "run"
+
+
+# fmt: off
+@dataclass
+class Config:
+    """Everything that train.py can be told. A run directory's config.toml holds these fields."""
+
+    task: str = flag(W, "classify", "what to learn", choices=TASKS)
+    recipe: str = flag(W, None, "a named set of flags, see --list-recipes", meta="NAME")
+    config: str = flag(W, None, "flags from a TOML file or a run; they win over the recipe's", meta="FILE")
+    model: Any = flag(W, None, "see --list-models", towers=True, meta="NAME", shown="a bundled nano model")
+    weights: Any = flag(W, None, "file, folder, hf:org/name, or none (random)", towers=True, meta="PATH",
+        shown="bundled")
+    tokenizer: str = flag(W, None, "vocabulary", tasks=TEXT, meta="PATH",
+        shown="what lies beside the weights")
+    adapter: str = flag(W, None, "go on from this adapter: a run's, or one of PEFT's", meta="DIR")
+    data_dir: str = flag(W, None, "the data set: folder or table", meta="DIR", shown="generated shapes")
+    data_format: str = flag(W, "auto", "how the data lies on the disk", choices=FORMATS)
+    output: str = flag(W, None, "run directory", meta="DIR", shown="runs/TASK-MODE-NNN")
+    dry_run: bool = flag(W, False, "say what would be trained, on what, for how long; train nothing", bool)
+
+    mode: str = flag(M, "lora", "train adapters and head, everything, or the head alone", choices=MODES)
+    lora_r: Any = flag(M, 8, "rank of the update", int, low=1, high=65536, towers=True)
+    lora_alpha: Any = flag(M, 16.0, "the update is scaled by alpha / r", float, above=0, towers=True)
+    lora_dropout: float = flag(M, 0.0, "dropout of the update's input", float, low=0, below=1)
+    target_modules: Any = flag(M, ("q_proj", "v_proj"), "layers to adapt, see --list-targets; or all-linear",
+        many=True)
+    layers: Any = flag(M, None, "blocks to adapt, such as 0 1 or 8-11", many=True, meta="N", shown="all")
+    train_norms: bool = flag(M, False, "train the normalisation layers too", bool)
+    train_bias: str = flag(M, "none", "train biases: of the adapted layers, or all", choices=BIASES)
+    use_rslora: bool = flag(M, False, "scale by alpha / sqrt(r)", bool)
+    use_dora: bool = flag(M, False, "learn magnitude and direction apart (DoRA)", bool)
+
+    epochs: int = flag(O, 5, "passes over the training data", int, low=1)
+    max_steps: int = flag(O, 0, "end after N optimizer steps; 0: never", int, low=0)
+    batch_size: int = flag(O, 32, "pictures or questions at once", int, low=1)
+    grad_accum_steps: int = flag(O, 1, "batches per optimizer step", int, low=1)
+    opt: str = flag(O, "adamw", "optimizer", choices=("adamw", "adam", "sgd"))
+    lr: float = flag(O, None, "learning rate", float, above=0, shown=LR_BY_MODE)
+    head_lr: float = flag(O, None, "learning rate of the head", float, above=0, shown="as --lr")
+    weight_decay: float = flag(O, 0.01, "shrinks matrices, never biases and norms", float, low=0)
+    sched: str = flag(O, "cosine", "course of the learning rate", choices=SCHEDULES)
+    warmup_ratio: float = flag(O, 0.05, "share of the steps in which the rate rises", float, low=0, below=1)
+    clip_grad: float = flag(O, 0.0, "largest norm of the gradient; 0: no limit", float, low=0)
+    smoothing: float = flag(O, 0.0, "label smoothing", float, low=0, below=1)
+
+    image_size: int = flag(I, None, "side in pixels", int, low=8, high=2048, shown="as the model was trained")
+    augment: str = flag(I, "none", "basic: random crop and flip; rand: RandAugment too", choices=("none",
+        "basic", "rand"))
+    val_split: float = flag(I, 0.1, "share of train held out where there is no val/", float, above=0, below=1)
+    subset: float = flag(I, 1.0, "train on a share, or (above 1) on a number of pictures", float, above=0)
+    seed: int = flag(I, 0, "for data order, augmentation, new weights, dropout", int, low=0, high=2**31)
+    workers: int = flag(I, None, "processes that read pictures", int, low=0, high=64,
+        shown="2; generated data: 0")
+    bad_data: str = flag(I, "error", "a broken picture ends the run, or is left out", choices=("error",
+        "skip"))
+
+    num_answers: int = flag(T, 1000, "classes: the K most frequent answers", int, low=2, tasks=("vqa",))
+    fusion: str = flag(T, "concat", "how picture and question meet", choices=("concat", "product"),
+        tasks=("vqa",))
+    max_length: int = flag(T, None, "longest text in tokens", int, low=4, tasks=TEXT, shown="the model's")
+    group_by_image: bool = flag(T, False, "questions of one picture share a batch and its encoding", bool,
+        tasks=("vqa",))
+    soft_targets: bool = flag(T, False, "learn from all ten people's answers, binary cross entropy", bool,
+        tasks=("vqa",))
+    prompt: str = flag(T, None, "template", tasks=("choice",), meta="TEXT",
+        shown="Question: {question} Answer: {choice}")
+
+    amp: str = flag(S, "auto", "precision; auto: bf16 or fp16 on a GPU, fp32 on a CPU", choices=AMP)
+    base_dtype: str = flag(S, "fp32", "how frozen weights are stored", choices=AMP[1:])
+    compile: bool = flag(S, False, "torch.compile the model", bool)
+    grad_checkpointing: bool = flag(S, False, "less memory for one more forward pass", bool)
+    device: str = flag(S, "auto", "auto, cpu, cuda or cuda:N", meta="NAME")
+    cache_features: bool = flag(S, False, "encode every picture once, before training; linear mode", bool)
+
+    teacher: str = flag(C, None, "run directory of the model to learn from", meta="RUN")
+    distill_alpha: float = flag(C, 0.9, "share of the labels in the loss; the rest is the teacher's", float,
+        low=0, high=1)
+    distill_temperature: float = flag(C, 15.0, "softens both distributions", float, above=0)
+    distill_t2: bool = flag(C, False, "multiply the teacher's share by the temperature squared", bool)
+
+    resume: str = flag(R, "auto", "auto: go on in --output; never: start anew; or a run to go on in",
+        meta="auto|never|DIR")
+    save_every: int = flag(R, 0, "steps between checkpoints; 0: one per epoch", int, low=0)
+    early_stop: int = flag(R, 0, "end after N epochs without a better one; 0: never", int, low=0)
+    log_interval: int = flag(R, 10, "steps between lines of the log", int, low=1)
+    nan_policy: str = flag(R, "stop", "a loss that is no number ends the run, or the step", choices=("stop",
+        "skip"))
+# fmt: on

@@ -1,0 +1,125 @@
+"""One value of one flag: read by its rule, from the words of a command line or from TOML, and checked."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from minilora.errors import UserError
+from minilora.flags import Rule
+
+TOWERS = ("vision", "text")
+
+
+def option(name: str) -> str:
+    """lora_r -> --lora-r."""
+    return "--" + name.replace("_", "-")
+
+
+def close_match(word: Any, choices: Iterable[str]) -> str:
+    """ "; did you mean X?" if `word` looks like one of the choices, else nothing."""
+    match = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
+    """`value` as the flag's type; UserError names the flag (or `where`: file and key) and what it accepts."""
+    label = where or option(name)
+    if rule.kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{label} must be true or false, got {value!r}")
+        return value
+    if rule.many:
+        return _numbers(label, value) if name == "layers" else _names(label, value)
+    if not rule.towers:
+        return _single(label, rule, value)
+    towers = _towers(label, value)
+    if isinstance(towers, dict):
+        return {tower: _single(f"{label} {tower}", rule, one) for tower, one in towers.items()}
+    return _single(label, rule, towers)
+
+
+def _towers(label: str, value: Any) -> Any:
+    """One value, or {"vision": A, "text": B} from `vision=A text=B`."""
+    if isinstance(value, dict):
+        pairs = value
+    else:
+        words = value if isinstance(value, (list, tuple)) else [value]
+        matches = [re.fullmatch(r"(\w+)=(.+)", str(word)) for word in words]
+        if len(words) == 1 and not matches[0]:
+            return words[0]
+        if not all(matches):
+            raise UserError(f"{label} takes one value, or vision=A text=B; got {' '.join(map(str, words))}")
+        pairs = {match[1]: match[2] for match in matches}
+    for tower in pairs:
+        if tower not in TOWERS:
+            raise UserError(f"{label}: there is no tower {tower!r}; the towers are {' and '.join(TOWERS)}")
+    return pairs
+
+
+def _words(label: str, value: Any) -> list[str]:
+    words = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(word, (bool, dict, list, float)) for word in words):
+        raise UserError(f"{label} takes names, got {value!r}")
+    return [str(word) for word in words]
+
+
+def _names(label: str, value: Any) -> tuple[str, ...] | str:
+    """Names between spaces or commas; one word with a sign of a regular expression is left as it is."""
+    words = _words(label, value)
+    if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[\\*+?^$|()\[\]]", words[0])):
+        return words[0]
+    names = tuple(part for word in words for part in word.split(",") if part)
+    if not names:
+        raise UserError(f"{label} needs at least one name")
+    return names
+
+
+def _numbers(label: str, value: Any) -> tuple[int, ...]:
+    """Block numbers from 3, 0,1 or 8-11."""
+    numbers: list[int] = []
+    for part in (part for word in _words(label, value) for part in word.split(",")):
+        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"{label} takes block numbers such as 0 1 2 or 8-11, got {part!r}")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(numbers)
+
+
+def _single(label: str, rule: Rule, value: Any) -> Any:
+    """A text among the choices, or a number within the range."""
+    if rule.kind is str:
+        if not isinstance(value, str):
+            raise UserError(f"{label} must be a text, got {value!r}")
+        if rule.choices and value not in rule.choices:
+            listed = ", ".join(rule.choices)
+            raise UserError(
+                f"{label} must be one of {listed}; got {value!r}{close_match(value, rule.choices)}"
+            )
+        return value
+    limits = [
+        ("at least", rule.low, lambda x, bound: x >= bound),
+        ("above", rule.above, lambda x, bound: x > bound),
+        ("at most", rule.high, lambda x, bound: x <= bound),
+        ("below", rule.below, lambda x, bound: x < bound),
+    ]
+    limits = [(f"{words} {bound:g}", holds, bound) for words, bound, holds in limits if bound is not None]
+    what = ("a whole number " if rule.kind is int else "a number ") + " and ".join(
+        words for words, _, _ in limits
+    )
+    number = _number(rule.kind, value)
+    if number is None or not all(holds(number, bound) for _, holds, bound in limits):
+        raise UserError(f"{label} must be {what.strip()}, got {value!r}")
+    return number
+
+
+def _number(kind: type, value: Any) -> int | float | None:
+    """`value` as a finite int or float, None if it is not one. True is no number, 3.0 is no whole number."""
+    try:
+        number = kind(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, (int, kind)):
+            return None
+        return kind(number) if math.isfinite(number) else None
+    except (ValueError, OverflowError):
+        return None
