@@ -1,0 +1,323 @@
+"""Put LoRA into a model: choose the linear layers by name, replace each by a LoRALinear, freeze the rest.
+
+    model = inject_lora(model, LoRAConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")))
+    print(count_parameters(model))
+    plain = merge_lora(model)          # nn.Linear again, W + s B A
+
+Works on any nn.Module whose layers are called; the names and meanings of the configuration are PEFT's
+(https://huggingface.co/docs/peft, LoraConfig).
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from minilora.errors import UserError
+from minilora.lora import InputDropout, LoRALinear
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.RMSNorm)
+
+
+@dataclass
+class LoRAConfig:
+    """What to adapt and how. Field names and meanings are those of PEFT's LoraConfig, plus `train_norms`.
+
+    target_modules: names of linear layers; each is a full dotted name or its end ("q_proj" takes every layer
+    called
+      q_proj, never xq_proj); "vision.q_proj" takes those below `vision`. One string is a regular expression
+      that must match the whole name; "all-linear" takes every nn.Linear outside the head.
+    modules_to_save: modules trained in full and stored with the adapter, such as the classification head.
+    layers_to_transform: numbers of the layers to adapt (the last number in the dotted name), None for all.
+    rank_pattern, alpha_pattern: other r or lora_alpha for some layers, {regular expression for the name's
+    end: value}.
+    bias: "none", "lora_only" (biases of the adapted layers are trained) or "all" (every bias is).
+    init_lora_weights: True (B = 0), "gaussian" (B = 0, A normal), False (B random, for tests).
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    train_norms: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = (self.layers_to_transform,)
+        for name in ("target_modules", "modules_to_save", "layers_to_transform"):
+            if isinstance(getattr(self, name), (list, set, frozenset)):
+                setattr(self, name, tuple(sorted(getattr(self, name))))
+        self.modules_to_save = self.modules_to_save or ()
+        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        for name, value in ranks.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"LoRAConfig: {name} must be a whole number of at least 1, got {value!r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(
+                f"LoRAConfig: lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}"
+            )
+        for name, choices in {
+            "bias": ("none", "lora_only", "all"),
+            "init_lora_weights": (True, False, "gaussian"),
+        }.items():
+            if getattr(self, name) not in choices:
+                listed = ", ".join(map(str, choices))
+                raise UserError(f"LoRAConfig: {name} must be one of {listed}; got {getattr(self, name)!r}")
+
+    def layer_options(self, name: str) -> dict:
+        """The arguments of LoRALinear for the layer called `name`, patterns applied."""
+        return {
+            "r": _from_pattern(name, self.rank_pattern, self.r),
+            "lora_alpha": _from_pattern(name, self.alpha_pattern, self.lora_alpha),
+            **{
+                key: getattr(self, key)
+                for key in ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+            },
+        }
+
+
+def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Replace the targeted nn.Linear layers of `model` by LoRALinear, in place, and return the model.
+
+    Afterwards only the adapters, `modules_to_save` and what `bias` and `train_norms` ask for require
+    gradients. The model keeps its device, train/eval mode and base precision; `model.lora_config` is the
+    configuration. Raises UserError if the model already has LoRA, if a target matches no linear layer (the
+    choices are listed), or if a target's weights are read directly by its parent so that LoRA would have no
+    effect.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise UserError(
+            "inject_lora: this model already has LoRA layers; call merge_lora first, or load a fresh model"
+        )
+    names = find_targets(model, config)
+    model.requires_grad_(False)
+    dropouts: dict[
+        str, InputDropout
+    ] = {}  # one per parent module: siblings that read the same x share the mask
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        layer = LoRALinear(getattr(parent, child), **config.layer_options(name))
+        if config.lora_dropout:
+            layer.lora_dropout = dropouts.setdefault(parent_name, layer.lora_dropout).train(layer.training)
+        setattr(parent, child, layer)
+    mark_only_lora_as_trainable(model, config)
+    model.lora_config = config
+    return model
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Dotted names of the layers that `config` adapts, in the model's order; UserError where a target finds
+    none.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets, spared = config.target_modules, saved_modules(model, config)
+    if targets == "all-linear":
+        heads = spared + list(getattr(model, "head_modules", ()))
+        found = [n for n in linears if type(linears[n]) is nn.Linear and not any(_below(n, h) for h in heads)]
+    elif isinstance(targets, str):
+        found = [name for name in linears if re.fullmatch(targets, name)]
+    else:
+        found = [name for name in linears if any(matches(name, target) for target in targets)]
+        for target in targets:
+            if not any(matches(name, target) for name in found):
+                raise UserError(_no_match(model, target, linears))
+    if config.layers_to_transform is not None:
+        found = [name for name in found if _layer_number(name) in config.layers_to_transform]
+    if not found and targets:
+        message = _no_match(model, targets, linears, config.layers_to_transform)
+        hint = " (one string is a regular expression for the whole name; write a tuple of names)"
+        raise UserError(message + hint * (isinstance(targets, str) and targets != "all-linear"))
+    for name in found:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise UserError(
+                f"inject_lora: {name!r} belongs to an nn.MultiheadAttention, which reads the weights of its "
+                "projections instead of calling them: LoRA would have no effect. Target other layers, or use a model with "
+                "separate q_proj, k_proj, v_proj and out_proj, such as those of reference_models."
+            )
+        if any(_below(name, head) for head in spared):
+            raise UserError(
+                f"inject_lora: {name!r} is both in target_modules and in modules_to_save; choose one"
+            )
+    return found
+
+
+def matches(name: str, target: str) -> bool:
+    """True if `target` is `name`, its end after a dot, or "first.rest" with name below `first` and ending in
+    rest.
+    """
+    first, _, rest = target.partition(".")
+    return _ends(name, target) or bool(rest) and name.startswith(first + ".") and _ends(name, rest)
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Full names of the modules (or parameters) of `modules_to_save`; UserError where a name finds
+    nothing.
+    """
+    known = [name for name, _ in model.named_modules() if name] + [
+        name for name, _ in model.named_parameters()
+    ]
+    found = {target: [name for name in known if _ends(name, target)] for target in config.modules_to_save}
+    for target, names in found.items():
+        if not names:
+            top = ", ".join(name for name, _ in model.named_children())
+            raise UserError(
+                f"inject_lora: modules_to_save names {target!r}, which this model has not; it has {top}"
+            )
+    return [name for names in found.values() for name in names]
+
+
+def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:
+    """Freeze everything, then make trainable: adapters, modules_to_save, and biases and norms as
+    configured.
+    """
+    saved = saved_modules(model, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            bool(re.search(r"(^|\.)lora_(A\.weight|B\.weight|magnitude_vector)$", name))
+            or any(_below(name, module) for module in saved)
+            or (config.bias == "all" and name.endswith("bias"))
+            or (config.bias == "lora_only" and name.endswith("base_layer.bias"))
+        )
+    if config.train_norms:
+        for module in model.modules():
+            if isinstance(module, NORMS):
+                module.requires_grad_(True)
+    to_full_precision(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def to_full_precision(parameters) -> None:
+    """Make half precision parameters float32: what is trained is never float16 or bfloat16 (their steps would
+    round away).
+    """
+    for parameter in parameters:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Store the frozen weights of linear and convolution layers in `dtype`, in place; trainable tensors stay
+    as they are.
+
+    With autocast to the same dtype the result does not change: autocast would round the same weights in every
+    step.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Replace every LoRALinear by a plain nn.Linear with W + delta_weight(), in place, and return the model.
+
+    The output is the same up to rounding. A model without LoRA is returned unchanged, so merging twice does
+    no harm.
+    """
+    for name, layer in list(lora_layers(model)):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.merged())
+    if hasattr(model, "lora_config"):
+        del model.lora_config
+    return model
+
+
+@contextmanager
+def disable_lora(model: nn.Module):
+    """Within the `with` block the low-rank paths are off; a trained head, norms and biases stay as
+    trained.
+    """
+    layers = [(layer, layer.enabled) for _, layer in lora_layers(model)]
+    try:
+        for layer, _ in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, was_enabled in layers:
+            layer.enabled = was_enabled
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(dotted name, layer) of every LoRALinear, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that is trained, by parameter name: adapters, head, norms, biases. Detached, not copied."""
+    return {
+        name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+class ParameterCount(NamedTuple):
+    """Trainable and all parameters; printed as PEFT prints them."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+        )
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count every parameter once, adapters included; buffers are not parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return ParameterCount(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _below(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def _layer_number(name: str) -> int | None:
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return int(numbers[-1]) if numbers else None
+
+
+def _from_pattern(name: str, pattern: dict, default):
+    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def _no_match(model: nn.Module, targets, linears: dict, layers=None) -> str:
+    kinds = {type(module).__name__ for name, module in model.named_modules() if _ends(name, str(targets))}
+    if kinds:
+        return f"inject_lora: target {targets!r} is a {kinds.pop()}, not an nn.Linear; choose {_choices(linears)}"
+    where = "" if layers is None else f" in layers {list(layers)}"
+    return (
+        f"inject_lora: target {targets!r} matches no linear layer{where}; this model has {_choices(linears)}"
+    )
+
+
+def _choices(linears: dict) -> str:
+    kinds: dict[str, int] = {}
+    for name in linears:
+        kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none at all"
+
+
+def fields_of(config: LoRAConfig) -> dict:
+    """The configuration as a plain dictionary, tuples as lists, ready for JSON."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,0 +1,122 @@
+"""Read and write the files of a checkpoint: safetensors (sharded or not), pytorch_model.bin, json."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from reference_models.errors import ModelError
+from reference_models.jsonfile import read_json
+from reference_models.preprocess import preprocess_to_json
+
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """All tensors of a checkpoint, floating ones as float32 and checked to be finite; and the file's name for
+    messages.
+    """
+    file = _weight_file(Path(path))
+    files = [file]
+    if file.name.endswith(".index.json"):
+        files = _shards(file)
+    state: dict[str, Tensor] = {}
+    for one in files:
+        state.update(_read_bin(one) if one.suffix in (".bin", ".pt", ".pth") else _read_safetensors(one))
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(f"{file}: {key} holds NaN or infinite values; the file is damaged")
+            state[key] = tensor.float()
+    return state, str(file)
+
+
+def _weight_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = [path / name for name in NAMES if (path / name).exists()]
+    found += sorted(path.glob("*.safetensors"))
+    if not found:
+        raise ModelError(
+            f"{path}: no weights here; expected model.safetensors, its index.json or pytorch_model.bin"
+        )
+    return found[0]
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: no weight_map of tensor names to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index}: {name!r} is not a plain file name beside the index")
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index}: the shard {name} is missing beside it")
+    return [index.parent / name for name in names]
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{path}: not a readable safetensors file (truncated, or another format?): {error}"
+        ) from None
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """A pickled state dict; weights_only=True refuses every pickle that holds more than tensors."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path}: refused, it holds more than tensors or is damaged: {reason}") from None
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ModelError(f"{path}: no dictionary of tensors in it")
+    return state
+
+
+def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: str, model: nn.Module) -> Path:
+    """model.safetensors, config.json and preprocessor_config.json, each under a temporary name first."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    labels = getattr(model, "labels", None)
+    if labels and layout == "minilora":
+        data["label_names"] = list(labels)
+    elif layout == "timm":
+        data |= {"num_classes": model.config.num_classes} | ({"label_names": list(labels)} if labels else {})
+    elif classes := getattr(model.config, "num_classes", 0):
+        names = labels or [f"LABEL_{i}" for i in range(classes)]
+        data |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    documents = preprocess_to_json(model.preprocess, layout, data)
+    tensors = {key: tensor.contiguous().cpu().clone() for key, tensor in state.items()}
+    _replace(directory / "model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    for name, document in documents.items():
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        _replace(directory / name, lambda tmp, text=text: Path(tmp).write_text(text, encoding="utf-8"))
+    return directory
+
+
+def _replace(path: Path, write) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(str(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,226 @@
+"""The layers that every transformer here is made of. A projection is always called, its weight is never read,
+so a LoRALinear in its place always takes part.
+
+Shapes: B pictures or sentences, T tokens, d width, h heads, d/h width of a head; P patches of p x p pixels.
+Attention: Vaswani et al. 2017, arXiv:1706.03762. ViT blocks: Dosovitskiy et al. 2020, arXiv:2010.11929.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+fused_attention = True  # False: the readable softmax form everywhere
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,  # the exact one, with erf
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "gelu_new": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+}
+
+
+def take_rows(x: Tensor, rows: Tensor | int | None) -> Tensor:
+    """The tokens that the pooled last block needs: all (None), one position for everybody, or one per sample.
+
+    x (B, T, d), rows None | int | (B,) -> (B, T, d) or (B, 1, d).
+    """
+    if rows is None:
+        return x
+    if isinstance(rows, int):
+        return x[:, rows : rows + 1]
+    return x[torch.arange(x.shape[0], device=x.device), rows].unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate q, k, v and out projections: softmax(q k^T / sqrt(d/h) + mask) v.
+
+    forward(x (B, T, d), mask, causal, rows) -> (B, T, d). mask is added to the scores (float, broadcast to
+    (B, h, T, T)) or keeps entries (bool). With `rows` only those queries are computed (see take_rows); keys
+    and values are those of all tokens, so the result equals the same rows of the full one. `keep_map = True`
+    stores the attention map of the next call.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True, dropout: float = 0.0
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not a multiple of the number of heads {heads}")
+        self.heads, self.dropout = heads, dropout
+        self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, dim, bias=qkv_bias and key_bias)
+        self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.out_proj = nn.Linear(dim, dim)
+        self.keep_map, self.map = False, None
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None
+    ):
+        T = x.shape[1]
+        q = self.split_heads(self.q_proj(take_rows(x, rows)))  # (B, h, T, d/h), or (B, h, 1, d/h) with rows
+        k = self.split_heads(self.k_proj(x))  # (B, h, T, d/h)
+        v = self.split_heads(self.v_proj(x))  # (B, h, T, d/h)
+        whole = (
+            causal and mask is None and rows is None
+        )  # the one case that torch's kernels know without a mask
+        if causal and not (whole and fused_attention and not self.keep_map):
+            mask, whole = causal_mask(T, rows, x.device, mask), False
+        out = self.attend(q, k, v, mask, whole)  # (B, h, T, d/h)
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, T, d)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, d) -> (B, h, T, d/h)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        """softmax(q k^T / sqrt(d/h) + mask) v, fused by torch or written out."""
+        p = self.dropout if self.training else 0.0
+        if fused_attention and not self.keep_map:
+            if mask is not None and mask.is_floating_point():
+                mask = mask.to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, h, T, T)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1)
+        if self.keep_map:
+            self.map = weights.detach()
+        return F.dropout(weights, p) @ v
+
+
+def causal_mask(T: int, rows: Tensor | int | None, device, mask: Tensor | None = None) -> Tensor:
+    """True where a query may look: at itself and before. (T, T), or (B, 1, 1, T) for chosen rows; `mask`
+    (bool) is kept.
+    """
+    positions = torch.arange(T, device=device)
+    queries = positions if rows is None else torch.as_tensor(rows, device=device).view(-1, 1, 1, 1)
+    allowed = positions <= (queries[:, None] if rows is None else queries)
+    return allowed if mask is None else allowed & mask
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))), (B, T, d) -> (B, T, hidden) -> (B, T, d)."""
+
+    def __init__(self, dim: int, hidden: int, act: str = "gelu"):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = ACTIVATIONS[act]()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x = x + attn(norm1(x)); x = x + mlp(norm2(x)), (B, T, d) -> (B, T, d).
+
+    With `rows` everything after the keys and values is computed for those tokens only: (B, 1, d).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, hidden: int, act: str = "gelu", eps: float = 1e-6, qkv_bias: bool = True
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, hidden, act)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None
+    ):
+        x = take_rows(x, rows) + self.attn(self.norm1(x), mask, causal, rows)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchLinear(nn.Linear):
+    """The patch projection; a class of its own so that target_modules="all-linear" means the layers of the
+    blocks.
+    """
+
+
+class PatchEmbed(nn.Module):
+    """Cut the picture into p x p patches and project each: a convolution with stride p, as one matrix
+    product.
+
+    (B, 3, H, W) -> (B, P, d) with P = (H // p) * (W // p); what is over at the right and bottom edge is cut
+    off.
+    """
+
+    def __init__(self, patch_size: int, dim: int, bias: bool = True):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = PatchLinear(3 * patch_size**2, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        p, rows, cols = self.patch_size, H // self.patch_size, W // self.patch_size
+        x = x[:, :, : rows * p, : cols * p].reshape(B, C, rows, p, cols, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(
+            B, rows * cols, C * p * p
+        )  # (B, P, 3 p p), ordered like a kernel
+        return self.proj(x)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, *arguments, checkpointing: bool = False, last_rows=None
+) -> Tensor:
+    """All blocks in turn; the last one only for `last_rows`. With checkpointing a block's activations are
+    recomputed.
+    """
+    for i, block in enumerate(blocks):
+        rows = last_rows if i == len(blocks) - 1 else None
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, *arguments, rows=rows, use_reentrant=False)
+        else:
+            x = block(x, *arguments, rows=rows)
+    return x
+
+
+def collect_attention_maps(model: nn.Module, run) -> list[Tensor]:
+    """Call `run()` with every Attention below `model` keeping its map; a list of (B, h, T, T), one for each
+    layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    try:
+        for layer in layers:
+            layer.keep_map = True
+        with torch.no_grad():
+            run()
+        return [layer.map for layer in layers]
+    finally:
+        for layer in layers:
+            layer.keep_map, layer.map = False, None
+
+
+def resize_positions(
+    pos: Tensor, new: tuple[int, int], prefix: int, old: tuple[int, int] | None = None
+) -> Tensor:
+    """Bicubic interpolation of position embeddings (1, prefix + h w, d) to another grid; prefix tokens stay
+    as they are.
+    """
+    side = math.isqrt(pos.shape[1] - prefix)
+    height, width = old or (side, side)
+    head, grid = pos[:, :prefix], pos[:, prefix:]
+    grid = grid.reshape(1, height, width, -1).permute(0, 3, 1, 2)  # (1, d, h, w)
+    grid = F.interpolate(grid.float(), size=new, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)], dim=1)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal weights with deviation .02 cut at two deviations, zero biases, as ViT, BERT and BEiT begin."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,276 @@
+"""Make models by name, load the checkpoints that people have, and write them back.
+
+    model = load_pretrained("vit-tiny-patch16-224", "deit_tiny.safetensors", num_classes=10)
+    save_pretrained(model, "out", layout="transformers")
+
+A family is a module (vit.py, beit.py, swin.py, bert.py, clip.py, mobilenet.py) that provides
+  build(config)                 the model; config is a frozen dataclass with `name`, `num_classes`, `family`
+  names(), config_for(name)     the names that it knows and their configuration
+  layouts                       {layout of weight files: prefixes that the names may carry}
+  key_table(config, layout)     rows of names.Entry
+  fit_config(config, shapes)    what a file's shapes say of the configuration
+  adapt(state, old, new)        interpolation of positions between picture sizes, in place
+  config_from_json(data), config_to_json(config, layout)      config.json of other libraries; None for other
+  families preprocess                    mean, std, interpolation and resize where the checkpoint says nothing
+  of them layout_settings               {layout: fields of the configuration} where a file comes without
+  config.json ignored, optional             patterns: keys of a file that mean nothing; our names that a file
+  may lack or have more
+"""
+
+import importlib
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from reference_models.errors import ModelError
+from reference_models.files import read_weights, write_model_files
+from reference_models.jsonfile import read_json
+from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
+from reference_models.preprocess import preprocess_for, preprocessor_files
+
+FAMILIES = ("vit",)
+WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
+
+
+def family_module(family: str):
+    return importlib.import_module(f"reference_models.{family}")
+
+
+def list_models() -> list[str]:
+    """Every name that `create_model` is sure to know; other sizes of the same pattern work too."""
+    return [name for family in FAMILIES for name in family_module(family).names()]
+
+
+def config_for(name: str):
+    """The configuration that belongs to a model name; ModelError with the choices where there is none."""
+    for family in FAMILIES:
+        if (config := family_module(family).config_for(name)) is not None:
+            return config
+    raise ModelError(f"unknown model {name!r}; the names are {', '.join(list_models())}")
+
+
+def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.Module:
+    """A model with random weights. `overrides` replace fields of its configuration, such as image_size or
+    depth.
+    """
+    config = config_for(name)
+    known = [field.name for field in fields(config)]
+    if unknown := [key for key in overrides if key not in known]:
+        raise ModelError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    if num_classes is not None:
+        overrides["num_classes"] = num_classes
+    return _build(replace(config, **overrides), family_module(config.family).preprocess)
+
+
+def bundled_weights(name: str) -> Path | None:
+    """The folder of the weights that come with the project, None where the model has none."""
+    return WEIGHTS / name if (WEIGHTS / name / "config.json").exists() else None
+
+
+def load_pretrained(
+    name_or_dir: str | Path,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    **overrides,
+) -> nn.Module:
+    """A model with the weights of a checkpoint.
+
+    name_or_dir: a model name; or a directory with config.json, which then is the checkpoint too.
+    weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory, "hf:org/name", None
+    for random.
+    num_classes: None keeps the checkpoint's head; another number than the checkpoint's replaces it (one line
+    is printed).
+    image_size: None keeps the size of the name or the checkpoint; position tables are interpolated to another
+    one.
+
+    Every key must find its place and every tensor its weights, with the right shape and finite values;
+    otherwise ModelError names the file and the keys.
+    """
+    by_name = not Path(name_or_dir).is_dir()
+    source = weights if by_name else (weights or name_or_dir)
+    if by_name and source is None:
+        sizes = {"image_size": image_size} if image_size else {}
+        return create_model(name_or_dir, num_classes, **sizes, **overrides)
+    path = _resolve(source)
+    folder = path if path.is_dir() else path.parent
+    data = read_json(folder / "config.json") if (folder / "config.json").exists() and path.is_dir() else {}
+    wanted = config_for(name_or_dir) if by_name else None
+    config = _described(data, folder, wanted)
+    family = family_module(config.family)
+    state, files = read_weights(path)
+    tensors, layout = _translate(strip_wrappers(state), config, family, files)
+    if not data:
+        config = replace(config, **family.layout_settings.get(layout, {}))
+    found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    config = _final(found, wanted, num_classes, image_size, overrides)
+    family.adapt(tensors, found, config)
+    defaults = family.preprocess | family.file_preprocess(path.name)
+    model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
+    model.labels = _labels(data) if config.num_classes == found.num_classes else None
+    _fill(model, tensors, found, family, files)
+    return model
+
+
+def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "minilora") -> Path:
+    """Write config.json, model.safetensors and preprocessor_config.json, for us ("minilora") or another
+    library.
+
+    layout: "minilora", or one of the model's: "transformers", "timm", "torchvision", "open_clip".
+    Raises ModelError for a layout that the model does not have, and for a model that still has LoRA layers.
+    """
+    config, family = model.config, family_module(model.config.family)
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    if any(".lora_" in key for key in state):
+        raise ModelError("save_pretrained: this model still has LoRA layers; call merge_lora(model) first")
+    layout = {"transformers": "transformers4", "transformers5": "transformers4"}.get(layout, layout)
+    if layout == "minilora":
+        data = {"minilora": asdict(config)}
+    elif layout in family.layouts:
+        state = to_theirs(state, family.key_table(config, layout))
+        data = family.config_to_json(config, layout)
+    else:
+        known = ", ".join(["minilora", *family.layouts])
+        raise ModelError(f"{config.name} cannot be written in the layout {layout!r}; it knows {known}")
+    return write_model_files(directory, state, data, layout, model)
+
+
+def _build(config, preprocess: dict) -> nn.Module:
+    model = family_module(config.family).build(config)
+    side = getattr(config, "image_size", None)
+    defaults = {"resize": "squash", "resize_to": side, **preprocess, "image_size": side}
+    model.preprocess = defaults if preprocess else {}
+    model.labels = None
+    return model
+
+
+def _resolve(source: str | Path) -> Path:
+    if str(source).startswith("hf:"):
+        from reference_models.hub import resolve
+
+        return resolve(str(source))
+    path = Path(source)
+    if not path.exists():
+        raise ModelError(f"weights {str(source)!r}: no such file or directory")
+    return path
+
+
+def _described(data: dict, folder: Path, wanted):
+    """The configuration of a checkpoint: from config.json where there is one, else from the model's name."""
+    if "minilora" in data:
+        saved = dict(data["minilora"])
+        config = wanted or _from_saved(saved, folder)
+        known = {field.name for field in fields(config)}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in known}
+        described = replace(config, **values)
+    else:
+        read = (family_module(family).config_from_json(data) for family in FAMILIES) if data else ()
+        described = next((config for config in read if config is not None), None)
+    if described is None and wanted is None:
+        kind = data.get("model_type") or data.get("architecture") or "no model_type"
+        raise ModelError(
+            f"{folder / 'config.json'}: {kind}: not one of the families {', '.join(FAMILIES)}; name a model"
+        )
+    if described is not None and wanted is not None and described.family != wanted.family:
+        raise ModelError(
+            f"{folder}: a checkpoint of the family {described.family}, but {wanted.name} was asked for"
+        )
+    return described or wanted
+
+
+def _from_saved(saved: dict, folder: Path):
+    family = saved.get("family")
+    if family not in FAMILIES:
+        raise ModelError(
+            f"{folder / 'config.json'}: minilora.family is {family!r}, not one of {', '.join(FAMILIES)}"
+        )
+    return type(config_for(family_module(family).names()[0]))(name=saved.get("name", family))
+
+
+def _translate(state: dict[str, Tensor], config, family, files: str):
+    """Our names for the tensors of a file: the layout whose table knows most of the keys."""
+    state = {key: tensor for key, tensor in state.items() if not re.search(family.ignored, key)}
+    best: tuple = (0, "", {}, [])
+    for layout, prefixes in {"minilora": ("",), **family.layouts}.items():
+        table = None if layout == "minilora" else family.key_table(config, layout)
+        for renamed in _prefixed(state, prefixes):
+            if table is None:
+                ours = set(_build_shapes(family, config))
+                tensors = {k: v for k, v in renamed.items() if k in ours}
+                unknown = [k for k in renamed if k not in ours]
+            else:
+                tensors, unknown = to_ours(renamed, table)
+            if len(renamed) - len(unknown) > best[0]:
+                best = (len(renamed) - len(unknown), layout, tensors, unknown)
+    known, layout, tensors, unknown = best
+    if not known:
+        raise ModelError(
+            f"{files}: no key belongs to a {config.family} model; it begins with {', '.join(list(state)[:3])}"
+        )
+    if unknown := [key for key in unknown if not re.search(family.ignored, key)]:
+        raise ModelError(
+            f"{files}: {len(unknown)} keys have no place in {config.name}: {', '.join(unknown[:5])}"
+        )
+    return tensors, layout
+
+
+def _prefixed(state: dict, prefixes: tuple[str, ...]):
+    """`state` as it is, and with the table's own prefix in place of another one or of none."""
+    yield state
+    for prefix in (*prefixes[1:], ""):
+        if prefixes[0] != prefix and all(key.startswith(prefix) for key in state if not is_head(key)):
+            yield {k if is_head(k) else prefixes[0] + k.removeprefix(prefix): v for k, v in state.items()}
+
+
+def _build_shapes(family, config) -> dict[str, tuple]:
+    with torch.device("meta"):
+        model = family.build(replace(config, **({"pooler": True} if hasattr(config, "pooler") else {})))
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def _final(found, wanted, num_classes, image_size, overrides):
+    changes = dict(overrides)
+    if wanted is not None:
+        changes.setdefault("name", wanted.name)
+        if hasattr(wanted, "image_size"):
+            changes.setdefault("image_size", wanted.image_size)
+    if image_size is not None:
+        changes["image_size"] = image_size
+    if num_classes is not None:
+        changes["num_classes"] = num_classes
+    return replace(found, **changes)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], found, family, files: str) -> None:
+    """Copy the tensors into the model, strictly: shapes, missing keys and extra keys in one message."""
+    config, own = model.config, model.state_dict()
+    heads = tuple(f"{name}." for name in model.head_modules)
+    new_head = config.num_classes and config.num_classes != found.num_classes
+    if new_head or not config.num_classes:
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
+    if new_head and found.num_classes:
+        print(
+            f"head: the checkpoint has {found.num_classes} classes; a new one for {config.num_classes} replaces it"
+        )
+    extra = [key for key in tensors if key not in own and not re.search(family.optional, key)]
+    missing = [key for key in own if key not in tensors and not (new_head and key.startswith(heads))]
+    wrong = [
+        f"{key} is {tuple(tensors[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    problems = {"missing": missing, "no place for": extra, "wrong shape": wrong}
+    if any(problems.values()):
+        told = [f"{what} {len(keys)}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
+        raise ModelError(f"{files} does not fit {config.name}: {'; '.join(told)}")
+    model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
+
+
+def _labels(data: dict) -> list[str] | None:
+    labels = data.get("id2label") or data.get("label_names")
+    if isinstance(labels, dict):
+        labels = [labels[key] for key in sorted(labels, key=int)]
+    return labels

@@ -1,0 +1,110 @@
+"""Key tables: our parameter names beside those of transformers, timm, open_clip and torchvision.
+
+A table is a list of `Entry(ours, theirs, form)`. Most entries rename one tensor. "cat" joins several of ours
+(q, k, v) into one of theirs along dimension 0; the other forms reshape or transpose. Tables work in both
+directions: `to_ours` reads a downloaded file, `to_theirs` writes one that the other library loads.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reference_models.errors import ModelError
+
+
+class Entry(NamedTuple):
+    """One row: our parameter names (several only for "cat"), their name, and how the values correspond."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    form: str = "same"
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    side = round((weight.shape[1] / 3) ** 0.5)  # (d, 3 * p * p) -> (d, 3, p, p): a square kernel over RGB
+    return weight.reshape(weight.shape[0], 3, side, side)
+
+
+# form: (ours -> theirs, theirs -> ours), for one tensor
+FORMS = {
+    "same": (lambda t: t, lambda t: t),
+    "transpose": (lambda t: t.T, lambda t: t.T),  # a bare matrix used as x @ P beside an nn.Linear's weight
+    "kernel": (
+        _kernel,
+        lambda t: t.flatten(1),
+    ),  # the patch embedding: a convolution's kernel beside our Linear's weight
+    "batch": (lambda t: t.squeeze(0), lambda t: t.unsqueeze(0)),  # (T, d) beside our (1, T, d)
+    "vector": (lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, -1)),  # (d,) beside our (1, 1, d)
+    "cat": (None, None),
+}
+
+
+def rename(ours: str, theirs: str, form: str = "same") -> Entry:
+    """An entry for one tensor of ours."""
+    return Entry((ours,), theirs, form)
+
+
+def linear(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
+    """Weight and bias of a Linear or a norm layer."""
+    return [rename(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")[: 1 + bias]]
+
+
+def fused(ours: Iterable[str], theirs_weight: str, theirs_bias: str | None = None) -> list[Entry]:
+    """Several Linears of ours stored as one of theirs: qkv of timm, in_proj of nn.MultiheadAttention."""
+    ours = tuple(ours)
+    entries = [Entry(tuple(f"{name}.weight" for name in ours), theirs_weight, "cat")]
+    return entries + [Entry(tuple(f"{name}.bias" for name in ours), theirs_bias, "cat")] * bool(theirs_bias)
+
+
+def to_ours(state: dict[str, Tensor], table: list[Entry]) -> tuple[dict[str, Tensor], list[str]]:
+    """Translate `state` into our names. Returns (tensors, keys of `state` that the table does not know)."""
+    known = {entry.theirs: entry for entry in table}
+    result: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key in known:
+            entry = known[key]
+            if entry.form != "cat":
+                result[entry.ours[0]] = FORMS[entry.form][1](tensor)
+                continue
+            if tensor.shape[0] % len(entry.ours):
+                raise ModelError(
+                    f"{key}: {tensor.shape[0]} rows cannot be split into {len(entry.ours)} equal parts"
+                )
+            result.update(zip(entry.ours, tensor.chunk(len(entry.ours)), strict=True))
+    return result, [key for key in state if key not in known]
+
+
+def to_theirs(state: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]:
+    """Translate `state` (our names) into theirs; entries whose tensors the model does not have are left
+    out.
+    """
+    result, used = {}, set()
+    for entry in table:
+        parts = [state[name] for name in entry.ours if name in state]
+        if len(parts) == len(entry.ours):
+            used.update(entry.ours)
+            tensor = torch.cat(parts) if entry.form == "cat" else FORMS[entry.form][0](parts[0])
+            result[entry.theirs] = tensor.contiguous()
+    if missed := [name for name in state if name not in used]:
+        raise ModelError(
+            f"this layout has no place for {', '.join(missed[:5])}; save with layout='minilora' instead"
+        )
+    return result
+
+
+def is_head(key: str) -> bool:
+    """True for the classifier of another library's model, which stands outside the encoder's prefix."""
+    return key.startswith(("classifier.", "head.", "heads.", "cls."))
+
+
+def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what wrappers put before the names: DistributedDataParallel, torch.compile, a `model.` or
+    `backbone.` around it.
+    """
+    state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
+    for wrapper in ("module.", "model.", "backbone."):
+        if all(key.startswith(wrapper) for key in state if not is_head(key)):
+            state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
+    return state
