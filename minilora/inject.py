@@ -20,7 +20,7 @@ from torch import nn
 from minilora.errors import UserError
 from minilora.lora import InputDropout, LoRALinear
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.RMSNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
 
 
 @dataclass
@@ -145,8 +145,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         if isinstance(parent, nn.MultiheadAttention):
             raise UserError(
                 f"inject_lora: {name!r} belongs to an nn.MultiheadAttention, which reads the weights of its "
-                "projections instead of calling them: LoRA would have no effect. Target other layers, or use a model with "
-                "separate q_proj, k_proj, v_proj and out_proj, such as those of reference_models."
+                "projections instead of calling them: LoRA would have no effect. Target other layers, or use a "
+                "model with separate q_proj, k_proj, v_proj and out_proj, such as those of reference_models."
             )
         if any(_below(name, head) for head in spared):
             raise UserError(

@@ -10,11 +10,12 @@ A family is a module (vit.py, beit.py, swin.py, bert.py, clip.py, mobilenet.py) 
   key_table(config, layout)     rows of names.Entry
   fit_config(config, shapes)    what a file's shapes say of the configuration
   adapt(state, old, new)        interpolation of positions between picture sizes, in place
-  config_from_json(data), config_to_json(config, layout)      config.json of other libraries; None for other
-  families preprocess                    mean, std, interpolation and resize where the checkpoint says nothing
-  of them layout_settings               {layout: fields of the configuration} where a file comes without
-  config.json ignored, optional             patterns: keys of a file that mean nothing; our names that a file
-  may lack or have more
+  config_from_json(data)        a configuration from another library's config.json; None for other families
+  config_to_json(config, layout)
+  preprocess                    mean, std, interpolation and resize where the checkpoint says nothing of them
+  file_preprocess(file_name)    what of that only the file's name tells
+  layout_settings               {layout: fields of the configuration} where a file comes without config.json
+  ignored, optional             patterns: keys of a file that mean nothing; our names that it may lack or add
 """
 
 import importlib
