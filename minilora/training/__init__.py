@@ -1,0 +1,1 @@
+"""Training: one plain loop and what it stands on. Nothing here knows of images or text."""

@@ -1,0 +1,166 @@
+"""Checkpoints: run/checkpoints/step-N/ = state.safetensors + state.json + manifest.json. No pickle anywhere.
+
+state.safetensors   model.<name>: trainable tensors and persistent buffers; best.<name>: those of the best
+                    epoch; optim.<name>.<key>: the optimizer's memory
+state.json          TrainState and the scaler: step, epoch, position in the epoch, plateau, history, best
+manifest.json       sha256 of the two others, written last
+
+The directory is filled under a temporary name and renamed when everything is on the disk: a checkpoint is
+either whole or not there. One whose manifest does not agree with its files, byte by byte, does not exist.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minilora.adapter import atomic_write, write_safetensors
+from minilora.errors import RunError, UserError
+from minilora.training.distributed import is_main
+from minilora.training.state import portable
+
+FOLDER = "checkpoints"
+FILES = ("state.safetensors", "state.json")
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+
+
+def manifest_bytes(directory: Path) -> bytes:
+    """The manifest that these files ask for. Compared as bytes, so that a flipped bit in itself shows too."""
+    digests = {name: file_sha256(directory / name) for name in FILES}
+    return (json.dumps({"format": 1, "sha256": digests}, indent=2) + "\n").encode()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def step_of(directory: Path) -> int | None:
+    """N of a directory named step-N, None for any other name."""
+    match = re.fullmatch(r"step-(\d+)", directory.name)
+    return int(match[1]) if match else None
+
+
+def directory_of(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return Path(run_dir) / FOLDER / f"step-{step}"
+
+
+def checkpoint_dirs(run_dir: str | Path) -> list[Path]:
+    """Every step-N directory of a run, newest first, valid or not."""
+    folder = Path(run_dir) / FOLDER
+    found = [d for d in folder.iterdir() if step_of(d) is not None] if folder.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def why_invalid(directory: Path) -> str | None:
+    """None for a valid checkpoint, else what is wrong with it."""
+    for name in (*FILES, MANIFEST):
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+    try:
+        if (directory / MANIFEST).read_bytes() != manifest_bytes(directory):
+            return f"its files do not agree with {MANIFEST}"
+        if json.loads((directory / "state.json").read_text())["step"] != step_of(directory):
+            return "it was renamed"
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def latest_checkpoint(run_dir: str | Path, log: Callable[[str], None] = print) -> Path | None:
+    """The newest valid checkpoint of a run, or None; `log` is told why a newer one is passed over."""
+    for directory in checkpoint_dirs(run_dir):
+        reason = why_invalid(directory)
+        if reason is None:
+            return directory
+        log(f"checkpoint {directory} is skipped: {reason}")
+    return None
+
+
+def save_checkpoint(run_dir: str | Path, tensors: dict[str, Tensor], state: dict, keep_last: int = 2) -> Path:
+    """Writes step-N (N = state["step"]), then removes all but the newest `keep_last`; returns its path.
+
+    Raises RunError with one line when the disk is full; older checkpoints are untouched and nothing half-
+    made stays.
+    """
+    final = directory_of(run_dir, state["step"])
+    folder, temporary = final.parent, final.parent / f"{TEMPORARY}{final.name}"
+    try:
+        remove_leftovers(run_dir)
+        temporary.mkdir(parents=True)
+        write_safetensors(temporary / FILES[0], {name: portable(t) for name, t in tensors.items()})
+        atomic_write(temporary / FILES[1], json.dumps(state, indent=1).encode())
+        atomic_write(temporary / MANIFEST, manifest_bytes(temporary))
+        shutil.rmtree(final, ignore_errors=True)  # only ever one that latest_checkpoint refused
+        os.replace(temporary, final)
+        sync_directory(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"checkpoint {final} could not be written: {error.strerror or error}; older ones are intact. "
+            "Make space and start the same command again"
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoint_dirs(run_dir)[max(1, keep_last) :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, state) of a checkpoint; UserError where its manifest does not hold."""
+    reason = why_invalid(directory)
+    if reason is not None:
+        raise UserError(f"checkpoint {directory} is not valid: {reason}")
+    return load_file(directory / FILES[0]), json.loads((directory / FILES[1]).read_text())
+
+
+def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: "auto" the run's newest valid one, "never" none, else that of a
+    directory.
+
+    Checkpoints of `run_dir` that are newer than the chosen one, or belong to a training that is not
+    continued, are removed: they would be mistaken for the future of this one.
+    """
+    if resume in ("auto", "never"):
+        chosen = latest_checkpoint(run_dir, log) if resume == "auto" else None
+    else:
+        directory = Path(resume)
+        chosen = directory if step_of(directory) is not None else latest_checkpoint(directory, log)
+        if chosen is None:
+            raise UserError(f"--resume {resume}: no valid checkpoint there")
+    ours = chosen is not None and chosen.resolve().parent == (Path(run_dir) / FOLDER).resolve()
+    if is_main():
+        remove_newer(run_dir, step_of(chosen) if ours else -1)
+    return chosen
+
+
+def remove_newer(run_dir: str | Path, step: int) -> None:
+    """Removes the checkpoints after `step`: the run goes on from there, and they are broken or given up."""
+    for directory in checkpoint_dirs(run_dir):
+        if step_of(directory) > step:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Removes what a killed process left half-made."""
+    for torso in (Path(run_dir) / FOLDER).glob(f"{TEMPORARY}*"):
+        shutil.rmtree(torso, ignore_errors=True)
+
+
+def sync_directory(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

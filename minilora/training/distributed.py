@@ -1,0 +1,131 @@
+"""Several processes, one model: who am I, what is my share, and sums over everybody.
+
+Start with `torchrun --nproc-per-node N train.py ...`. Without torchrun every function here is that of a
+lone process.
+
+Each optimizer step takes the next `grad_accum_steps * world_size` microbatches of the epoch; process r
+takes numbers r, r + world_size, ... of them. So 2 processes with batch b see, step by step, what 1 process
+with batch 2b sees.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minilora.errors import UserError
+
+
+def rank() -> int:
+    """Number of this process, 0 in a lone one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 in a lone one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and prints."""
+    return rank() == 0
+
+
+def start(device: str | torch.device) -> torch.device:
+    """Joins the group of torchrun's environment, nccl on GPUs, gloo on CPUs; returns this rank's device."""
+    device = torch.device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node asks for GPU {local} but this machine has {torch.cuda.device_count()}; "
+                "start fewer processes or use --device cpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leaves the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Adds `values` over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: object) -> list:
+    """[value of rank 0, of rank 1, ...] in every process; for small objects."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives every process rank 0's buffers (BatchNorm statistics): all evaluate the same model."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """Averages gradients over the processes during the backward pass; a lone process gets its module back."""
+    if not dist.is_initialized():
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def no_sync(module: nn.Module, wait: bool) -> AbstractContextManager:
+    """While `wait`, gradients are only added up here; the microbatch that ends the step exchanges the sum."""
+    return module.no_sync() if wait and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+@dataclass
+class Step:
+    """This process's share of one optimizer step.
+
+    batches[i] goes through the loss with factor weights[i]: with n items in the whole step, len(batch) / n
+    times world_size, because DistributedDataParallel divides by it. Factors make ragged ends equal to one
+    big batch.
+    """
+
+    batches: list[list[int]]
+    weights: list[float]
+    items: int  # in the whole step, over all processes
+    microbatches: int  # of the epoch that the whole step uses up
+
+
+def share_steps(batches: list[list[int]], grad_accum_steps: int) -> list[Step]:
+    """Cuts an epoch's microbatches into optimizer steps and takes this process's share of each."""
+    world, me = world_size(), rank()
+    group_size = grad_accum_steps * world
+    steps = []
+    for first in range(0, len(batches), group_size):
+        group = batches[first : first + group_size]
+        items = sum(map(len, group))
+        mine = group[me::world]
+        weights = [len(batch) * world / items for batch in mine]
+        if not mine:  # a short last step: take part in the exchange with a borrowed batch that counts nothing
+            mine, weights = group[:1], [0.0]
+        steps.append(Step(mine, weights, items, len(group)))
+    return steps

@@ -1,0 +1,123 @@
+"""What changes the weights: parameter groups, the optimizer, the learning-rate schedule and the gradient
+norm.
+
+The learning rate of optimizer step s is `group lr * factor(s)`. For linear, cosine and constant the factor
+is a closed-form function of s, so nothing about it has to be stored; plateau alone has a memory (class
+Plateau).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import UserError
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("linear", "cosine", "plateau", "constant")
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer moves, by name; at least one, and every one in float32.
+
+    A float16 parameter loses updates smaller than 1/2048 of itself, and GradScaler refuses to unscale its
+    gradient.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise UserError("nothing to train: no parameter of the model has requires_grad=True")
+    for name, parameter in trainable.items():
+        if parameter.dtype != torch.float32:
+            raise UserError(
+                f"trainable parameter {name} is {parameter.dtype}; trainable tensors must be float32 "
+                "(--base-dtype is for the frozen ones)"
+            )
+    return trainable
+
+
+def parameter_groups(model: nn.Module, lr: float, head_lr: float | None, weight_decay: float) -> list[dict]:
+    """At most four groups: matrices decay, vectors (biases, norms) do not; the head may have its own rate."""
+    heads = tuple(f"{name}." for name in getattr(model, "head_modules", ()))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable_parameters(model).items():
+        is_head = bool(heads) and name.startswith(heads)
+        rate = lr if head_lr is None or not is_head else head_lr
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, opt: str, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015), SGD with momentum .9; fused kernels."""
+    groups = parameter_groups(model, lr, head_lr, weight_decay)
+    fused = groups[0]["params"][0].device.type in FUSED_DEVICES
+    if opt == "adamw":
+        return torch.optim.AdamW(groups, fused=fused)
+    if opt == "adam":
+        return torch.optim.Adam(groups, fused=fused)
+    if opt == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, fused=fused)
+    raise UserError(f"--opt {opt} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+
+
+def schedule_factor(sched: str, step: int, total: int, warmup: int) -> float:
+    """Factor of the learning rate at optimizer step `step` = 0 .. total-1, after a linear warm-up of
+    `warmup` steps.
+
+    warm-up (s + 1) / w      linear (t - s) / (t - w)      cosine (1 + cos(pi (s - w) / (t - w))) / 2
+    """
+    if sched not in SCHEDULES:
+        raise UserError(f"--sched {sched} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    if sched == "linear":
+        return 1.0 - done
+    if sched == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0
+
+
+@dataclass
+class Plateau:
+    """Halves the rate after more than `patience` epochs without a validation loss .01 % below the best."""
+
+    factor: float = 1.0
+    best: float | None = None
+    bad_epochs: int = 0
+    patience: int = 2
+
+    def update(self, loss: float) -> None:
+        if math.isfinite(loss) and (self.best is None or loss < self.best * (1.0 - 1e-4)):
+            self.best, self.bad_epochs = loss, 0
+            return
+        self.bad_epochs += 1
+        if self.bad_epochs > self.patience:
+            self.factor, self.bad_epochs = self.factor * 0.5, 0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Gives every group its base rate times `factor`; returns the first group's rate, for the log."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """The 2-norm over all gradients, () on the device, before they are scaled down to `max_norm` (0 = never).
+
+    It is computed without clipping too: that one number says whether every gradient is finite.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

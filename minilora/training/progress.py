@@ -1,0 +1,120 @@
+"""What a run tells people while it goes: greppable lines, train.log, a bar on a terminal, metrics.jsonl."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from minilora.adapter import atomic_write
+from minilora.training.distributed import is_main
+from minilora.training.state import TrainState
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory held so far in MiB: torch's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def finite_or_none(value: object) -> object:
+    """JSON knows no NaN: such a number becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress:
+    """Lines for rank 0 (the others stay silent): to the screen, and to train.log of the run directory.
+
+    On a terminal with tqdm installed the steps move a bar instead of printing lines. No colour is ever
+    used, so NO_COLOR has nothing to switch off.
+    """
+
+    def __init__(self, run_dir: Path, device: torch.device, log_interval: int) -> None:
+        self.run_dir, self.device, self.log_interval = run_dir, device, log_interval
+        self.bar = None
+        self.title, self.started, self.before, self.steps = "", time.perf_counter(), 0.0, 0
+
+    def log(self, line: str) -> None:
+        """One line to the screen and to train.log."""
+        if is_main():
+            self._to_file(line)
+            print(line, flush=True) if self.bar is None else self.bar.write(line)
+
+    def start_epoch(self, state: TrainState, epochs: int, steps: int) -> None:
+        """Starts the epoch's clock, and the bar where there is one."""
+        self.title, self.steps = f"epoch {state.epoch + 1}/{epochs}", 0
+        self.started, self.before = time.perf_counter(), state.seconds
+        if is_main() and sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=steps, desc=self.title, leave=False, dynamic_ncols=True)
+
+    def step(self, state: TrainState, total_steps: int, lr: float) -> None:
+        """After an optimizer step: takes the time; every log_interval-th time says how the run does."""
+        self.steps += 1
+        elapsed = time.perf_counter() - self.started
+        state.seconds = self.before + elapsed
+        loss, correct, counted, items = state.sums
+        line = f"step {state.step}/{total_steps} loss {loss / max(items, 1):.4f}"
+        line += f" accuracy {correct / max(counted, 1):.4f} lr {lr:.2e}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.update()
+        if is_main() and self.log_interval > 0 and self.steps % self.log_interval == 0:
+            left = clock(elapsed / self.steps * (total_steps - state.step))
+            line = f"{self.title} {line} images/s {items / state.seconds:.1f} left {left}"
+            line += f" peak {peak_memory_mb(self.device):.0f} MiB"
+            self._to_file(line) if self.bar is not None else self.log(line)
+
+    def end_epoch(self) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def epoch_row(self, state: TrainState, lr: float, scores: dict) -> dict:
+        """The epoch's row of metrics.jsonl, logged; the seconds and images/s leave validation out."""
+        loss, correct, counted, items = state.sums
+        row = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
+        row |= {"train_loss": loss / items if items else None}
+        row |= {"train_accuracy": correct / counted if counted else None}
+        row |= {"val_loss" if name == "loss" else name: value for name, value in scores.items()}
+        row |= {"seconds": state.seconds, "images_per_second": items / max(state.seconds, 1e-9)}
+        row |= {"peak_memory_mb": peak_memory_mb(self.device)}
+        row |= {"fp16_overflows": state.overflows, "skipped_steps": state.skipped}
+        row = {name: finite_or_none(value) for name, value in row.items()}
+        shown = (
+            "step",
+            "train_loss",
+            "val_loss",
+            "accuracy",
+            "seconds",
+            "images_per_second",
+            "peak_memory_mb",
+        )
+        words = (f"{name} {row[name]:.5g}" for name in shown if row.get(name) is not None)
+        self.log(f"{self.title} done: {' '.join(words)}")
+        return row
+
+    def write_metrics(self, history: list[dict]) -> None:
+        """metrics.jsonl, whole: what a resumed run no longer knows is thereby cut off."""
+        if is_main():
+            lines = "".join(json.dumps(row) + "\n" for row in history)
+            atomic_write(self.run_dir / "metrics.jsonl", lines.encode())
+
+    def _to_file(self, line: str) -> None:
+        with open(self.run_dir / "train.log", "a", encoding="utf-8") as file:
+            file.write(line + "\n")

@@ -1,0 +1,287 @@
+"""The training loop. It knows nothing of images or text: a task brings the model, the batches and the loss.
+
+    Trainer(task, TrainOptions(epochs=3, lr=1e-3), "runs/classify-lora-000", "cuda").fit()
+
+One optimizer step, for n items in its microbatches m = 1 .. M (over all processes):
+
+    g = sum_m  len(m) / n * grad loss(m)        the gradient of one big batch, ragged ends included
+    g = g * min(1, clip_grad / |g|)             |g| is finite, or the step is not taken
+    w = optimizer(w, g, lr * factor(step))      float32 weights, whatever precision autocast computes in
+
+A run stopped after any step and resumed ends with the same bits: the checkpoint holds all that changes, and
+random numbers are drawn from (seed, step, rank).
+"""
+
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import save_adapter, write_safetensors
+from minilora.errors import RunError, UserError
+from minilora.training import checkpoint, distributed, optim, state
+from minilora.training.faults import explain_nonfinite, readable_errors
+from minilora.training.progress import Progress
+from minilora.training.signals import Interrupted, StopSignals
+
+AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainOptions:
+    """How to train; the flags of the same names. 0 or None switches a limit off."""
+
+    epochs: int = 5
+    max_steps: int | None = None
+    grad_accum_steps: int = 1
+    opt: str = "adamw"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 0.01
+    sched: str = "cosine"
+    warmup_ratio: float = 0.0
+    clip_grad: float = 1.0
+    amp: str = "fp32"
+    compile: bool = False
+    grad_checkpointing: bool = False  # a switch of the model's, set by the task
+    early_stop: int = 0
+    save_every: int = 0
+    log_interval: int = 20
+    nan_policy: str = "stop"
+    seed: int = 0
+    resume: str = "auto"  # "auto", "never", or a run or checkpoint directory
+    keep_last: int = 2
+
+
+class TaskLoss(nn.Module):
+    """task.loss as a module, so that DistributedDataParallel sees one forward whatever it calls."""
+
+    def __init__(self, task: object) -> None:
+        super().__init__()
+        self.model, self.loss = task.model, task.loss
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict]:
+        return self.loss(self.model, batch)
+
+
+class Trainer:
+    """Trains task.model; minilora/tasks/base.py writes down what a task has to offer.
+
+    Writes metrics.jsonl, train.log and checkpoints/ into `run_dir`, and the best epoch's weights: an
+    adapter, or model.safetensors in mode "full".
+    """
+
+    def __init__(self, task: object, options: TrainOptions, run_dir: str | Path, device: str | torch.device):
+        self.task, self.options = task, options
+        self.run_dir, self.device = Path(run_dir), torch.device(device)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.model = task.model.to(self.device)
+        if options.compile:
+            self.model.compile()  # in place: parameter names stay clean
+        self.optimizer = optim.build_optimizer(
+            self.model, options.opt, options.lr, options.head_lr, options.weight_decay
+        )
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")  # else idle
+        self.loss = distributed.wrap(TaskLoss(task))
+        self.progress = Progress(self.run_dir, self.device, options.log_interval)
+        self.signals = StopSignals()
+        self.state = state.TrainState()
+        self.best_tensors: dict[str, Tensor] = {}  # of epoch self.state.best, on the CPU
+        self.saved: Path | None = None  # the newest checkpoint
+
+        batches = task.train_batches(0)
+        self.batch_size = max(map(len, batches), default=0)
+        if not self.batch_size:
+            raise UserError("the training set is empty: there is no batch to train on")
+        planned = options.epochs * len(distributed.share_steps(batches, options.grad_accum_steps))
+        self.last_step = options.max_steps or sys.maxsize
+        self.total_steps = min(planned, self.last_step)  # what the schedule and the time left reckon with
+
+    def fit(self) -> dict:
+        """Trains to the end, leaves the best epoch's weights in the model and says how it went."""
+        self.load_checkpoint()
+        with self.signals:
+            while self.unfinished():
+                self.train_one_epoch()
+                self.end_epoch()
+        if self.state.best is None:
+            raise RunError(f"no epoch gave a finite {self.task.metric} in validation: nothing to keep")
+        state.load_model_tensors(self.model, self.best_tensors, "the best epoch")
+        self.save_best()
+        history = self.state.history
+        return {
+            "best": self.state.best,
+            "final": history[-1],
+            "history": history,
+            "steps": self.state.step,
+            "seconds": sum(row["seconds"] for row in history),
+            "images_per_second": history[-1]["images_per_second"],
+            "peak_memory_mb": max(row["peak_memory_mb"] for row in history),
+            "weights_sha256": state.tensors_sha256(self.best_tensors),
+        }
+
+    def unfinished(self) -> bool:
+        """Epochs and steps are left, and patience: --early-stop epochs without a better one end the run."""
+        now, o = self.state, self.options
+        waited = now.epoch - (now.best["epoch"] if now.best else 0)
+        return now.epoch < o.epochs and now.step < self.last_step and not 0 < o.early_stop <= waited
+
+    def train_one_epoch(self) -> None:
+        """Optimizer steps from state.position to the end of the epoch, or to the last step of the run."""
+        now, every = self.state, self.options.save_every
+        batches = self.task.train_batches(now.epoch)[now.position :]
+        steps = distributed.share_steps(batches, self.options.grad_accum_steps)[: self.last_step - now.step]
+        loader = iter(self.task.train_loader(now.epoch, [batch for step in steps for batch in step.batches]))
+        self.progress.start_epoch(now, self.options.epochs, len(steps))
+        self.model.train()
+        for number, step in enumerate(steps, start=1):
+            with readable_errors(self.device, self.batch_size, f"step {now.step + 1}", self.saved):
+                stop = self.train_step(step, loader)
+            now.step += 1
+            now.position += step.microbatches
+            self.progress.step(now, self.total_steps, self.optimizer.param_groups[0]["lr"])
+            if stop or (every and now.step % every == 0 and number < len(steps)):
+                self.save_checkpoint()
+            if stop:
+                self.leave()
+        self.progress.end_epoch()
+
+    def train_step(self, step: distributed.Step, loader: Iterator[dict]) -> bool:
+        """One optimizer step; returns whether a signal has asked some process to stop after it.
+
+        One small tensor crosses from the device per step: loss, counts and gradient norm. That is the only
+        time the host waits for a GPU, and it waits before optimizer.step(), so a NaN never reaches a
+        weight.
+        """
+        now = self.state
+        torch.manual_seed(state.step_seed(self.options.seed, now.step, distributed.rank()))  # for dropout
+        optim.set_learning_rate(self.optimizer, self.lr_factor())
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, counted, stop
+        seen = []
+        for weight in step.weights:
+            batch = next(loader)
+            with distributed.no_sync(self.loss, wait=len(seen) + 1 < len(step.weights)):
+                with self.autocast():
+                    loss, stats = self.loss(to_device(batch, self.device))
+                self.scaler.scale(loss * weight).backward()
+            seen.append((batch, loss.detach(), stats))
+            if weight:
+                sums[0] += loss.detach() * (weight / distributed.world_size())
+                sums[1] += stats["correct"]
+                sums[2] += stats["count"]
+        sums[3] = self.signals.signum is not None
+        self.scaler.unscale_(self.optimizer)
+        norm = optim.clip_gradients(self.parameters, self.options.clip_grad)
+        mean, correct, counted, stop, norm = torch.cat(
+            (distributed.all_sum(sums), norm.double()[None])
+        ).tolist()
+
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
+        if math.isfinite(mean) and (math.isfinite(norm) or overflow):
+            self.scaler.step(
+                self.optimizer
+            )  # fp16 gradients that overflowed: no step, and the scale is halved
+            now.overflows += overflow
+            now.sums = [
+                a + b
+                for a, b in zip(now.sums, (mean * step.items, correct, counted, step.items), strict=True)
+            ]
+        else:
+            self.refuse_step(explain_nonfinite(self.task, self.model, now.step + 1, mean, seen))
+        self.scaler.update()
+        return stop > 0
+
+    def refuse_step(self, reason: str) -> None:
+        """--nan-policy: stop ends the run, skip leaves the weights as they are and goes on."""
+        if self.options.nan_policy == "stop":
+            kept = f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+            raise RunError(f"{reason}; {kept}. Try a smaller --lr, --clip-grad 1 or --nan-policy skip")
+        self.state.skipped += 1
+        self.progress.log(f"skipped: {reason}")
+
+    def end_epoch(self) -> None:
+        """Validates, keeps the best epoch's weights, writes the epoch's line and a checkpoint."""
+        now, metric, lr = self.state, self.task.metric, self.optimizer.param_groups[0]["lr"]
+        distributed.broadcast_buffers(self.model)
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            scores = distributed.gather_objects(self.task.evaluate(self.model))[0]
+        if not math.isfinite(scores["loss"]) and self.options.nan_policy == "stop":
+            raise RunError(f"epoch {now.epoch + 1}: validation loss {scores['loss']}; try a smaller --lr")
+        row = self.progress.epoch_row(now, lr, scores)
+        now.history.append(row)
+        now.epoch, now.position, now.seconds, now.sums = now.epoch + 1, 0, 0.0, [0.0] * 4
+        if self.options.sched == "plateau":
+            now.plateau.update(scores["loss"])
+        if row[metric] is not None and (
+            now.best is None or row[metric] > now.best[metric]
+        ):  # ties: the first
+            now.best = row
+            self.best_tensors = {n: state.portable(t) for n, t in state.model_tensors(self.model).items()}
+            self.save_best()
+        self.save_checkpoint()
+        self.progress.write_metrics(now.history)
+
+    def lr_factor(self) -> float:
+        o, warmup = self.options, round(self.options.warmup_ratio * self.total_steps)
+        return self.state.plateau.factor * optim.schedule_factor(
+            o.sched, self.state.step, self.total_steps, warmup
+        )
+
+    def autocast(self) -> AbstractContextManager:
+        amp = self.options.amp
+        return torch.autocast(self.device.type, dtype=AMP_DTYPES[amp], enabled=amp != "fp32")
+
+    def leave(self) -> None:
+        """Ends the process once rank 0 has written: torchrun stops all of them when the first one ends."""
+        distributed.barrier()
+        self.progress.end_epoch()
+        signum = int(self.signals.signum or signal.SIGTERM)
+        self.progress.log(f"stopped by signal {signum} after step {self.state.step}; checkpoint {self.saved}")
+        raise Interrupted(signum)
+
+    def save_best(self) -> None:
+        """The weights now in the model become the run's result: an adapter, or all of them in mode "full"."""
+        state.refuse_nonfinite(state.model_tensors(self.model), "the result")
+        if not distributed.is_main():
+            return
+        if self.task.mode == "full":
+            tensors = {name: state.portable(t) for name, t in self.model.state_dict().items()}
+            write_safetensors(self.run_dir / "model.safetensors", tensors)
+        else:
+            save_adapter(self.model, self.run_dir)
+
+    def save_checkpoint(self) -> None:
+        """All that changes while training; once per step at most."""
+        now = self.state
+        if self.saved is not None and checkpoint.step_of(self.saved) == now.step:
+            return
+        tensors, values = state.pack(now, self.model, self.optimizer, self.scaler, self.best_tensors)
+        if distributed.is_main():
+            checkpoint.save_checkpoint(self.run_dir, tensors, values, self.options.keep_last)
+        self.saved = checkpoint.directory_of(self.run_dir, now.step)
+
+    def load_checkpoint(self) -> None:
+        """Goes on where options.resume says; in a fresh run directory there is nothing to do."""
+        self.saved = checkpoint.choose(self.run_dir, self.options.resume, self.progress.log)
+        if self.saved is None:
+            return
+        tensors, values = checkpoint.load_checkpoint(self.saved)
+        self.state, self.best_tensors = state.unpack(
+            tensors, values, self.model, self.optimizer, self.scaler, str(self.saved)
+        )
+        self.progress.write_metrics(self.state.history)
+        self.progress.log(f"resumed from {self.saved}: epoch {self.state.epoch + 1}, step {self.state.step}")
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on the device; copies from pinned memory do not make the host wait."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
