@@ -1,0 +1,179 @@
+"""CLIP's byte-pair encoding.
+
+Radford et al. 2021, "Learning Transferable Visual Models" (simple_tokenizer.py of openai/CLIP); Sennrich et al. 2016.
+A text is brought to NFC, its white space made single, its letters lowered; it is cut into words, single digits,
+runs of other signs and English endings ('s 't 're 've 'm 'll 'd). The UTF-8 bytes of a piece are written with 256
+printable stand-ins, the last one marked "</w>", and neighbours are joined in the order of the merge list:
+    l o w e r</w> -> lo w e r</w> -> low e r</w> -> low er</w> -> lower</w>
+"""
+
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from reference_models.errors import ModelError
+from reference_models.textfiles import write_atomic
+from reference_models.tokenizer_base import WHITE_SPACE, Tokenizer
+
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+MERGES = (
+    49152 - 256 - 2
+)  # merges CLIP takes from its list of 262,144: the vocabulary is 49,408 with bytes and specials
+
+SPACES = re.compile(f"[{WHITE_SPACE}]+")
+# The cut works on a shadow of the text in which every letter beyond ASCII is "z", every numeral "0", every other
+# sign "!": none of them occurs in the endings or the special names, so spans in the shadow are spans in the text.
+WORDS = re.compile(r"<\|(?:start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-zA-Z]+|[0-9]|[^a-zA-Z0-9]+")
+SPECIAL_NAME = re.compile(r"(<\|)((?:start|end)oftext)(\|>)")
+
+
+class _Shadow(dict):
+    def __missing__(self, code: int) -> int:
+        group = unicodedata.category(chr(code))[0] if code > 127 else ""
+        self[code] = code if code < 128 else ord({"L": "z", "N": "0"}.get(group, "!"))
+        return self[code]
+
+
+SHADOW = _Shadow()
+
+
+def byte_letters() -> list[str]:
+    """The printable stand-in of each byte: itself where it prints in Latin-1, else the next one from U+0100."""
+    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in prints else next(others)) for byte in range(256)]
+
+
+BYTE_LETTERS = byte_letters()
+
+
+def clip_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's order: byte letters (those that print first), the same ending a word, the merges, the specials."""
+    letters = sorted(BYTE_LETTERS)
+    tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's tokenizer: <|startoftext|> text <|endoftext|>, at most 77 tokens, the last one kept when cutting.
+
+    merges: pairs in order of priority. vocab: None = CLIP's own numbering. pad_id: 0 as in OpenAI's code and
+    open_clip; transformers pads with <|endoftext|>. The text tower pools at the first <|endoftext|> and looks
+    backward only, so both give the same features.
+    clean_html=False is what transformers does; True first resolves entities ("&amp;amp;" -> "&"), as OpenAI's code and
+    open_clip do (their repair of mis-decoded text by the ftfy package is left out).
+    """
+
+    kind = "clip"
+    special = (START, END)
+
+    def __init__(
+        self,
+        merges: Sequence[tuple[str, str]],
+        vocab: Mapping[str, int] | None = None,
+        pad_id: int = 0,
+        clean_html: bool = False,
+        max_length: int = 77,
+        added: Mapping[str, int] | None = None,
+        where: str = "vocabulary",
+    ):
+        super().__init__(clip_vocab(merges) if vocab is None else vocab, added, max_length, where)
+        self.ranks: dict[tuple[str, str], int] = {}
+        for rank, pair in enumerate(merges):
+            for token in (*pair, "".join(pair)):
+                if token not in self.vocab:
+                    raise ModelError(
+                        f"{where}, merge {rank + 1} {' '.join(pair)!r}: {token!r} is not in the vocabulary"
+                    )
+            if self.ranks.setdefault(tuple(pair), rank) != rank:
+                raise ModelError(f"{where}, merge {rank + 1}: {' '.join(pair)!r} occurs twice")
+        if not 0 <= pad_id < self.vocab_size:
+            raise ModelError(f"{where}: pad_id {pad_id} is outside 0..{self.vocab_size - 1}")
+        self.pad_id, self.clean_html = pad_id, clean_html
+        self.start_id, self.eos_id = self.vocab[START], self.vocab[END]
+
+    def text_ids(self, text: str) -> list[int]:
+        if self.clean_html:
+            text = html.unescape(
+                html.unescape(text)
+            )  # twice, as OpenAI: captions from the web are often escaped twice
+        return super().text_ids(text)
+
+    def _chunks(self, text: str) -> Iterable[str]:
+        return filter(None, SPACES.split(text))
+
+    def _chunk(self, chunk: str) -> Iterable[int]:
+        for word in self.words(chunk):
+            yield from self._pieces(word)
+
+    def words(self, chunk: str) -> list[str]:
+        """A chunk without white space -> what the merges work on.  "It's 42!" gives it, 's and 4, 2, !"""
+        chunk = unicodedata.normalize("NFC", chunk)
+        chunk = "".join(char.lower() for char in chunk)  # letter by letter: no final sigma
+        words: list[str] = []
+        for match in WORDS.finditer(chunk.translate(SHADOW)):
+            word = chunk[match.start() : match.end()]
+            name = SPECIAL_NAME.fullmatch(word)
+            words.extend(name.groups() if name else [word])
+        return words
+
+    def _pieces(self, word: str) -> list[int]:
+        letters = [BYTE_LETTERS[byte] for byte in word.encode("utf-8", errors="replace")]
+        letters[-1] += WORD_END
+        while len(letters) > 1:
+            pairs = zip(letters, letters[1:], strict=False)
+            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if best not in self.ranks:
+                break
+            letters = _merge(letters, best)
+        return [
+            self.vocab.get(letter, self.eos_id) for letter in letters
+        ]  # <|endoftext|> is also the unknown token
+
+    def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        if pair is not None:
+            raise ModelError("CLIP reads single texts; join the two before tokenizing")
+        return [self.start_id, *ids, self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The lowered text, words joined by spaces, special tokens left out."""
+        tokens = (self.tokens[int(i)] for i in ids)
+        text = "".join(token for token in tokens if token not in self.added)
+        values = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+        words = [
+            bytes(values[letter] for letter in word if letter in values) for word in text.split(WORD_END)
+        ]
+        return b" ".join(words).decode("utf-8", errors="replace").strip()
+
+    def save(self, directory: str | Path) -> None:
+        """Write vocab.json, merges.txt and tokenizer_config.json, which load_tokenizer and transformers read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / "vocab.json", json.dumps(self.vocab, ensure_ascii=False).encode())
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks)]
+        write_atomic(directory / "merges.txt", ("\n".join(lines) + "\n").encode())
+        # pad_token is for transformers, which would find a "!" (id 0) of the text and take it for padding.
+        names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            **names,
+            "pad_id": self.pad_id,
+            "clean_html": self.clean_html,
+        }
+        self._save_config(directory, config)
+
+
+def _merge(letters: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of the pair, from left to right."""
+    merged, at = [], 0
+    while at < len(letters):
+        if at + 1 < len(letters) and (letters[at], letters[at + 1]) == pair:
+            merged.append(letters[at] + letters[at + 1])
+            at += 2
+        else:
+            merged.append(letters[at])
+            at += 1
+    return merged

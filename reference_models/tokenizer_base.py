@@ -1,0 +1,195 @@
+"""What both tokenizers share: special tokens inside a text, truncation, padding, counting, saving."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from reference_models.errors import ModelError
+from reference_models.textfiles import write_atomic
+
+# Unicode's White_Space. Python's `\s` also takes U+001C..U+001F, which the reference tokenizers do not.
+WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+CACHE_LIMIT = 1 << 16  # chunks remembered; a few MB
+
+
+def numbered(vocab: Mapping[str, int] | Sequence[str], where: str) -> dict[str, int]:
+    """Token -> id, checked: ids 0..n-1, each once. `where` names the file in errors."""
+    if not isinstance(vocab, Mapping):
+        ids: dict[str, int] = {}
+        for i, token in enumerate(vocab):
+            if token in ids:
+                raise ModelError(
+                    f"{where}, line {i + 1}: token {token!r} is already on line {ids[token] + 1}"
+                )
+            ids[token] = i
+        return ids
+    seen: dict[int, str] = {}
+    for token, i in vocab.items():
+        if not isinstance(token, str) or isinstance(i, bool) or not isinstance(i, int):
+            raise ModelError(f"{where}, key {token!r}: a token id must be a whole number, not {i!r}")
+        if i in seen:
+            raise ModelError(f"{where}, key {token!r}: id {i} is already taken by {seen[i]!r}")
+        seen[i] = token
+    missing = next((i for i in range(len(seen)) if i not in seen), None)
+    if missing is not None:
+        raise ModelError(
+            f"{where}: {len(seen)} tokens, but none has id {missing}; ids must be 0..{len(seen) - 1}"
+        )
+    return dict(vocab)
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Lengths of a pair after cutting the longer text first, both evenly once they are equal.
+
+    >>> longest_first(4, 20, 16), longest_first(20, 30, 15)
+    ((4, 12), (7, 8))
+    """
+    if first + second <= room:
+        return first, second
+    short, long = sorted((first, second))
+    if 2 * short <= room:
+        long = room - short
+    else:
+        short, long = room // 2, room - room // 2
+    return (long, short) if first > second else (short, long)
+
+
+class Tokenizer(ABC):
+    """Text -> ids. Subclasses say how one whitespace-free chunk is cut (`_chunk`) and which ids frame a text.
+
+    `added` are tokens found in the raw text before any cleaning ("[SEP]", "<|endoftext|>" and the like), as the
+    tokenizers library does: a text that contains one gets its id.
+    `truncated` counts the texts that were cut since the tokenizer was made (or since it was set to 0).
+    """
+
+    kind: str
+    special: tuple[str, ...]  # tokens every vocabulary of this kind must have
+    has_types = False
+
+    def __init__(self, vocab, added: Mapping[str, int] | None, max_length: int, where: str):
+        self.vocab = numbered(vocab, where)
+        for token in self.special:
+            if token not in self.vocab:
+                raise ModelError(
+                    f"{where}: the special token {token!r} is missing; is this a {self.kind} vocabulary?"
+                )
+        for token, i in (added or {}).items():
+            if self.vocab.setdefault(token, i) != i:
+                raise ModelError(
+                    f"{where}, added token {token!r}: id {i}, but the vocabulary says {self.vocab[token]}"
+                )
+        self.vocab = numbered(self.vocab, where)
+        self.added = {token: self.vocab[token] for token in (*self.special, *(added or ()))}
+        self.tokens = sorted(self.vocab, key=self.vocab.__getitem__)
+        self.max_length = max_length
+        self.truncated = 0
+        self._cache: dict[str, tuple[int, ...]] = {}
+        longest = sorted(filter(None, self.added), key=len, reverse=True)
+        self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    # ---- text -> ids
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of one text without the framing special tokens."""
+        ids: list[int] = []
+        for part in self._added_pattern.split(text):
+            if part in self.added:
+                ids.append(self.added[part])
+                continue
+            for chunk in self._chunks(part):
+                known = self._cache.get(chunk)
+                if known is None:
+                    if len(self._cache) >= CACHE_LIMIT:
+                        self._cache.clear()
+                    known = self._cache[chunk] = tuple(self._chunk(chunk))
+                ids.extend(known)
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text with the framing special tokens, not cut."""
+        return self._frame(self.text_ids(text))
+
+    @abstractmethod
+    def _chunks(self, text: str) -> Iterable[str]:
+        """A text cut where no word can cross, so that chunks can be remembered."""
+
+    @abstractmethod
+    def _chunk(self, chunk: str) -> Iterable[int]:
+        """Ids of one chunk."""
+
+    @abstractmethod
+    def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        """A text's ids, or a pair's, between the special tokens."""
+
+    def __call__(
+        self,
+        texts: list[str],
+        pairs: list[str] | None = None,
+        max_length: int | None = None,
+        padding: bool | int = True,
+    ) -> dict[str, torch.Tensor]:
+        """A batch: int64 tensors `input_ids`, `attention_mask` and, for WordPiece, `token_type_ids`.   (B, T)
+
+        max_length: rows are cut to it (None = the model's own: 77 for CLIP, 512 for BERT), keeping the special
+        tokens; of a pair the longer text is cut first. padding: True pads to the longest row; a number pads (and
+        cuts) every row to that length; False demands rows of one length.
+        Raises ModelError for anything but lists of strings, or a limit with no room for the special tokens.
+        """
+        _check_strings("texts", texts)
+        if pairs is not None:
+            _check_strings("pairs", pairs)
+            if len(pairs) != len(texts):
+                raise ModelError(f"{len(texts)} texts but {len(pairs)} pairs: give one pair for every text")
+        limit = self.max_length if max_length is None else max_length
+        fixed = padding if isinstance(padding, int) and not isinstance(padding, bool) else None
+        limit = limit if fixed is None else min(limit, fixed)
+        rows = [
+            self._row(text, pairs[i] if pairs is not None else None, limit) for i, text in enumerate(texts)
+        ]
+        lengths = [len(ids) for ids, _ in rows]
+        width = fixed or max(lengths, default=0)
+        if padding is False and any(n != width for n in lengths):
+            raise ModelError("padding=False, but the texts have different lengths; use padding=True")
+        ids = [row + [self.pad_id] * (width - len(row)) for row, _ in rows]
+        mask = [[1] * n + [0] * (width - n) for n in lengths]
+        batch = {"input_ids": _tensor(ids, width), "attention_mask": _tensor(mask, width)}
+        if self.has_types:
+            types = [[0] * n + [1] * (len(row) - n) + [0] * (width - len(row)) for row, n in rows]
+            batch["token_type_ids"] = _tensor(types, width)
+        return batch
+
+    def _row(self, text: str, pair: str | None, limit: int) -> tuple[list[int], int]:
+        """One framed row, cut to `limit`, and how many of its tokens belong to the first text."""
+        first, second = self.text_ids(text), None if pair is None else self.text_ids(pair)
+        room = limit - len(self._frame([], None if pair is None else []))
+        if room < 0:
+            raise ModelError(f"max_length {limit} has no room for the special tokens alone ({limit - room})")
+        keep = longest_first(len(first), len(second or ()), room)
+        self.truncated += keep != (len(first), len(second or ()))
+        first = first[: keep[0]]
+        return self._frame(first, None if second is None else second[: keep[1]]), len(self._frame(first))
+
+    # ---- files
+    def _save_config(self, directory: Path, config: dict) -> None:
+        flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        config["model_max_length"] = self.max_length
+        config["added_tokens_decoder"] = {
+            str(i): {"content": token, **flags} for token, i in self.added.items()
+        }
+        write_atomic(directory / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _check_strings(name: str, values: object) -> None:
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise ModelError(f"{name} must be a list of strings; a single text goes in brackets: [text]")
+
+
+def _tensor(rows: list[list[int]], width: int) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)

@@ -1,0 +1,157 @@
+"""Text to ids: WordPiece (BERT) and CLIP's byte-pair encoding, from the files that checkpoints come with.
+
+    tokenizer = load_tokenizer("bert-base-uncased")            # directory or file
+    batch = tokenizer(["what colour is it?"], pairs=["red"])   # int64 tensors (B, T)
+
+A directory may hold tokenizer.json, vocab.txt, vocab.json + merges.txt or bpe_simple_vocab_16e6.txt.gz (looked for in
+this order, as transformers does); tokenizer_config.json beside them sets lower-casing, lengths and padding.
+"""
+
+import gzip
+import zlib
+from pathlib import Path
+
+from reference_models.bpe import MERGES, WORD_END, ClipTokenizer
+from reference_models.errors import ModelError
+from reference_models.textfiles import decode_utf8, read_object, read_text
+from reference_models.tokenizer_base import Tokenizer
+from reference_models.wordpiece import WordPieceTokenizer, build_wordpiece_vocab
+
+__all__ = ["ClipTokenizer", "Tokenizer", "WordPieceTokenizer", "build_wordpiece_vocab", "load_tokenizer"]
+
+NAMES = ("tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
+OPEN_END = 1_000_000  # transformers writes 1e30 for "no limit"
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file or directory. Raises ModelError naming the file and the line or key that is wrong."""
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in NAMES if (path / name).is_file()), None)
+        if found is None:
+            raise ModelError(f"{path}: no tokenizer here; looked for {', '.join(NAMES)}")
+        path = found
+    if not path.is_file():
+        raise ModelError(f"{path}: no such tokenizer file or directory")
+    settings = path.with_name("tokenizer_config.json")
+    config = read_object(settings) if settings.is_file() and settings != path else {}
+    if path.suffix == ".gz":
+        return ClipTokenizer(_read_gz(path), where=str(path), **_clip_options(config, settings))
+    if path.name == "merges.txt":
+        path = path.with_name("vocab.json")
+    if path.suffix == ".json":
+        data = read_object(path)
+        if "model" in data and not isinstance(data["model"], int):
+            return _from_tokenizer_json(data, path, config, settings)
+        merges = path.with_name("merges.txt")
+        if not merges.is_file():
+            raise ModelError(f"{merges}: missing; {path.name} needs its merge list beside it")
+        return ClipTokenizer(_read_merges(merges), data, where=str(path), **_clip_options(config, settings))
+    return WordPieceTokenizer(_read_vocab(path), where=str(path), **_wordpiece_options(config, settings))
+
+
+def _read_vocab(path: Path) -> list[str]:
+    lines = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise ModelError(f"{path}, line {number}: empty; a vocabulary has one token on every line")
+    return lines
+
+
+def _parse_merges(lines: list[str], path: Path) -> list[tuple[str, str]]:
+    start = (
+        1 if lines and "#version" in lines[0] else 0
+    )  # CLIP's first line is `"bpe_simple_vocab...#version: 0.2`
+    merges = []
+    for number, line in enumerate(lines[start:], start + 1):
+        pair = tuple(line.removesuffix("\r").split(" "))
+        if len(pair) != 2 or not all(pair):
+            raise ModelError(
+                f"{path}, line {number}: a merge is two pieces with one space between, not {line[:80]!r}"
+            )
+        merges.append(pair)
+    return merges
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    return _parse_merges(read_text(path).rstrip("\r\n").split("\n"), path)
+
+
+def _read_gz(path: Path) -> list[tuple[str, str]]:
+    try:
+        with gzip.open(path) as file:
+            data = file.read(1 << 26)  # the real one is 3 MB; a bomb stops here
+    except (OSError, EOFError, zlib.error) as error:
+        raise ModelError(f"{path}: not a complete gzip file ({error})") from None
+    lines = decode_utf8(data, path).split("\n")
+    return _parse_merges([line for line in lines[: MERGES + 1] if line], path)
+
+
+def _from_tokenizer_json(data: dict, path: Path, config: dict, settings: Path) -> Tokenizer:
+    model = data["model"]
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        raise ModelError(f"{path}, key model.vocab: expected an object of token: id")
+    added = _added(data.get("added_tokens") or [], path)
+    kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
+    if kind == "WordPiece":
+        options = _wordpiece_options(config, settings) | _normalizer_options(data.get("normalizer"), path)
+        if model.get("continuing_subword_prefix", "##") != "##":
+            raise ModelError(f"{path}, key model.continuing_subword_prefix: only '##' is known")
+        options |= {"added": added, "max_word": model.get("max_input_chars_per_word", 100)}
+        return WordPieceTokenizer(model["vocab"], where=str(path), **options)
+    if kind == "BPE" and model.get("end_of_word_suffix") == WORD_END:
+        lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model.get("merges") or []]
+        options = _clip_options(config, settings) | {"added": added}
+        return ClipTokenizer(_parse_merges(lines, path), model["vocab"], where=str(path), **options)
+    raise ModelError(
+        f"{path}, key model.type: {kind!r} is neither WordPiece (BERT) nor CLIP's byte-pair encoding"
+    )
+
+
+def _normalizer_options(normalizer: object, path: Path) -> dict:
+    if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
+        raise ModelError(f"{path}, key normalizer.type: WordPiece is read with BertNormalizer only")
+    return {
+        "lowercase": normalizer.get("lowercase", True),
+        "strip_accents": normalizer.get("strip_accents"),
+        "split_cjk": normalizer.get("handle_chinese_chars", True),
+    }
+
+
+def _added(entries: list | dict, path: Path) -> dict[str, int]:
+    """Added tokens from tokenizer.json (a list) or tokenizer_config.json (id -> entry)."""
+    if isinstance(entries, dict):
+        entries = [{"id": key, **entry} for key, entry in entries.items() if isinstance(entry, dict)]
+    try:
+        return {entry["content"]: int(entry["id"]) for entry in entries}
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: an added token needs `content` and a whole-number `id`") from None
+
+
+def _length(config: dict, settings: Path, default: int) -> int:
+    length = config.get("model_max_length", default)
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 2:
+        raise ModelError(f"{settings}, key model_max_length: expected a number of tokens, not {length!r}")
+    return default if length > OPEN_END else int(length)
+
+
+def _wordpiece_options(config: dict, settings: Path) -> dict:
+    return {
+        "lowercase": bool(config.get("do_lower_case", True)),
+        "strip_accents": config.get("strip_accents"),
+        "split_cjk": bool(config.get("tokenize_chinese_chars", True)),
+        "max_length": _length(config, settings, 512),
+        "added": _added(config.get("added_tokens_decoder") or {}, settings),
+    }
+
+
+def _clip_options(config: dict, settings: Path) -> dict:
+    pad = config.get("pad_id", 0)
+    if isinstance(pad, bool) or not isinstance(pad, int):
+        raise ModelError(f"{settings}, key pad_id: expected a token id, not {pad!r}")
+    return {
+        "pad_id": pad,
+        "clean_html": bool(config.get("clean_html", False)),
+        "max_length": _length(config, settings, 77),
+        "added": _added(config.get("added_tokens_decoder") or {}, settings),
+    }

@@ -1,0 +1,197 @@
+"""WordPiece as BERT uses it, and a small trainer for its vocabulary.
+
+Devlin et al. 2018, "BERT" (tokenization.py of google-research/bert). A text is cleaned of control characters, CJK
+ideographs are set apart, accents are stripped (NFD without its nonspacing marks), letters lowered, punctuation
+set apart; each word is then cut greedily into the longest pieces of the vocabulary, "##" marking a continuation:
+    unaffable -> un ##aff ##able          a word that cannot be cut, or of more than 100 characters -> [UNK]
+"""
+
+import heapq
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from reference_models.errors import ModelError
+from reference_models.textfiles import write_atomic
+from reference_models.tokenizer_base import Tokenizer
+
+PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+# Separators that survive the cleaning; the control characters among White_Space are deleted before they separate.
+SEPARATOR = re.compile("[\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+CJK = re.compile(
+    "([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f])"
+)
+# Where the general category differs: ASCII symbols are punctuation to BERT; the others were reclassified after
+# Unicode 8, whose tables the tokenizers library uses.
+CATEGORIES = dict.fromkeys("$+<=>^`|~\u166d\U000111c9", "Po") | {
+    **{"\ufffd": "Cc", "\u1734": "Mn", "\ua9bd": "Mc", "\u1885": "Lo", "\u1886": "Lo"}
+}
+
+
+def category(char: str) -> str:
+    """Unicode's general category as BERT's tokenizer sees it."""
+    return CATEGORIES.get(char) or unicodedata.category(char)
+
+
+def is_dropped(char: str) -> bool:
+    """Control, format, private-use and surrogate characters; unassigned code points (Cn) stay."""
+    return category(char) in ("Cc", "Cf", "Co", "Cs")
+
+
+def is_punctuation(char: str) -> bool:
+    return category(char).startswith("P")
+
+
+class WordPieceTokenizer(Tokenizer):
+    """BERT's tokenizer: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP] with token types 0 and 1.
+
+    vocab: tokens in the order of their ids, or token -> id. lowercase=False is for cased models; strip_accents=None
+    follows lowercase. Raises ModelError for a missing special token or a token that occurs twice.
+    """
+
+    kind = "wordpiece"
+    special = (PAD, UNK, CLS, SEP)
+    has_types = True
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int] | Sequence[str],
+        lowercase: bool = True,
+        strip_accents: bool | None = None,
+        split_cjk: bool = True,
+        max_length: int = 512,
+        max_word: int = 100,
+        added: Mapping[str, int] | None = None,
+        where: str = "vocabulary",
+    ):
+        super().__init__(vocab, added, max_length, where)
+        if MASK in self.vocab:
+            super().__init__(self.vocab, {MASK: self.vocab[MASK], **(added or {})}, max_length, where)
+        self.lowercase, self.split_cjk, self.max_word = lowercase, split_cjk, max_word
+        self.strip_accents = strip_accents
+        self.pad_id, self.unk_id, self.cls_id, self.eos_id = (self.vocab[t] for t in self.special)
+        self.longest = max(map(len, self.vocab))
+
+    def _chunks(self, text: str) -> Iterable[str]:
+        return filter(None, SEPARATOR.split(text))
+
+    def _chunk(self, chunk: str) -> Iterable[int]:
+        for word in self.words(chunk):
+            yield from self._pieces(word)
+
+    def words(self, chunk: str) -> list[str]:
+        """A chunk without separators -> its words after cleaning.  "Tōkyō's" -> ["tokyo", "'", "s"]"""
+        if not chunk.isascii():
+            chunk = "".join(char for char in chunk if not is_dropped(char))
+            if self.split_cjk:
+                chunk = CJK.sub(r" \1 ", chunk)
+            if self.lowercase if self.strip_accents is None else self.strip_accents:
+                decomposed = unicodedata.normalize("NFD", chunk)
+                chunk = "".join(char for char in decomposed if category(char) != "Mn")
+            if self.lowercase:  # letter by letter: str.lower would write a final sigma differently
+                chunk = "".join(char.lower() for char in chunk)
+        else:
+            chunk = "".join(char for char in chunk if " " <= char < "\x7f")
+            chunk = chunk.lower() if self.lowercase else chunk
+        spaced = "".join(f" {char} " if is_punctuation(char) else char for char in chunk)
+        return [word for word in SEPARATOR.split(spaced) if word]
+
+    def _pieces(self, word: str) -> list[int]:
+        if len(word) > self.max_word:
+            return [self.unk_id]
+        ids, start, prefix = [], 0, ""
+        while start < len(word):
+            for end in range(min(len(word), start + self.longest), start, -1):
+                found = self.vocab.get(prefix + word[start:end])
+                if found is not None:
+                    break
+            else:
+                return [self.unk_id]
+            ids.append(found)
+            start, prefix = end, "##"
+        return ids
+
+    def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        tail = [] if pair is None else [*pair, self.eos_id]
+        return [self.cls_id, *ids, self.eos_id, *tail]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Words joined by spaces, special tokens left out; case, accents and spacing are gone for good."""
+        tokens = (self.tokens[int(i)] for i in ids)
+        return " ".join(token for token in tokens if token not in self.added).replace(" ##", "")
+
+    def save(self, directory: str | Path) -> None:
+        """Write vocab.txt and tokenizer_config.json, which load_tokenizer and transformers read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / "vocab.txt", "".join(f"{token}\n" for token in self.tokens).encode())
+        config = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": self.lowercase,
+            "strip_accents": self.strip_accents,
+            "tokenize_chinese_chars": self.split_cjk,
+        }
+        self._save_config(directory, config)
+
+
+def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
+    """Learn at most `size` pieces from English texts: join the most frequent neighbouring pair, again and again.
+
+    The list starts with the special tokens and every printable ASCII character, alone and as "##c", so that no
+    English word becomes [UNK]; words with other characters teach nothing. Deterministic: of two pairs equally
+    frequent the alphabetically first is joined. (Sennrich et al. 2016, with BERT's notation of the pieces.)
+    Raises ModelError when `size` is too small for the characters alone.
+    """
+    ascii_chars = [chr(code) for code in range(33, 127)]
+    vocab = [PAD, UNK, CLS, SEP, MASK, *ascii_chars, *(f"##{char}" for char in ascii_chars)]
+    if size < len(vocab):
+        raise ModelError(f"a WordPiece vocabulary needs at least {len(vocab)} pieces, not {size}")
+    splitter, counts = WordPieceTokenizer(vocab), Counter()
+    for text in texts:
+        for chunk in splitter._chunks(text):
+            counts.update(word for word in splitter.words(chunk) if word.isascii())
+    words = [([word[0], *(f"##{char}" for char in word[1:])], n) for word, n in sorted(counts.items())]
+    pairs, places = Counter(), defaultdict(set)  # pair -> how often, pair -> words that had it once
+    for i, (pieces, n) in enumerate(words):
+        for pair in zip(pieces, pieces[1:], strict=False):
+            pairs[pair] += n
+            places[pair].add(i)
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    known = set(vocab)
+    while heap and len(vocab) < size:
+        n, best = heapq.heappop(heap)
+        if -n != pairs[best] or n == 0:  # counted again since: the fresh entry is in the heap as well
+            continue
+        joined = best[0] + best[1].removeprefix("##")
+        if joined not in known:  # "a ##bc" and "ab ##c" both give "abc"
+            known.add(joined)
+            vocab.append(joined)
+        changed = set()
+        for i in places.pop(best):
+            changed |= _join(words[i], i, best, joined, pairs, places)
+        for pair in changed - {best}:
+            heapq.heappush(heap, (-pairs[pair], pair))
+        del pairs[best]
+    return vocab
+
+
+def _join(word: tuple[list[str], int], i: int, best, joined: str, pairs: Counter, places: dict) -> set:
+    """Join `best` in one word, in place; moves its counts from the old pairs to the new and returns both."""
+    pieces, n = word
+    old = list(zip(pieces, pieces[1:], strict=False))
+    at = 0
+    while at < len(pieces) - 1:
+        if (pieces[at], pieces[at + 1]) == best:
+            pieces[at : at + 2] = [joined]
+        at += 1
+    new = list(zip(pieces, pieces[1:], strict=False))
+    for pair in old:
+        pairs[pair] -= n
+    for pair in new:
+        pairs[pair] += n
+        places[pair].add(i)
+    return {*old, *new}
