@@ -11,7 +11,7 @@ Works on any nn.Module whose layers are called; the names and meanings of the co
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from minilora.errors import UserError
 from minilora.lora import InputDropout, LoRALinear
+from minilora.targets import below, find_targets, from_pattern, saved_modules
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
 
@@ -79,8 +80,8 @@ class LoRAConfig:
     def layer_options(self, name: str) -> dict:
         """The arguments of LoRALinear for the layer called `name`, patterns applied."""
         return {
-            "r": _from_pattern(name, self.rank_pattern, self.r),
-            "lora_alpha": _from_pattern(name, self.alpha_pattern, self.lora_alpha),
+            "r": from_pattern(name, self.rank_pattern, self.r),
+            "lora_alpha": from_pattern(name, self.alpha_pattern, self.lora_alpha),
             **{
                 key: getattr(self, key)
                 for key in ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
@@ -118,68 +119,6 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     return model
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Dotted names of the layers that `config` adapts, in the model's order; UserError where a target finds
-    none.
-    """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    targets, spared = config.target_modules, saved_modules(model, config)
-    if targets == "all-linear":
-        heads = spared + list(getattr(model, "head_modules", ()))
-        found = [n for n in linears if type(linears[n]) is nn.Linear and not any(_below(n, h) for h in heads)]
-    elif isinstance(targets, str):
-        found = [name for name in linears if re.fullmatch(targets, name)]
-    else:
-        found = [name for name in linears if any(matches(name, target) for target in targets)]
-        for target in targets:
-            if not any(matches(name, target) for name in found):
-                raise UserError(_no_match(model, target, linears))
-    if config.layers_to_transform is not None:
-        found = [name for name in found if _layer_number(name) in config.layers_to_transform]
-    if not found and targets:
-        message = _no_match(model, targets, linears, config.layers_to_transform)
-        hint = " (one string is a regular expression for the whole name; write a tuple of names)"
-        raise UserError(message + hint * (isinstance(targets, str) and targets != "all-linear"))
-    for name in found:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
-            raise UserError(
-                f"inject_lora: {name!r} belongs to an nn.MultiheadAttention, which reads the weights of its "
-                "projections instead of calling them: LoRA would have no effect. Target other layers, or use a "
-                "model with separate q_proj, k_proj, v_proj and out_proj, such as those of reference_models."
-            )
-        if any(_below(name, head) for head in spared):
-            raise UserError(
-                f"inject_lora: {name!r} is both in target_modules and in modules_to_save; choose one"
-            )
-    return found
-
-
-def matches(name: str, target: str) -> bool:
-    """True if `target` is `name`, its end after a dot, or "first.rest" with name below `first` and ending in
-    rest.
-    """
-    first, _, rest = target.partition(".")
-    return _ends(name, target) or bool(rest) and name.startswith(first + ".") and _ends(name, rest)
-
-
-def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Full names of the modules (or parameters) of `modules_to_save`; UserError where a name finds
-    nothing.
-    """
-    known = [name for name, _ in model.named_modules() if name] + [
-        name for name, _ in model.named_parameters()
-    ]
-    found = {target: [name for name in known if _ends(name, target)] for target in config.modules_to_save}
-    for target, names in found.items():
-        if not names:
-            top = ", ".join(name for name, _ in model.named_children())
-            raise UserError(
-                f"inject_lora: modules_to_save names {target!r}, which this model has not; it has {top}"
-            )
-    return [name for names in found.values() for name in names]
-
-
 def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:
     """Freeze everything, then make trainable: adapters, modules_to_save, and biases and norms as
     configured.
@@ -188,7 +127,7 @@ def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
             bool(re.search(r"(^|\.)lora_(A\.weight|B\.weight|magnitude_vector)$", name))
-            or any(_below(name, module) for module in saved)
+            or any(below(name, module) for module in saved)
             or (config.bias == "all" and name.endswith("bias"))
             or (config.bias == "lora_only" and name.endswith("base_layer.bias"))
         )
@@ -281,43 +220,3 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count every parameter once, adapters included; buffers are not parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
-
-
-def _ends(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
-def _below(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
-def _layer_number(name: str) -> int | None:
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    return int(numbers[-1]) if numbers else None
-
-
-def _from_pattern(name: str, pattern: dict, default):
-    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
-
-
-def _no_match(model: nn.Module, targets, linears: dict, layers=None) -> str:
-    kinds = {type(module).__name__ for name, module in model.named_modules() if _ends(name, str(targets))}
-    if kinds:
-        return f"inject_lora: target {targets!r} is a {kinds.pop()}, not an nn.Linear; choose {_choices(linears)}"
-    where = "" if layers is None else f" in layers {list(layers)}"
-    return (
-        f"inject_lora: target {targets!r} matches no linear layer{where}; this model has {_choices(linears)}"
-    )
-
-
-def _choices(linears: dict) -> str:
-    kinds: dict[str, int] = {}
-    for name in linears:
-        kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
-    return ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none at all"
-
-
-def fields_of(config: LoRAConfig) -> dict:
-    """The configuration as a plain dictionary, tuples as lists, ready for JSON."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,0 +1,107 @@
+"""Choose layers by name: which linear layers of a model a LoRAConfig means, and what to say when it means
+none.
+
+The rules are PEFT's: a name is a full dotted name or its end after a dot; one string is a regular expression.
+"""
+
+import re
+
+from torch import nn
+
+from minilora.errors import UserError
+
+
+def find_targets(model: nn.Module, config) -> list[str]:
+    """Dotted names of the layers that `config` adapts, in the model's order; UserError where a target finds
+    none.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets, spared = config.target_modules, saved_modules(model, config)
+    if targets == "all-linear":
+        heads = spared + list(getattr(model, "head_modules", ()))
+        found = [n for n in linears if type(linears[n]) is nn.Linear and not any(below(n, h) for h in heads)]
+    elif isinstance(targets, str):
+        found = [name for name in linears if re.fullmatch(targets, name)]
+    else:
+        found = [name for name in linears if any(matches(name, target) for target in targets)]
+        for target in targets:
+            if not any(matches(name, target) for name in found):
+                raise UserError(_no_match(model, target, linears))
+    if config.layers_to_transform is not None:
+        found = [name for name in found if _layer_number(name) in config.layers_to_transform]
+    if not found and targets:
+        message = _no_match(model, targets, linears, config.layers_to_transform)
+        hint = " (one string is a regular expression for the whole name; write a tuple of names)"
+        raise UserError(message + hint * (isinstance(targets, str) and targets != "all-linear"))
+    for name in found:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise UserError(
+                f"inject_lora: {name!r} belongs to an nn.MultiheadAttention, which reads the weights of its "
+                "projections instead of calling them: LoRA would have no effect. Target other layers, or use a "
+                "model with separate q_proj, k_proj, v_proj and out_proj, such as those of reference_models."
+            )
+        if any(below(name, head) for head in spared):
+            raise UserError(
+                f"inject_lora: {name!r} is both in target_modules and in modules_to_save; choose one"
+            )
+    return found
+
+
+def matches(name: str, target: str) -> bool:
+    """True if `target` is `name`, its end after a dot, or "first.rest" with name below `first` and ending in
+    rest.
+    """
+    first, _, rest = target.partition(".")
+    return ends(name, target) or bool(rest) and name.startswith(first + ".") and ends(name, rest)
+
+
+def saved_modules(model: nn.Module, config) -> list[str]:
+    """Full names of the modules (or parameters) of `modules_to_save`; UserError where a name finds
+    nothing.
+    """
+    known = [name for name, _ in model.named_modules() if name] + [
+        name for name, _ in model.named_parameters()
+    ]
+    found = {target: [name for name in known if ends(name, target)] for target in config.modules_to_save}
+    for target, names in found.items():
+        if not names:
+            top = ", ".join(name for name, _ in model.named_children())
+            raise UserError(
+                f"inject_lora: modules_to_save names {target!r}, which this model has not; it has {top}"
+            )
+    return [name for names in found.values() for name in names]
+
+
+def ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def below(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def _layer_number(name: str) -> int | None:
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return int(numbers[-1]) if numbers else None
+
+
+def from_pattern(name: str, pattern: dict, default):
+    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def _no_match(model: nn.Module, targets, linears: dict, layers=None) -> str:
+    kinds = {type(module).__name__ for name, module in model.named_modules() if ends(name, str(targets))}
+    if kinds:
+        return f"inject_lora: target {targets!r} is a {kinds.pop()}, not an nn.Linear; choose {_choices(linears)}"
+    where = "" if layers is None else f" in layers {list(layers)}"
+    return (
+        f"inject_lora: target {targets!r} matches no linear layer{where}; this model has {_choices(linears)}"
+    )
+
+
+def _choices(linears: dict) -> str:
+    kinds: dict[str, int] = {}
+    for name in linears:
+        kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none at all"
