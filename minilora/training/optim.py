@@ -111,13 +111,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """The 2-norm over all gradients, () on the device, before they are scaled down to `max_norm` (0 = never).
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm over all gradients, () on their device: one number that also says whether all are finite."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    It is computed without clipping too: that one number says whether every gradient is finite.
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
+    """Scales all gradients by max_norm / norm where their norm is larger than max_norm; 0 = never."""
+    if 0 < max_norm < norm:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], max_norm / norm)

@@ -62,14 +62,14 @@ class Progress:
                 return
             self.bar = tqdm(total=steps, desc=self.title, leave=False, dynamic_ncols=True)
 
-    def step(self, state: TrainState, total_steps: int, lr: float) -> None:
+    def step(self, state: TrainState, total_steps: int) -> None:
         """After an optimizer step: takes the time; every log_interval-th time says how the run does."""
         self.steps += 1
         elapsed = time.perf_counter() - self.started
         state.seconds = self.before + elapsed
         loss, correct, counted, items = state.sums
         line = f"step {state.step}/{total_steps} loss {loss / max(items, 1):.4f}"
-        line += f" accuracy {correct / max(counted, 1):.4f} lr {lr:.2e}"
+        line += f" accuracy {correct / max(counted, 1):.4f} lr {state.lr:.2e}"
         if self.bar is not None:
             self.bar.set_postfix_str(line, refresh=False)
             self.bar.update()
@@ -85,10 +85,10 @@ class Progress:
             self.bar.close()
             self.bar = None
 
-    def epoch_row(self, state: TrainState, lr: float, scores: dict) -> dict:
+    def epoch_row(self, state: TrainState, scores: dict) -> dict:
         """The epoch's row of metrics.jsonl, logged; the seconds and images/s leave validation out."""
         loss, correct, counted, items = state.sums
-        row = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
+        row = {"epoch": state.epoch + 1, "step": state.step, "lr": state.lr}
         row |= {"train_loss": loss / items if items else None}
         row |= {"train_accuracy": correct / counted if counted else None}
         row |= {"val_loss" if name == "loss" else name: value for name, value in scores.items()}

@@ -21,7 +21,8 @@ class TrainState:
     step: int = 0  # optimizer steps taken
     epoch: int = 0  # epochs finished
     position: int = 0  # microbatches of the present epoch that are used up
-    seconds: float = 0.0  # of the present epoch, before a resume
+    lr: float = 0.0  # of the last step
+    seconds: float = 0.0  # that the present epoch has taken
     sums: list[float] = field(
         default_factory=lambda: [0.0] * 4
     )  # of the present epoch: loss, correct, counted, items

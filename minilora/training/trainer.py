@@ -128,10 +128,11 @@ class Trainer:
         }
 
     def unfinished(self) -> bool:
-        """Epochs and steps are left, and patience: --early-stop epochs without a better one end the run."""
+        """An epoch waits for its score, or epochs, steps and patience (--early-stop epochs) are left."""
         now, o = self.state, self.options
         waited = now.epoch - (now.best["epoch"] if now.best else 0)
-        return now.epoch < o.epochs and now.step < self.last_step and not 0 < o.early_stop <= waited
+        left = now.epoch < o.epochs and now.step < self.last_step and not 0 < o.early_stop <= waited
+        return now.position > 0 or left
 
     def train_one_epoch(self) -> None:
         """Optimizer steps from state.position to the end of the epoch, or to the last step of the run."""
@@ -146,7 +147,7 @@ class Trainer:
                 stop = self.train_step(step, loader)
             now.step += 1
             now.position += step.microbatches
-            self.progress.step(now, self.total_steps, self.optimizer.param_groups[0]["lr"])
+            self.progress.step(now, self.total_steps)
             if stop or (every and now.step % every == 0 and number < len(steps)):
                 self.save_checkpoint()
             if stop:
@@ -162,7 +163,7 @@ class Trainer:
         """
         now = self.state
         torch.manual_seed(state.step_seed(self.options.seed, now.step, distributed.rank()))  # for dropout
-        optim.set_learning_rate(self.optimizer, self.lr_factor())
+        now.lr = optim.set_learning_rate(self.optimizer, self.lr_factor())
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, counted, stop
         seen = []
@@ -179,13 +180,15 @@ class Trainer:
                 sums[2] += stats["count"]
         sums[3] = self.signals.signum is not None
         self.scaler.unscale_(self.optimizer)
-        norm = optim.clip_gradients(self.parameters, self.options.clip_grad)
+        norm = optim.gradient_norm(self.parameters)
         mean, correct, counted, stop, norm = torch.cat(
             (distributed.all_sum(sums), norm.double()[None])
         ).tolist()
 
         overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
         if math.isfinite(mean) and (math.isfinite(norm) or overflow):
+            if not overflow:
+                optim.clip_gradients(self.parameters, norm, self.options.clip_grad)
             self.scaler.step(
                 self.optimizer
             )  # fp16 gradients that overflowed: no step, and the scale is halved
@@ -209,21 +212,20 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Validates, keeps the best epoch's weights, writes the epoch's line and a checkpoint."""
-        now, metric, lr = self.state, self.task.metric, self.optimizer.param_groups[0]["lr"]
+        now, metric = self.state, self.task.metric
         distributed.broadcast_buffers(self.model)
         self.model.eval()
         with torch.no_grad(), self.autocast():
             scores = distributed.gather_objects(self.task.evaluate(self.model))[0]
         if not math.isfinite(scores["loss"]) and self.options.nan_policy == "stop":
             raise RunError(f"epoch {now.epoch + 1}: validation loss {scores['loss']}; try a smaller --lr")
-        row = self.progress.epoch_row(now, lr, scores)
+        row = self.progress.epoch_row(now, scores)
         now.history.append(row)
         now.epoch, now.position, now.seconds, now.sums = now.epoch + 1, 0, 0.0, [0.0] * 4
         if self.options.sched == "plateau":
             now.plateau.update(scores["loss"])
-        if row[metric] is not None and (
-            now.best is None or row[metric] > now.best[metric]
-        ):  # ties: the first
+        finite = row[metric] is not None and row["val_loss"] is not None
+        if finite and (now.best is None or row[metric] > now.best[metric]):  # of equals the first
             now.best = row
             self.best_tensors = {n: state.portable(t) for n, t in state.model_tensors(self.model).items()}
             self.save_best()

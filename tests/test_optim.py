@@ -1,0 +1,117 @@
+"""minilora/training/optim.py: groups, schedules and clipping against their closed forms and against torch."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from toy_task import ToyModel
+
+from minilora.errors import UserError
+from minilora.training import optim
+
+
+def test_schedule_points():
+    def points(sched, steps):
+        return [optim.schedule_factor(sched, s, total=110, warmup=10) for s in steps]
+
+    for sched in optim.SCHEDULES:
+        assert points(sched, (0, 4, 9)) == [0.1, 0.5, 1.0], "warm-up ends at the full rate"
+    assert points("linear", (10, 60, 109, 110, 500)) == pytest.approx([1.0, 0.5, 0.01, 0.0, 0.0])
+    assert points("cosine", (10, 35, 60, 110)) == pytest.approx([1.0, (1 + math.sqrt(0.5)) / 2, 0.5, 0.0])
+    assert points("constant", (10, 60, 109)) == [1.0, 1.0, 1.0]
+    assert optim.schedule_factor("linear", 0, total=1, warmup=0) == 1.0
+    with pytest.raises(UserError, match="cosine"):
+        optim.schedule_factor("cosin", 0, 10, 0)
+
+
+def test_plateau_is_torchs_reduce_on_plateau():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    ours = optim.Plateau()
+    losses = [3.0, 2.0, 2.0, 2.0, 2.0, 1.99999, 2.0, 2.0, 1.0, 1.1, 1.2, 1.3, 1.0, 0.9] + [0.9] * 9
+    factors = []
+    for loss in losses:
+        oracle.step(loss)
+        ours.update(loss)
+        factors.append(ours.factor)
+        assert ours.factor == optimizer.param_groups[0]["lr"]
+    assert len(set(factors)) >= 4, "the losses must make it act"
+    ours.update(float("nan"))
+    assert ours.best == 0.9
+
+
+def test_matrices_decay_vectors_do_not_and_the_head_has_its_rate():
+    model = ToyModel(0.0, norm=True)
+    groups = optim.parameter_groups(model, lr=1e-3, head_lr=1e-2, weight_decay=0.1)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for name, p in model.named_parameters()
+        for group in groups
+        if any(p is q for q in group["params"])
+    }
+    assert found == {
+        "norm.weight": (1e-3, 0.0),
+        "norm.bias": (1e-3, 0.0),
+        "body.weight": (1e-3, 0.1),
+        "body.bias": (1e-3, 0.0),
+        "head.weight": (1e-2, 0.1),
+        "head.bias": (1e-2, 0.0),
+    }
+    same = optim.parameter_groups(model, lr=1e-3, head_lr=None, weight_decay=0.1)
+    assert [len(g["params"]) for g in same] == [4, 2]
+    optimizer = optim.build_optimizer(model, "adamw", 1e-3, 1e-2, 0.1)
+    assert optim.set_learning_rate(optimizer, 0.5) == 5e-4
+    assert {g["lr"] for g in optimizer.param_groups} == {5e-4, 5e-3}
+
+
+def test_trainable_tensors_must_be_float32_and_there_must_be_one():
+    model = ToyModel(0.0, norm=False)
+    model.body.half()
+    with pytest.raises(UserError, match="body.weight is torch.float16"):
+        optim.build_optimizer(model, "adamw", 1e-3)
+    model.body.float()
+    model.frozen.half()
+    assert len(optim.trainable_parameters(model)) == 4, "the frozen part may be float16"
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to train"):
+        optim.build_optimizer(model, "adamw", 1e-3)
+
+
+@pytest.mark.parametrize("opt", optim.OPTIMIZERS)
+def test_fused_optimizer_equals_the_plain_one(opt):
+    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[opt]
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    a = optim.build_optimizer(ours, opt, lr=0.1, weight_decay=0.2)
+    assert a.param_groups[0]["fused"]
+    groups = [
+        {"params": [theirs.weight], "weight_decay": 0.2},
+        {"params": [theirs.bias], "weight_decay": 0.0},
+    ]
+    b = plain(groups, lr=0.1, fused=False, **({"momentum": 0.9} if opt == "sgd" else {}))
+    for _ in range(5):
+        x = torch.randn(4, 5)
+        for model, optimizer in ((ours, a), (theirs, b)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_optimizer_lists_the_choices():
+    with pytest.raises(UserError, match="adamw, adam, sgd"):
+        optim.build_optimizer(nn.Linear(2, 2), "lion", 1e-3)
+
+
+def test_clipping_scales_to_the_norm_and_always_reports_it():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
+    for max_norm, expected in ((0.0, 5.0), (1.0, 1.0), (10.0, 5.0)):
+        parameters[0].grad = torch.tensor([3.0, 0.0, 0.0])
+        parameters[1].grad = torch.tensor([0.0, 4.0, 0.0, 0.0])
+        norm = optim.gradient_norm(parameters).item()
+        assert norm == 5.0
+        optim.clip_gradients(parameters, norm, max_norm)
+        after = torch.cat([parameters[0].grad, parameters[1].grad]).norm().item()
+        assert after == pytest.approx(expected, rel=1e-5)

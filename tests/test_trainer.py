@@ -1,0 +1,287 @@
+"""minilora/training/trainer.py: the arithmetic of the loop, bit-identical resume, NaN, fp16, early stopping."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_task import ToyTask
+
+from minilora.errors import RunError, UserError
+from minilora.training import checkpoint
+from minilora.training.signals import Interrupted
+from minilora.training.state import step_seed, tensors_sha256
+from minilora.training.trainer import Trainer, TrainOptions
+
+CASES = {
+    "plain": ({}, {}),
+    "accumulation": ({}, {"grad_accum_steps": 2, "sched": "linear", "warmup_ratio": 0.3}),
+    "fp16": ({}, {"amp": "fp16"}),
+    "bf16 sgd": ({}, {"amp": "bf16", "opt": "sgd", "lr": 0.05}),
+    "plateau early": ({}, {"sched": "plateau", "early_stop": 2, "epochs": 4, "lr": 0.3}),
+    "no norm adam": ({"norm": False}, {"opt": "adam", "clip_grad": 0.0, "save_every": 2}),
+    "max steps": ({}, {"max_steps": 9, "save_every": 1, "grad_accum_steps": 1}),
+    "skips": ({"poison": (3,)}, {"nan_policy": "skip"}),
+}
+
+
+def train(folder, task_args=None, **options):
+    task = ToyTask(**(task_args or {}))
+    trainer = Trainer(task, TrainOptions(**{"epochs": 3, "log_interval": 0, **options}), folder, "cpu")
+    return trainer, trainer.fit()
+
+
+def without_times(history):
+    clocks = ("seconds", "images_per_second", "peak_memory_mb")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in history]
+
+
+def everything(trainer, result):
+    """All bits that a resumed run must share with an uninterrupted one."""
+    tensors, values = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(trainer.run_dir))
+    metrics = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "last": tensors_sha256({n: t for n, t in tensors.items() if not n.startswith("best.")}),
+        "best": tensors_sha256(trainer.best_tensors),
+        "result": tensors_sha256(load_file(trainer.run_dir / "model.safetensors")),
+        "history": without_times(result["history"]),
+        "metrics": without_times(metrics),
+        "state": {k: v for k, v in vars(trainer.state).items() if k not in ("history", "best", "seconds")},
+        "scaler": values["scaler"],
+        "best epoch": result["best"]["epoch"],
+    }
+
+
+def interrupt_after(step, trainer):
+    """Runs `trainer` until optimizer step `step` is done, as a SIGTERM during that step would end it."""
+    taken = trainer.train_step
+
+    def train_step(*args):
+        stop = taken(*args)
+        return stop or trainer.state.step + 1 == step
+
+    trainer.train_step = train_step
+    with pytest.raises(Interrupted):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_at_every_step_is_bit_equal(tmp_path, case):
+    task_args, options = CASES[case]
+    options = {"epochs": 3, "log_interval": 0, **options}
+    whole = everything(*train(tmp_path / "whole", task_args, **options))
+    steps = whole["state"]["step"]
+    assert steps >= 8, "too short a run to say anything"
+    for k in range(1, steps + 1):
+        folder = tmp_path / f"run-{k}"
+        interrupt_after(k, Trainer(ToyTask(**task_args), TrainOptions(**options), folder, "cpu"))
+        moved = folder.rename(tmp_path / f"moved-{k}")
+        torch.manual_seed(k)  # the resumed process has other random numbers behind it
+        assert everything(*train(moved, task_args, **options)) == whole, f"resumed after step {k}"
+        shutil.rmtree(moved)
+
+
+def test_resume_with_workers_is_bit_equal_to_none(tmp_path):
+    whole = everything(*train(tmp_path / "whole", {"workers": 0}))
+    for k in (2, 6, 9):
+        folder = tmp_path / f"run-{k}"
+        options = TrainOptions(epochs=3, log_interval=0)
+        interrupt_after(k, Trainer(ToyTask(workers=2), options, folder, "cpu"))
+        assert everything(*train(folder, {"workers": 2 if k == 6 else 0})) == whole
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(tmp_path):
+    first, again, other = (train(tmp_path / str(i), seed=s)[1] for i, s in enumerate((0, 0, 1)))
+    assert first["weights_sha256"] == again["weights_sha256"] != other["weights_sha256"]
+    low_bits = {step_seed(s, t, r) & 0xFFFFFFFF for s in range(4) for t in range(200) for r in range(4)}
+    assert len(low_bits) == 3200
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(4, 2), (2, 4), (8, 1), (3, 3)])
+def test_accumulation_equals_the_big_batch(tmp_path, batch_size, accumulate):
+    """Also for the ragged end: 22 items are 2 x 8 + 6, or 2 x 9 + 4."""
+    quiet = {"dropout": 0.0, "norm": False}
+    big, _ = train(tmp_path / "big", {**quiet, "batch_size": batch_size * accumulate}, opt="sgd", lr=0.1)
+    small, _ = train(
+        tmp_path / "small",
+        {**quiet, "batch_size": batch_size},
+        opt="sgd",
+        lr=0.1,
+        grad_accum_steps=accumulate,
+    )
+    assert big.state.step == small.state.step
+    for a, b in zip(big.model.parameters(), small.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for a, b in zip(big.state.history, small.state.history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)
+        assert a["train_accuracy"] == b["train_accuracy"]
+
+
+def test_only_trainable_tensors_move_and_they_learn(tmp_path):
+    before = {n: t.clone() for n, t in ToyTask().model.state_dict().items()}
+    trainer, result = train(tmp_path / "run", {"n": 64, "batch_size": 8, "dropout": 0.0}, epochs=8, lr=3e-2)
+    after = trainer.model.state_dict()
+    moved = {n for n, t in before.items() if not torch.equal(t, after[n])}
+    assert moved == {n for n in before if not n.startswith("frozen")}
+    assert result["best"]["accuracy"] > 0.6
+    assert result["history"][-1]["train_loss"] < 0.7 * result["history"][0]["train_loss"]
+
+
+def test_best_epoch_is_kept_and_of_equals_the_first(tmp_path):
+    scores = iter([0.5, 0.8, 0.8, 0.6])
+    snapshots = []
+
+    class Scripted(ToyTask):
+        def evaluate(self, model):
+            snapshots.append({n: t.clone() for n, t in model.state_dict().items()})
+            return {"loss": 1.0, "accuracy": next(scores)}
+
+    task = Scripted()
+    result = Trainer(task, TrainOptions(epochs=4, log_interval=0), tmp_path, "cpu").fit()
+    assert result["best"]["epoch"] == 2 and result["final"]["epoch"] == 4
+    written = load_file(tmp_path / "model.safetensors")
+    for name, tensor in snapshots[1].items():
+        assert torch.equal(tensor, task.model.state_dict()[name]) and torch.equal(tensor, written[name])
+
+
+def test_early_stopping_counts_epochs_without_a_better_one(tmp_path):
+    class Falling(ToyTask):
+        def evaluate(self, model):
+            return {"loss": 1.0, "accuracy": [0.1, 0.9, 0.8, 0.7, 0.6, 0.5][self.losses // 6 - 1]}
+
+    result = Trainer(Falling(), TrainOptions(epochs=6, early_stop=2, log_interval=0), tmp_path, "cpu").fit()
+    assert [row["epoch"] for row in result["history"]] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    _, first = train(tmp_path)
+    task = ToyTask(after=lambda n: pytest.fail("trained again"))
+    again = Trainer(task, TrainOptions(epochs=3, log_interval=0), tmp_path, "cpu").fit()
+    assert again == first
+
+
+def test_max_steps_ends_inside_an_epoch_and_is_scored(tmp_path):
+    trainer, result = train(tmp_path, max_steps=8)
+    assert result["steps"] == 8 and [row["step"] for row in result["history"]] == [6, 8]
+    assert trainer.total_steps == 8
+
+
+def test_nan_loss_stops_with_its_files_and_keeps_the_last_checkpoint(tmp_path):
+    with pytest.raises(RunError) as caught:
+        train(tmp_path, {"poison": (5,)}, save_every=1)
+    message = str(caught.value)
+    order = [i for batch in ToyTask().train_batches(0) for i in batch]
+    step = order.index(5) // 4 + 1
+    assert f"step {step}: the loss (soft) is not finite" in message and "item-5.jpg" in message
+    assert "item-" in message and len(message.splitlines()) == 1
+    newest = checkpoint.latest_checkpoint(tmp_path)
+    assert (newest is None) if step == 1 else newest.name == f"step-{step - 1}"
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_nan_loss_is_skipped_on_request_and_never_reaches_a_weight(tmp_path):
+    trainer, result = train(tmp_path, {"poison": (5, 7)}, nan_policy="skip")
+    assert 3 <= result["history"][-1]["skipped_steps"] <= 6
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "model.safetensors").values())
+    assert all(row["train_loss"] is not None for row in result["history"])
+    assert "skipped: step" in (tmp_path / "train.log").read_text()
+
+
+def test_nan_gradient_with_a_finite_loss_is_caught_too(tmp_path):
+    class Cusp(ToyTask):
+        def loss(self, model, batch):
+            loss, stats = super().loss(model, batch)
+            return loss + (
+                model.head.bias * 0.0
+            ).abs().sum().sqrt(), stats  # d sqrt(0) is infinite, times 0 is NaN
+
+    task = Cusp()
+    with pytest.raises(RunError, match="step 1: the gradient of head.bias is not finite; batch: item-"):
+        Trainer(task, TrainOptions(epochs=1, log_interval=0), tmp_path, "cpu").fit()
+    assert all(p.isfinite().all() for p in task.model.parameters())
+
+
+def test_weights_that_overflow_are_not_written(tmp_path):
+    """SGD with a rate of 1e38 makes them infinite in a step that had a finite gradient."""
+    with pytest.raises(RunError, match="holds NaN or infinity; the checkpoint is not written"):
+        train(tmp_path, opt="sgd", lr=3e38, weight_decay=100.0, clip_grad=0.0, nan_policy="skip")
+    assert not (tmp_path / "model.safetensors").exists() and checkpoint.latest_checkpoint(tmp_path) is None
+
+
+def test_fp16_overflow_is_skipped_and_counted(tmp_path):
+    trainer = Trainer(ToyTask(), TrainOptions(epochs=3, amp="fp16", log_interval=0), tmp_path, "cpu")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    result = trainer.fit()
+    overflows = result["history"][-1]["fp16_overflows"]
+    assert 1 <= overflows < result["steps"]
+    assert trainer.scaler.get_scale() == 2.0 ** (24 - overflows)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_try(tmp_path):
+    def full(number):
+        if number == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(RunError) as caught:
+        train(tmp_path, {"after": full})
+    message = str(caught.value)
+    assert "step 9 with batch size 4" in message and "--batch-size 2 with --grad-accum-steps 2" in message
+    assert "step-6" in message and len(message.splitlines()) == 1
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step-6"
+
+
+def test_compile_keeps_names_and_values(tmp_path):
+    task = ToyTask(dropout=0.0)
+    calls = []
+    task.model.compile = lambda: calls.append("compiled")
+    trainer = Trainer(task, TrainOptions(epochs=1, compile=True, log_interval=0), tmp_path, "cpu")
+    trainer.fit()
+    assert calls == ["compiled"]
+    assert set(load_file(tmp_path / "model.safetensors")) == set(ToyTask().model.state_dict())
+
+
+def test_log_lines_are_greppable(tmp_path, capsys):
+    train(tmp_path, log_interval=2)
+    line = capsys.readouterr().out.splitlines()[0]
+    for word in (
+        "epoch 1/3 step 2/18 loss ",
+        " accuracy ",
+        " lr ",
+        " images/s ",
+        " left 0:00:0",
+        " peak ",
+        " MiB",
+    ):
+        assert word in line
+    assert "\x1b" not in line and line in (tmp_path / "train.log").read_text()
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    names = "epoch step lr train_loss val_loss accuracy seconds images_per_second peak_memory_mb".split()
+    assert len(rows) == 3 and all(set(names) <= set(row) for row in rows)
+
+
+def test_an_empty_training_set_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="empty"):
+        Trainer(ToyTask(n=0), TrainOptions(), tmp_path, "cpu")
+
+
+def test_resume_never_starts_over_and_resume_dir_goes_on_elsewhere(tmp_path):
+    options = TrainOptions(epochs=3, log_interval=0)
+    interrupt_after(4, Trainer(ToyTask(), options, tmp_path / "a", "cpu"))
+    whole = everything(*train(tmp_path / "whole"))
+    assert everything(*train(tmp_path / "b", resume=str(tmp_path / "a"))) == whole
+    assert everything(*train(tmp_path / "c", resume=str(tmp_path / "a" / "checkpoints" / "step-4"))) == whole
+    trainer, result = train(tmp_path / "a", resume="never")
+    assert (
+        everything(trainer, result) == whole and "resumed" not in (tmp_path / "a" / "train.log").read_text()
+    )
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        train(tmp_path / "d", resume=str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tmp_path, {"norm": False})
+    with pytest.raises(UserError, match="missing norm.weight.*--resume never"):
+        train(tmp_path, {"norm": True})
