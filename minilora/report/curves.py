@@ -1,0 +1,76 @@
+"""Learning curves: loss, accuracy and learning rate of one run or of several in the same picture.
+
+Solid lines are validation, dashed ones training; a run keeps its colour in all panels.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from minilora.report.plots import load_pyplot, save_figure
+
+# panel title: [(key in metrics.jsonl, dashed)]
+PANELS = {
+    "loss": [("train_loss", True), ("val_loss", False)],
+    "accuracy": [("train_accuracy", True), ("accuracy", False)],
+    "learning rate": [("lr", False)],
+}
+COLOURS = ("#3563c9", "#c8562b", "#2a8a5f", "#8a4fbf", "#a07c14", "#b8326d", "#3b8ea5", "#6b6b6b")
+
+Records = Sequence[Mapping]
+
+
+def read_metrics(source: str | Path | Records) -> list[dict]:
+    """The lines of a metrics.jsonl as dictionaries, without one cut short by a crash; no file, no lines."""
+    if not isinstance(source, (str, Path)):
+        return [dict(record) for record in source]
+    path, records = Path(source), []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def curve(records: Records, key: str) -> tuple[list[float], list[float]]:
+    """(epochs, values) of `key`; lines without it, and values that are not finite, are left out."""
+    points = [
+        (float(record.get("epoch", number + 1)), float(record[key]))
+        for number, record in enumerate(records)
+        if isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
+    ]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def curves_figure(runs: Mapping[str, str | Path | Records], path: str | Path) -> bool:
+    """Draw {run name: metrics.jsonl or records} as PNG. Without matplotlib: one printed line, and False."""
+    pyplot = load_pyplot("curves")
+    if pyplot is None:
+        return False
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4.6 * len(PANELS), 3.4), layout="constrained")
+    for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
+        for number, (name, source) in enumerate(runs.items()):
+            records = read_metrics(source)
+            for key, dashed in keys:
+                x, y = curve(records, key)
+                if not x:
+                    continue
+                part = f" ({'train' if dashed else 'validation'})" if len(keys) > 1 else ""
+                style = {"color": COLOURS[number % len(COLOURS)], "linestyle": "--" if dashed else "-"}
+                axis.plot(x, y, marker="o" if len(x) < 15 else None, markersize=3, label=name + part, **style)
+        _finish(axis, title)
+    return save_figure(pyplot, figure, path)
+
+
+def _finish(axis, title: str) -> None:
+    axis.set_title(title)
+    axis.set_xlabel("epoch")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7, frameon=False)

@@ -1,0 +1,23 @@
+"""matplotlib, if it is there: it belongs to the extra `plots`, and nothing but the pictures needs it."""
+
+
+def load_pyplot(what: str):
+    """matplotlib.pyplot drawing into files, or None after one printed line that says what is left out and
+    why.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{what} not drawn: matplotlib is missing, see the extra `plots`; all else goes on")
+        return None
+    matplotlib.use("Agg")  # no window, also where a display is
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(pyplot, figure, path) -> bool:
+    """Write the figure as PNG and forget it; True, so that callers can return it."""
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,204 @@
+"""The sections of the report page: each takes plain data and returns HTML, "" if there is nothing to show."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from minilora.report.metrics import most_confused
+from minilora.report.samples import Example, data_uri
+from minilora.report.svg import bars_html, curves_html, heat_table_html, table_html
+from minilora.report.tables import COMPARISON, REPORT_FORMS, RunRow, comparison_cells, group_runs
+
+MOST_CLASSES = 40  # more than that are neither a readable confusion table nor readable bars
+
+
+def facts(values: Mapping[str, str]) -> str:
+    boxes = "".join(
+        f"<div><b>{escape(str(v))}</b><span>{escape(str(k))}</span></div>" for k, v in values.items()
+    )
+    return f'<div class="facts">{boxes}</div>' if boxes else ""
+
+
+def results(runs: Sequence[RunRow]) -> str:
+    """The comparison, then the same runs in the forms of the reports (those that add a column)."""
+    if not runs:
+        return ""
+    shown, html = set(), ""
+    for title, columns in {"Comparison": COMPARISON, **REPORT_FORMS}.items():
+        heads, cells = comparison_cells(runs, columns)
+        if len(heads) > 2 and not set(heads) <= shown:
+            html += f"<h3>{escape(title)}</h3>" + table_html(heads, cells)
+        shown |= set(heads)
+    if any(len(group.runs) > 1 for group in group_runs(runs)):
+        html += (
+            '<p class="note">± is the sample standard deviation over runs that differ in their seed only.</p>'
+        )
+        heads = ["run", "seed", "accuracy %", "seconds"]
+        rows = [
+            [
+                r.name,
+                _text(r.seed),
+                "" if r.accuracy is None else f"{100 * r.accuracy:.2f}",
+                _text(r.seconds, ".1f"),
+            ]
+            for r in runs
+        ]
+        html += f"<h3>Every run</h3>{table_html(heads, rows)}"
+    return html
+
+
+def curves(runs: Mapping[str, Sequence[Mapping]]) -> str:
+    return curves_html(dict(runs))
+
+
+def per_class(metrics: Mapping | None) -> str:
+    """Bars of F1 with precision and recall; of many classes the weakest."""
+    if not metrics or not metrics["per_class"]:
+        return ""
+    rows, note = [row for row in metrics["per_class"] if row["support"] or row["predicted"]], ""
+    if len(rows) > MOST_CLASSES:
+        note = f"The {MOST_CLASSES} of {len(rows)} classes with the lowest F1."
+        rows = sorted(rows, key=lambda row: row["f1"])[:MOST_CLASSES]
+    bars = bars_html([(row["class"], row["f1"], f"{100 * row['f1']:.1f}") for row in rows], top=1.0)
+    cells = [
+        [r["class"], *(f"{100 * r[k]:.1f}" for k in ("precision", "recall", "f1")), r["support"]]
+        for r in rows
+    ]
+    total = [f"{100 * metrics[key]:.1f}" for key in ("precision", "recall", "f1")]
+    cells.append(["weighted", *total, metrics["count"]])
+    numbers = table_html(["class", "precision %", "recall %", "F1 %", "support"], cells)
+    return (
+        f'<p class="note">F1 per class in percent. {escape(note)} The weighted recall is the accuracy.</p>'
+        f'<div class="two">{bars}{numbers}</div>'
+    )
+
+
+def confusion(metrics: Mapping | None) -> str:
+    if not metrics or metrics.get("confusion") is None or len(metrics["classes"]) < 2:
+        return ""
+    pairs = most_confused(metrics, 8)
+    listed = "; ".join(f"{truth} called {said} ({count})" for truth, said, count in pairs)
+    html = f'<p class="note">Most frequent mistakes: {escape(listed)}.</p>' if pairs else ""
+    if len(metrics["classes"]) <= MOST_CLASSES:
+        note = '<p class="note">Rows are the truth, columns the prediction; the shade is the share of the row.</p>'
+        html = note + heat_table_html(metrics["classes"], metrics["confusion"]) + html
+    return html
+
+
+def question_types(vqa: Mapping | None) -> str:
+    if not vqa:
+        return ""
+    html = f"<p>{escape(vqa['metric'])}: <b>{vqa['overall']:.2f}</b> on {vqa['count']} questions.</p>"
+    for key, title in (("by_answer_type", "By answer type"), ("by_question_type", "By question type")):
+        rows = sorted(vqa.get(key, {}).items(), key=lambda item: -item[1])
+        if rows:
+            html += f"<h3>{title}</h3>" + bars_html(
+                [(name, value, f"{value:.2f}") for name, value in rows], top=100.0
+            )
+    return html
+
+
+def histogram(counts: Sequence[tuple[str, int]], most: int = 20) -> str:
+    if not counts:
+        return ""
+    total = sum(count for _, count in counts)
+    rows = [(answer, count, f"{count:,}") for answer, count in counts[:most]]
+    covered = sum(count for _, count in counts[:most]) / max(total, 1)
+    note = f"The {len(rows)} most frequent of {len(counts):,} answers cover {100 * covered:.1f} % of the questions."
+    return f'<p class="note">{escape(note)}</p>' + bars_html(rows)
+
+
+def figure(item) -> str:
+    note = f'<p class="note">{escape(item.note)}</p>' if item.note else ""
+    return f'{note}<div class="figure"><img src="{data_uri(item.image)}" alt="{escape(item.title)}"></div>'
+
+
+def table(item) -> str:
+    note = f'<p class="note">{escape(item.note)}</p>' if item.note else ""
+    return (table_html(item.columns, item.rows) + note) if item.rows else ""
+
+
+def cards(examples: Sequence[Example], note: str) -> str:
+    """One card per example: picture, question, truth and answer, or the choices with their probabilities."""
+    if not examples:
+        return ""
+    wide = " long" if any(example.question or example.choices for example in examples) else ""
+    head = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'{head}<div class="cards{wide}">{"".join(map(_card, examples))}</div>'
+
+
+def _card(example: Example) -> str:
+    lines = [f'<p class="q">{escape(example.question)}</p>'] if example.question else []
+    look = {True: "good", False: "bad", None: ""}[example.correct]
+    for text, probability in example.choices:
+        marks = ("✓ " if text == example.truth else "") + ("→ " if text == example.answer else "")
+        lines.append(
+            f'<div class="choice" style="--v:{100 * probability:.0f}%"><span>{marks}{escape(text)}</span>'
+            f"<span>{100 * probability:.0f} %</span></div>"
+        )
+    sure = (
+        "" if example.probability is None else f' <span class="soft">{100 * example.probability:.0f} %</span>'
+    )
+    truth = escape(example.truth) if example.truth else '<span class="soft">unknown</span>'
+    lines.append(f'<p><span class="soft">true</span> {truth}</p>')
+    lines.append(
+        f'<p><span class="soft">said</span> <b class="{look}">{escape(example.answer)}</b>{sure}</p>'
+    )
+    if example.name:
+        lines.append(f'<p class="file">{escape(example.name)}</p>')
+    return f'<div class="card">{_picture(example.image, 320)}<div>{"".join(lines)}</div></div>'
+
+
+def _picture(image, limit: int) -> str:
+    if image is None:
+        return ""
+    tiny = ' class="tiny"' if max(image.size) < 100 else ""
+    return f'<img{tiny} src="{data_uri(image, limit)}" alt="">'
+
+
+def samples(classes: Mapping[str, Sequence], most: int = 30) -> str:
+    rows = "".join(
+        f'<div class="strip"><span class="name">{escape(name)}</span>'
+        f'<span class="row">{"".join(_picture(image, 168) for image in pictures)}</span></div>'
+        for name, pictures in list(classes.items())[:most]
+    )
+    left = (
+        f'<p class="note">{len(classes) - most} more classes are not shown.</p>'
+        if len(classes) > most
+        else ""
+    )
+    return rows + left
+
+
+def parameters(rows: Sequence[tuple], line: str) -> str:
+    cells = [
+        [
+            module,
+            count,
+            f"{trainable:,}" if trainable else "0",
+            f"{size:,}",
+            f"{100 * trainable / max(size, 1):.2f}",
+        ]
+        for module, count, trainable, size in rows
+    ]
+    html = f"<p>{escape(line)}</p>" if line else ""
+    return html + (
+        table_html(["module", "layers", "trainable", "all", "trainable %"], cells) if cells else ""
+    )
+
+
+def settings(values: Mapping) -> str:
+    rows = "".join(
+        f"<div><dt>{escape(str(key))}</dt><dd>{escape(_value(value))}</dd></div>"
+        for key, value in values.items()
+    )
+    return f'<dl class="config">{rows}</dl>' if rows else ""
+
+
+def _value(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "-" if value is None or value == "" else str(value)
+
+
+def _text(value, form: str = "") -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,144 @@
+"""Charts and tables for the report page as HTML and inline SVG: no script, no outside file, every string
+escaped.
+
+Colours are CSS variables (see page_style), so that a chart follows the reader's light or dark setting.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from minilora.report.curves import PANELS, Records, curve
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 240, 52, 10, 12, 34
+SERIES_COLOURS = 8  # --c0 .. --c7
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) between low and high, about `count` of them."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def line_chart(
+    title: str, series: Sequence[tuple[str, int, bool, list[float], list[float]]], whole_x: bool = True
+) -> str:
+    """series: (label, colour number, dashed, xs, ys). A figure with axes, lines and a dot on each of few
+    points.
+    """
+    series = [line for line in series if line[3]]
+    if not series:
+        return ""
+    xs, ys = [x for line in series for x in line[3]], [y for line in series for y in line[4]]
+    (x0, x1), (y0, y1) = _range(xs), _range(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for y in ticks(y0, y1):
+        at = place(x0, y)[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in ticks(x0, x1, 6):
+        if not whole_x or x == round(x):
+            parts.append(
+                f'<text x="{place(x, y0)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:.4g}</text>'
+            )
+    parts.append(
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">epoch</text>' if whole_x else ""
+    )
+    for label, colour, dashed, x, y in series:
+        points = [place(a, b) for a, b in zip(x, y, strict=True)]
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        look = f'class="line c{colour % SERIES_COLOURS}{" dash" if dashed else ""}"'
+        parts.append(f'<polyline {look} points="{line}"><title>{escape(label)}</title></polyline>')
+        if len(points) <= 12:
+            parts += [
+                f'<circle class="dot c{colour % SERIES_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>'
+                for a, b in points
+            ]
+    picture = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
+    return f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>"
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
+    return low - margin, high + margin
+
+
+def curves_html(runs: dict[str, Records]) -> str:
+    """{run: records of metrics.jsonl} -> loss, accuracy and learning rate side by side, with one legend."""
+    charts = []
+    for title, keys in PANELS.items():
+        series = [
+            (f"{name}: {key}", number, dashed, *curve(records, key))
+            for number, (name, records) in enumerate(runs.items())
+            for key, dashed in keys
+        ]
+        charts.append(line_chart(title, series))
+    if not any(charts):
+        return ""
+    names = "".join(
+        f'<li><span class="key c{number % SERIES_COLOURS}"></span>{escape(name)}</li>'
+        for number, name in enumerate(runs)
+    )
+    styles = (
+        '<li><span class="key solid"></span>validation</li><li><span class="key dashed"></span>training</li>'
+    )
+    return f'<ul class="legend">{names}{styles}</ul><div class="charts">{"".join(charts)}</div>'
+
+
+def bars_html(rows: Sequence[tuple[str, float, str]], top: float | None = None) -> str:
+    """Horizontal bars: (label, value, text at the end). `top` is full length, by default the largest value."""
+    top = top or max([value for _, value, _ in rows] or [0]) or 1.0
+    lines = [
+        f'<div class="bar"><span class="name" title="{escape(label)}">{escape(label)}</span>'
+        f'<span class="track"><i style="width:{100 * min(max(value / top, 0), 1):.1f}%"></i></span>'
+        f'<span class="value">{escape(text)}</span></div>'
+        for label, value, text in rows
+    ]
+    return f'<div class="bars">{"".join(lines)}</div>'
+
+
+def table_html(titles: Sequence, rows: Sequence[Sequence], caption: str = "") -> str:
+    """A table in a frame that scrolls sideways by itself; columns of numbers stand right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    right = [bool(cells) and all(_number(row[i]) for row in cells) for i in range(len(titles))]
+    kind = [' class="n"' if is_number else "" for is_number in right]
+    head = "".join(f"<th{k}>{escape(str(title))}</th>" for k, title in zip(kind, titles, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>"
+        for row in cells
+    )
+    label = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="wide"><table>{label}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def heat_table_html(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
+    """A confusion matrix, row = truth, column = prediction; the shade is the share of the row."""
+    head = "".join(f'<th class="up"><span>{escape(name)}</span></th>' for name in classes)
+    body = []
+    for i, (name, row) in enumerate(zip(classes, matrix, strict=True)):
+        total = max(sum(row), 1)
+        cells = "".join(
+            f'<td class="{"hit" if i == j else "miss" if count else ""}" style="--v:{100 * count / total:.0f}%" '
+            f'title="{escape(name)} called {escape(classes[j])}: {count}">{count or ""}</td>'
+            for j, count in enumerate(row)
+        )
+        body.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+    parts = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="wide"><table class="heat">{parts}</table></div>'
+
+
+def _number(cell: str) -> bool:
+    return not cell or cell.lstrip("+-−")[:1].isdigit()

@@ -1,0 +1,188 @@
+"""Tables of results as text or Markdown, and the comparison of runs with mean and spread over seeds."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# What may differ between two runs that count as the same configuration with other seeds.
+NOT_CONFIGURATION = (
+    "seed",
+    "output",
+    "resume",
+    "workers",
+    "device",
+    "log_interval",
+    "save_every",
+    "config",
+    "recipe",
+    "dry_run",
+)
+
+
+@dataclass
+class RunRow:
+    """One run's line in a comparison. Accuracies and F1 are fractions 0..1, None where not known.
+
+    `group` is equal for runs of equal configuration (see `group_key`); those are averaged.
+    `metric` names what `accuracy` is, such as "accuracy" or "official VQA accuracy".
+    """
+
+    name: str
+    mode: str
+    group: str = ""
+    seed: int | None = None
+    metric: str = "accuracy"
+    accuracy: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    train_accuracy: float | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    trainable: int | None = None
+    total: int | None = None
+    seconds: float | None = None
+    peak_memory_mb: float | None = None
+    file_mb: float | None = None
+
+
+def group_key(config: dict) -> str:
+    """Equal for two configurations (flags and values) that differ only in seed and bookkeeping."""
+    return json.dumps(
+        {k: v for k, v in config.items() if k not in NOT_CONFIGURATION}, sort_keys=True, default=str
+    )
+
+
+@dataclass
+class RunGroup:
+    """Runs of equal configuration: `first` gives names and sizes, the numbers are means over the seeds."""
+
+    first: RunRow
+    runs: list[RunRow]
+
+    @property
+    def name(self) -> str:
+        return self.first.name if len(self.runs) == 1 else f"{self.first.name} ({len(self.runs)} seeds)"
+
+    def values(self, key: str) -> list[float]:
+        return [getattr(run, key) for run in self.runs if getattr(run, key) is not None]
+
+    def mean(self, key: str) -> float | None:
+        values = self.values(key)
+        return statistics.fmean(values) if values else None
+
+    def spread(self, key: str) -> float | None:
+        """Sample standard deviation (n - 1); None for a single run, whose spread nobody knows."""
+        values = self.values(key)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+def group_runs(rows: Sequence[RunRow]) -> list[RunGroup]:
+    """Runs gathered by (group, mode), in order of first appearance; rows without a group stand alone."""
+    groups: dict[tuple, RunGroup] = {}
+    for number, row in enumerate(rows):
+        key = (row.group, row.mode) if row.group else (number,)
+        groups.setdefault(key, RunGroup(row, [])).runs.append(row)
+    return list(groups.values())
+
+
+def _percent(group: RunGroup, key: str) -> str:
+    mean, spread = group.mean(key), group.spread(key)
+    return "" if mean is None else f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def _number(group: RunGroup, key: str, digits: int) -> str:
+    mean = group.mean(key)
+    return "" if mean is None else f"{mean:,.{digits}f}"
+
+
+def _trainable(group: RunGroup, _key: str) -> str:
+    row = group.first
+    if row.trainable is None:
+        return ""
+    return f"{row.trainable:,}" + (f" ({100 * row.trainable / row.total:.2f} %)" if row.total else "")
+
+
+# title: (key in RunRow, how it is printed)
+COLUMNS = {
+    "run": ("name", lambda group, _: group.name),
+    "mode": ("mode", lambda group, key: group.first.mode),
+    "trainable": ("trainable", _trainable),
+    "seconds": ("seconds", lambda group, key: _number(group, key, 1)),
+    "peak memory MB": ("peak_memory_mb", lambda group, key: _number(group, key, 0)),
+    "file MB": ("file_mb", lambda group, key: _number(group, key, 2)),
+    "train loss": ("train_loss", lambda group, key: _number(group, key, 4)),
+    "eval loss": ("val_loss", lambda group, key: _number(group, key, 4)),
+    "train accuracy %": ("train_accuracy", _percent),
+    "accuracy %": ("accuracy", _percent),
+    "F1 %": ("f1", _percent),
+    "recall %": ("recall", _percent),
+    "precision %": ("precision", _percent),
+}
+COMPARISON = ("run", "mode", "trainable", "accuracy %", "seconds", "peak memory MB", "file MB")
+# The forms in which the project's reports R1, R3 and R4 print their results.
+REPORT_FORMS = {
+    "Losses and weighted averages": (
+        "run", "mode", "seconds", "train loss", "eval loss", "accuracy %", "F1 %", "recall %", "precision %",
+    ),
+    "Time and accuracy": ("run", "mode", "seconds", "train accuracy %", "accuracy %", "trainable"),
+    "Score, memory, time, size": ("run", "accuracy %", "peak memory MB", "seconds", "trainable", "file MB"),
+}  # fmt: skip
+
+
+def comparison_cells(
+    rows: Sequence[RunRow], columns: Sequence[str] = COMPARISON
+) -> tuple[list[str], list[list[str]]]:
+    """(titles, cells) with one line per group of equal configuration; columns that no run fills are left out.
+
+    The column "accuracy %" is headed by the metric's own name where the runs agree on another one.
+    """
+    groups = group_runs(rows)
+    lines = [[COLUMNS[title][1](group, COLUMNS[title][0]) for title in columns] for group in groups]
+    used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
+    metrics = {row.metric for row in rows}
+    metric = metrics.pop() if len(metrics) == 1 else "accuracy"
+    titles = [f"{metric} %" if columns[i] == "accuracy %" else columns[i] for i in used]
+    if len(metrics) > 0:  # different metrics in one column: say which is which
+        titles.append("metric")
+        lines = [[*line, group.first.metric] for line, group in zip(lines, groups, strict=True)]
+        used.append(len(columns))
+    return titles, [[line[i] for i in used] for line in lines]
+
+
+def comparison_table(
+    rows: Sequence[RunRow], markdown: bool = False, columns: Sequence[str] = COMPARISON
+) -> str:
+    """Several runs side by side; accuracy is mean ± sample standard deviation over seeds."""
+    titles, cells = comparison_cells(rows, columns)
+    return (markdown_table if markdown else text_table)(titles, cells)
+
+
+def text_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
+    """Aligned plain text: first column to the left, numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    lines = [[str(title) for title in titles], *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
+    out = [
+        "  ".join(
+            c.ljust(w) if go else c.rjust(w) for c, w, go in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([out[0], "  ".join("-" * w for w in widths), *out[1:]])
+
+
+def markdown_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
+    """The same cells as a Markdown table; a `|` inside a cell is escaped."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
+    rule = "|" + "|".join("---" if go else "---:" for go in left) + "|"
+    return "\n".join(
+        ["| " + " | ".join(map(str, titles)) + " |", rule, *("| " + " | ".join(r) + " |" for r in cells)]
+    )
+
+
+def _numeric(cell: str) -> bool:
+    return not cell or cell.lstrip("+-")[:1].isdigit()
