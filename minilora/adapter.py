@@ -13,23 +13,18 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. Names of o
 minilora/foreign.py.
 """
 
-import json
-from collections import Counter
-from dataclasses import fields, replace
+import copy
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from torch import nn
 
 from minilora.atomic import atomic_write, write_json, write_safetensors
 from minilora.errors import UserError
-from minilora.inject import NORMS, LoRAConfig, inject_lora, lora_layers, lora_state_dict
-from minilora.targets import ends
+from minilora.inject import LoRAConfig, inject_lora, lora_layers, lora_state_dict
+from minilora.peft_format import PREFIX, adapter_config, read_adapter
 
 __all__ = ["atomic_write", "export_adapter", "load_adapter", "save_adapter", "write_safetensors"]
-PREFIX = "base_model.model."
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -46,50 +41,6 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     return directory
 
 
-def adapter_config(model: nn.Module) -> dict:
-    """The content of adapter_config.json. Targets are written so that PEFT's own rule finds the same
-    layers.
-    """
-    config = getattr(model, "lora_config", None) or LoRAConfig(target_modules=())
-    adapted = [name for name, _ in lora_layers(model)]
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] + adapted
-    linears = [name for name in linears if not name.endswith((".base_layer", ".lora_A", ".lora_B"))]
-    short = sorted({name.rpartition(".")[2] for name in adapted})
-    exact = [name for name in linears if any(ends(name, target) for target in short)]
-    values = {
-        field.name: getattr(config, field.name) for field in fields(config) if field.name != "train_norms"
-    }
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name", None),
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        **values,
-        "target_modules": short if sorted(exact) == sorted(adapted) else adapted,
-        "layers_to_transform": None,  # said by the full names in target_modules
-        "modules_to_save": _trained_modules(model, config) or None,
-    }
-
-
-def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Modules whose parameters are trained in full: those of modules_to_save, a trained head, trained
-    norms.
-    """
-    modules = list(config.modules_to_save)
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False)]
-        if (
-            own
-            and all(p.requires_grad for p in own)
-            and ".lora_" not in name
-            and not hasattr(module, "base_layer")
-        ):
-            if (isinstance(module, NORMS) or not config.target_modules) and name not in modules:
-                modules.append(name)
-    return modules
-
-
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Fill `model` with an adapter, ours or PEFT's (also one trained on transformers or timm); returns the
     model.
@@ -104,9 +55,6 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         from minilora.foreign import adapter_to_ours  # names of transformers, timm: only when they are met
 
         config, tensors = adapter_to_ours(model, config, tensors, unknown, str(directory))
-    elif not isinstance(config.target_modules, str):
-        adapted = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-        config = replace(config, target_modules=tuple(adapted), layers_to_transform=None)
     _check_shapes(model, config, tensors, directory)
     if not any(True for _ in lora_layers(model)):
         inject_lora(model, config)
@@ -125,69 +73,6 @@ def export_adapter(model: nn.Module, directory: str | Path, layout: str = "trans
     from minilora.foreign import export_adapter as export
 
     return export(model, Path(directory), layout)
-
-
-def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of an adapter directory, "base_model.model." taken off the names."""
-    path = directory / "adapter_config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        file = directory / "adapter_model.safetensors"
-        tensors = parse_safetensors(file.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{directory}: not an adapter directory: {Path(error.filename).name} is missing"
-        ) from None
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{directory}: the adapter cannot be read (truncated or damaged?): {error}") from None
-    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type must be LORA, found {data.get('peft_type') if isinstance(data, dict) else data!r}"
-        )
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{file}: {name} holds NaN or infinite values; the file is damaged")
-    return config_from_json(data, path), {
-        name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()
-    }
-
-
-def config_from_json(data: dict, path: Path) -> LoRAConfig:
-    """The LoRAConfig in PEFT's adapter_config.json; UserError names a setting that changes the mathematics
-    unknown to us.
-    """
-    changing = (
-        "fan_in_fan_out",
-        "lora_bias",
-        "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
-    )
-    changing += (
-        "use_qalora",
-        "use_bdlora",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "kasa_config",
-        "velora_config",
-    )
-    for key in changing:
-        if data.get(key):
-            raise UserError(
-                f"{path}: {key} = {data[key]!r} is not plain LoRA, rsLoRA or DoRA; minilora cannot load it"
-            )
-    init = data.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
-        raise UserError(
-            f"{path}: init_lora_weights = {init!r} changed the base weights; convert it to plain LoRA with PEFT"
-        )
-    known = {field.name for field in fields(LoRAConfig)} - {"init_lora_weights", "train_norms"}
-    try:
-        return LoRAConfig(
-            **{"lora_alpha": 8} | {key: data[key] for key in known if data.get(key) is not None}
-        )
-    except TypeError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _has_place(model: nn.Module, name: str) -> bool:
@@ -235,13 +120,6 @@ def _skeleton(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """A copy of the model without storage, LoRA injected: shapes can be checked before anything is
     touched.
     """
-    import copy
-
     memo = {id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False) for t in model.parameters()}
     memo |= {id(t): t.to("meta") for t in model.buffers()}
     return inject_lora(copy.deepcopy(model, memo), config)
-
-
-def most_common(values: list):
-    """The value that occurs most often, the first of equals."""
-    return Counter(values).most_common(1)[0][0]
