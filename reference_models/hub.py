@@ -1,0 +1,194 @@
+"""`hf:org/name[@revision]` -> a local folder with the checkpoint, downloaded once.
+
+    folder = resolve("hf:google/vit-base-patch16-224-in21k")
+
+Read from the environment, as huggingface_hub does: HF_ENDPOINT (a mirror), HF_TOKEN (private or gated models),
+HF_HOME (the cache is $HF_HOME/minilora, else ~/.cache/huggingface/minilora), HF_HUB_OFFLINE=1 (cache only).
+A folder is complete once its manifest says so; from then on it is used without asking the server again. Delete the
+folder to fetch it anew, or name a revision.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from reference_models.download import Declared, NotFound, download
+from reference_models.errors import ModelError
+from reference_models.textfiles import read_object, write_atomic
+
+PREFIX = "hf:"
+MANIFEST = ".minilora.json"
+CONFIGS = ("config.json", "open_clip_config.json")  # one of them must exist
+EXTRAS = (
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+)
+# In this order, the first that exists; an index brings its shards. Pickles only where there is no safetensors.
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def resolve(spec: str | Path) -> Path:
+    """The local path of `spec`: itself, or for "hf:org/name[@revision]" the folder in the cache, filled if need be.
+
+    Raises ModelError for a malformed name, a missing or refused model, a download that stays broken, bytes that
+    are not the declared ones, an index that names files outside the folder, or HF_HUB_OFFLINE without a copy.
+    """
+    if not str(spec).startswith(PREFIX):
+        return Path(spec)
+    name, revision = _parse(str(spec))
+    folder = cache_folder() / name.replace("/", "--") / revision.replace("/", "--")
+    if _complete(folder):
+        return folder
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ModelError(
+            f"{spec}: HF_HUB_OFFLINE is set and {folder} holds no complete copy; unset it to download"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"{folder}: the cache cannot be made ({error.strerror}); set HF_HOME elsewhere"
+        ) from None
+    with _locked(folder):
+        if not _complete(folder):  # another process may have been faster
+            _Snapshot(name, revision, folder).fill()
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "minilora"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "huggingface" / "minilora"
+
+
+def _parse(spec: str) -> tuple[str, str]:
+    name, at, revision = spec.removeprefix(PREFIX).partition("@")
+    revision = revision if at else "main"
+    part = r"(?!\.+(?:/|$))[\w.-]+"  # no "." or ".."
+    if not re.fullmatch(rf"{part}(/{part})?", name, re.ASCII):
+        raise ModelError(f"{spec}: expected hf:organisation/name, as in hf:google/vit-base-patch16-224-in21k")
+    if not re.fullmatch(rf"{part}(/{part})*", revision, re.ASCII):
+        raise ModelError(f"{spec}: {revision!r} is not a revision (a branch, a tag or a commit)")
+    return name, revision
+
+
+def _manifest(folder: Path) -> dict:
+    """The manifest, {} where there is none that can be read: the folder is then filled again."""
+    try:
+        return read_object(folder / MANIFEST)
+    except ModelError:
+        return {}
+
+
+def _kept(folder: Path, name: str, size: object) -> bool:
+    path = folder / name
+    return Path(name).name == name and path.is_file() and path.stat().st_size == size
+
+
+def _complete(folder: Path) -> bool:
+    manifest = _manifest(folder)
+    files = manifest.get("files")
+    if not manifest.get("complete") or not isinstance(files, dict):
+        return False
+    return all(_kept(folder, name, size) for name, size in files.items())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process fills a folder at a time (the ranks of torchrun all ask at once)."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Snapshot:
+    """The files of one revision on their way into a folder."""
+
+    def __init__(self, name: str, revision: str, folder: Path):
+        self.name, self.folder, self.pinned = name, folder, revision
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        if urlsplit(self.endpoint).scheme not in ("http", "https"):
+            raise ModelError(f"HF_ENDPOINT={self.endpoint}: expected an http:// or https:// address")
+        self.token = os.environ.get("HF_TOKEN") or None
+        self.earlier = _manifest(folder)
+        self.commit: str | None = None
+        self.files: dict[str, int] = {}
+
+    def fill(self) -> None:
+        found = [name for name in CONFIGS if self.optional(name)]
+        if not found:
+            raise ModelError(
+                f"hf:{self.name}@{self.pinned}: no config.json at {self.endpoint}; is the name (and revision) right?"
+            )
+        for name in EXTRAS:
+            self.optional(name)
+        weights = next((name for name in WEIGHTS if self.optional(name)), None)
+        if weights is None:
+            raise ModelError(
+                f"hf:{self.name}: has no weights that can be read; looked for {', '.join(WEIGHTS)}"
+            )
+        if weights.endswith(".index.json"):
+            for shard in shard_names(self.folder / weights):
+                self.fetch(shard)
+        self.write_manifest(complete=True)
+
+    def optional(self, name: str) -> bool:
+        """Fetch the file; False where the model has none of that name."""
+        try:
+            self.fetch(name)
+        except NotFound:
+            return False
+        return True
+
+    def fetch(self, name: str) -> None:
+        known = self.earlier.get("files")
+        if self.commit and self.commit == self.earlier.get("commit") and isinstance(known, dict):
+            if name in known and _kept(self.folder, name, known[name]):
+                self.files[name] = known[name]
+                return
+        url = f"{self.endpoint}/{self.name}/resolve/{quote(self.pinned, safe='')}/{name}"
+        if name.endswith((".safetensors", ".bin")):
+            print(f"downloading {url}", file=sys.stderr, flush=True)
+        self.pin(download(url, self.folder / name, self.token))
+        self.files[name] = (self.folder / name).stat().st_size
+        self.write_manifest(complete=False)
+
+    def pin(self, declared: Declared) -> None:
+        """Ask for the commit of the first answer from here on: a branch may move between two files."""
+        if self.commit is None and declared.commit and re.fullmatch(r"[0-9a-f]{40}", declared.commit):
+            self.commit = self.pinned = declared.commit
+
+    def write_manifest(self, complete: bool) -> None:
+        data = {"name": self.name, "commit": self.commit, "complete": complete, "files": self.files}
+        write_atomic(self.folder / MANIFEST, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names; each must be a plain weight file beside it, whatever the index says."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}, key weight_map: expected an object of tensor: file")
+    ending = index.name.removesuffix(".index.json").rpartition(".")[2]  # safetensors or bin
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not re.fullmatch(rf"\w[\w.-]*\.{ending}", name, re.ASCII):
+            raise ModelError(
+                f"{index}, key {key}: {name!r} is not the plain name of a .{ending} file; refused"
+            )
+    return sorted(set(weight_map.values()))
