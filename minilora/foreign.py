@@ -225,7 +225,7 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
         parts = _split(layers[theirs], theirs, tensors)
         if (
             config.bias == "all" and f"{theirs}.base_layer.bias" in tensors
-        ):  # parts without adapter: their bias is plain
+        ):
             biases = tensors[f"{theirs}.base_layer.bias"].chunk(len(layers[theirs].ours))
             plain = {
                 f"{n}.bias": bias

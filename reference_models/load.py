@@ -33,11 +33,12 @@ from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
 FAMILIES = ("vit",)
+MODULES = {"vit": "vit_files"}  # vit.py itself is the model alone, a chapter to read
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
 
 
 def family_module(family: str):
-    return importlib.import_module(f"reference_models.{family}")
+    return importlib.import_module(f"reference_models.{MODULES.get(family, family)}")
 
 
 def list_models() -> list[str]:
