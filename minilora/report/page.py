@@ -15,9 +15,9 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from minilora.adapter import atomic_write
 from PIL import Image
 
+from minilora.atomic import atomic_write
 from minilora.report import sections
 from minilora.report.curves import read_metrics
 from minilora.report.page_style import STYLE

@@ -31,7 +31,8 @@ table { border-collapse:collapse; font-size:14px; font-variant-numeric:tabular-n
 caption { text-align:left; padding-bottom:4px; font-size:13px }
 th, td { padding:4px 12px 4px 0; border-bottom:1px solid var(--rule); text-align:left; vertical-align:top }
 th { font-weight:600; color:var(--soft) }
-.n { text-align:right; white-space:nowrap; padding-left:8px }
+.n { text-align:right; padding-left:8px }
+td.n { white-space:nowrap }
 td:first-child { overflow-wrap:anywhere; min-width:8em }
 .heat { border-collapse:separate; border-spacing:2px; font-size:12px }
 .heat th, .heat td { border:0; padding:3px 6px }
@@ -66,7 +67,7 @@ svg text { fill:var(--soft); font-size:11.5px }
 .c6{--c:var(--c6)}
 .c7{--c:var(--c7)}
 .bars { max-width:720px; font-size:14px }
-.bar { display:grid; grid-template-columns:minmax(80px,32%) 1fr auto; gap:10px; align-items:center;
+.bar { display:grid; grid-template-columns:minmax(80px,36%) 1fr auto; gap:10px; align-items:center;
   padding:1px 0 }
 .bar .name { overflow:hidden; text-overflow:ellipsis; white-space:nowrap; text-align:right }
 .track { background:color-mix(in srgb,var(--rule) 60%,transparent); border-radius:3px; height:12px }
@@ -78,7 +79,7 @@ svg text { fill:var(--soft); font-size:11.5px }
   font-size:13px; min-width:0 }
 .card img { width:100%; aspect-ratio:1; object-fit:cover; display:block; image-rendering:auto }
 .card img.tiny, .strip img.tiny { image-rendering:pixelated }
-.card div { padding:7px 10px 9px; overflow-wrap:anywhere }
+.card > div { padding:7px 10px 9px; overflow-wrap:anywhere }
 .card p { margin:2px 0 }
 .card .q { font-weight:600 }
 .card .file { font-size:11.5px; color:var(--soft) }
@@ -106,6 +107,11 @@ svg text { fill:var(--soft); font-size:11.5px }
 .config dt { color:var(--soft) }
 .config dd { margin:0; text-align:right; overflow-wrap:anywhere }
 pre { overflow-x:auto; font-size:13px }
+@media (max-width:560px) {
+  table { font-size:12.5px }
+  th, td { padding-right:8px }
+  .n { padding-left:2px }
+}
 @media print {
   body { max-width:none }
   .card, tr { break-inside:avoid }

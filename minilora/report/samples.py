@@ -74,7 +74,7 @@ def picture_table(
 ) -> Image.Image:
     """Pictures in rows and columns with labels to the left and above; rows may differ in length."""
     font = ImageFont.load_default(13)
-    left = min(240, max([0, *(int(font.getlength(label)) + 16 for label in row_labels)]))
+    left = min(120, max([0, *(int(font.getlength(label)) + 16 for label in row_labels)]))
     top = 26 * max([0, *(len(_wrapped(label, font, side)) for label in column_labels)])
     gap, columns = 6, max([1, *(len(row) for row in rows)])
     sheet = Image.new(
@@ -86,8 +86,9 @@ def picture_table(
             draw.text((left + gap + j * (side + gap), 5 + 18 * line), text, fill=INK, font=font)
     for i, row in enumerate(rows):
         y = top + gap + i * (side + gap)
-        if row_labels:
-            draw.text((6, y + side // 2 - 8), _cut(row_labels[i], font, left - 10), fill=INK, font=font)
+        lines = _wrapped(row_labels[i], font, left - 10) if row_labels else []
+        for line, text in enumerate(lines):
+            draw.text((6, y + side // 2 - 9 * len(lines) + 18 * line), text, fill=INK, font=font)
         for j, image in enumerate(row):
             sheet.paste(square(image, side), (left + gap + j * (side + gap), y))
     return sheet
@@ -109,13 +110,13 @@ def example_grid(examples: Sequence[Example], columns: int = 4, side: int = 150)
         sheet.paste(
             square(example.image, side) if example.image else Image.new("RGB", (side, side), FAINT), (x, y)
         )
-        sure = "" if example.probability is None else f" {100 * example.probability:.0f} %"
+        sure = "" if example.probability is None else f"{100 * example.probability:.0f} % "
         colour = {True: (24, 120, 70), False: (190, 50, 40), None: INK}[example.correct]
         draw.text(
             (x, y + side + 3), _cut(f"is {example.truth or 'unknown'}", font, side), fill=INK, font=font
         )
         draw.text(
-            (x, y + side + 19), _cut(f"said {example.answer}{sure}", font, side), fill=colour, font=font
+            (x, y + side + 19), _cut(f"said {sure}{example.answer}", font, side), fill=colour, font=font
         )
     return sheet
 

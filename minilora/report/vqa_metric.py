@@ -19,8 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from minilora.adapter import atomic_write
-
+from minilora.atomic import atomic_write
 from minilora.errors import UserError
 
 OFFICIAL = "official VQA accuracy"

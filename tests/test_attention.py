@@ -1,0 +1,109 @@
+"""Attention over the picture: rollout by hand, patch grids, Swin windows, and the figure."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from minilora.report.attention import (
+    attention_figure,
+    attention_heats,
+    attention_rollout,
+    grid_of,
+    overlay,
+    patch_heat,
+    window_heat,
+)
+
+PREPROCESS = {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+class Looker(nn.Module):
+    """A stand-in whose attention is a function of the picture: `maps(x)` gives the list."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.maps, self.preprocess, self.w = maps, PREPROCESS, nn.Parameter(torch.zeros(1))
+
+    def attention_maps(self, x):
+        assert not self.training
+        return self.maps(x)
+
+
+def random_maps(heads, tokens, layers=3):
+    return lambda x: [torch.randn(x.shape[0], heads, tokens, tokens).softmax(-1) for _ in range(layers)]
+
+
+def test_rollout_of_two_layers_equals_the_hand_computed_one():
+    first = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])  # (1, 1, 2, 2)
+    second = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]])
+    # (I + A1) / 2 = [[1, 0], [1/4, 3/4]],  (I + A2) / 2 = [[1/2, 1/2], [1/2, 1/2]],  product of second and first:
+    expected = torch.tensor([[[0.625, 0.375], [0.625, 0.375]]])
+    assert torch.allclose(attention_rollout([first, second]), expected)
+    assert not torch.allclose(attention_rollout([second, first]), expected)  # the order matters
+
+
+def test_rollout_averages_heads_and_its_rows_sum_to_1():
+    maps = random_maps(4, 10)(torch.zeros(2, 3, 8, 8))
+    rollout = attention_rollout(maps)
+    assert rollout.shape == (2, 10, 10) and torch.allclose(rollout.sum(-1), torch.ones(2, 10), atol=1e-6)
+    assert torch.allclose(rollout, attention_rollout([m.mean(1, keepdim=True) for m in maps]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tokens, expected", [(197, (1, 14)), (196, (0, 14)), (198, (2, 14)), (37, (1, 6)), (577, (1, 24))]
+)
+def test_prefix_tokens_and_grid_are_read_from_the_number_of_tokens(tokens, expected):
+    assert grid_of(tokens) == expected
+
+
+def test_the_class_token_is_read_where_there_is_one_and_all_queries_where_not():
+    with_cls = torch.rand(2, 3, 5, 5)
+    assert torch.equal(patch_heat(with_cls), with_cls[:, :, 0, 1:].reshape(2, 3, 2, 2))
+    without = torch.rand(2, 3, 4, 4)
+    assert torch.allclose(patch_heat(without), without.mean(2).reshape(2, 3, 2, 2))
+
+
+def test_windows_are_put_back_where_they_were_cut_out_and_the_shift_is_undone():
+    plane = torch.arange(64.0).reshape(1, 1, 8, 8)
+    shifted = plane.roll((-2, -2), (-2, -1))  # as Swin's shifted blocks see it, window 4
+    windows = shifted.reshape(1, 1, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(4, 1, 1, 16)
+    assert torch.equal(window_heat(windows.expand(4, 1, 16, 16), 1), plane)
+    with pytest.raises(ValueError, match="square"):
+        window_heat(torch.rand(3, 1, 16, 16), 1)
+
+
+def test_windows_have_no_rollout_and_the_training_mode_comes_back():
+    swin = Looker(
+        lambda x: [torch.rand(x.shape[0] * 4, 2, 16, 16), torch.rand(x.shape[0], 2, 16, 16)]
+    ).train()
+    last, rollout = attention_heats(swin, torch.zeros(3, 3, 16, 16))
+    assert last.shape == (3, 2, 4, 4) and rollout is None and swin.training
+
+
+def test_the_figure_has_a_column_per_model_and_layer_and_one_per_head_on_request(tmp_path):
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    models = {"base": Looker(random_maps(2, 17)), "LoRA": Looker(random_maps(2, 17))}
+    plain = attention_figure(models, images, tmp_path / "attention.png", titles=["dog", "cat"], side=40)
+    heads = attention_figure(models, images, per_head=True, side=40)
+    with Image.open(tmp_path / "attention.png") as written:
+        assert written.size == plain.size
+    assert heads.width > plain.width  # 4 columns more
+    assert plain.height == pytest.approx(heads.height, abs=30)
+
+
+def test_a_two_tower_model_is_drawn_by_its_vision_tower():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision = Looker(random_maps(2, 17))
+
+    assert attention_figure({"clip": Towers()}, torch.zeros(1, 3, 16, 16), side=32).width > 90
+
+
+def test_the_brightest_patch_of_the_overlay_is_the_most_attended_one():
+    heat = torch.zeros(4, 4)
+    heat[1, 2] = 1
+    shown = overlay(Image.new("RGB", (40, 40), (90, 90, 90)), heat.numpy()).convert("L")
+    brightest = max(range(16), key=lambda i: shown.getpixel((i % 4 * 10 + 5, i // 4 * 10 + 5)))
+    assert brightest == 1 * 4 + 2
