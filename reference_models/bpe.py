@@ -7,6 +7,7 @@ printable stand-ins, the last one marked "</w>", and neighbours are joined in th
     l o w e r</w> -> lo w e r</w> -> low e r</w> -> low er</w> -> lower</w>
 """
 
+import heapq
 import html
 import json
 import re
@@ -123,15 +124,7 @@ class ClipTokenizer(Tokenizer):
     def _pieces(self, word: str) -> list[int]:
         letters = [BYTE_LETTERS[byte] for byte in word.encode("utf-8", errors="replace")]
         letters[-1] += WORD_END
-        while len(letters) > 1:
-            pairs = zip(letters, letters[1:], strict=False)
-            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if best not in self.ranks:
-                break
-            letters = _merge(letters, best)
-        return [
-            self.vocab.get(letter, self.eos_id) for letter in letters
-        ]  # <|endoftext|> is also the unknown token
+        return [self.vocab.get(piece, self.eos_id) for piece in join_pairs(letters, self.ranks)]
 
     def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
         if pair is not None:
@@ -166,14 +159,32 @@ class ClipTokenizer(Tokenizer):
         self._save_config(directory, config)
 
 
-def _merge(letters: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join every occurrence of the pair, from left to right."""
-    merged, at = [], 0
-    while at < len(letters):
-        if at + 1 < len(letters) and (letters[at], letters[at + 1]) == pair:
-            merged.append(letters[at] + letters[at + 1])
-            at += 2
-        else:
-            merged.append(letters[at])
-            at += 1
-    return merged
+def join_pairs(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Join the neighbours of lowest rank, leftmost first, until no pair has a rank; `pieces` is used up.
+
+    A heap of (rank, place) instead of a search per join: a word of n letters costs n log n, not n squared.
+    """
+    end = len(pieces)
+    left, right = (
+        list(range(-1, end - 1)),
+        list(range(1, end + 1)),
+    )  # places of the neighbours that still stand
+    heap: list[tuple[int, int]] = []
+
+    def offer(i: int) -> None:
+        if i >= 0 and right[i] < end and (rank := ranks.get((pieces[i], pieces[right[i]]))) is not None:
+            heapq.heappush(heap, (rank, i))
+
+    for i in range(end - 1):
+        offer(i)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = right[i]
+        if not pieces[i] or j >= end or ranks.get((pieces[i], pieces[j])) != rank:
+            continue  # one of the two was joined with another in the meantime
+        pieces[i], pieces[j], right[i] = pieces[i] + pieces[j], "", right[j]
+        if right[i] < end:
+            left[right[i]] = i
+        offer(left[i])
+        offer(i)
+    return [piece for piece in pieces if piece]

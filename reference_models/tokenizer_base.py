@@ -68,6 +68,7 @@ class Tokenizer(ABC):
 
     kind: str
     special: tuple[str, ...]  # tokens every vocabulary of this kind must have
+    optional: tuple[str, ...] = ()  # tokens that count as special where the vocabulary has them
     has_types = False
 
     def __init__(self, vocab, added: Mapping[str, int] | None, max_length: int, where: str):
@@ -83,7 +84,8 @@ class Tokenizer(ABC):
                     f"{where}, added token {token!r}: id {i}, but the vocabulary says {self.vocab[token]}"
                 )
         self.vocab = numbered(self.vocab, where)
-        self.added = {token: self.vocab[token] for token in (*self.special, *(added or ()))}
+        names = (*self.special, *self.optional, *(added or ()))
+        self.added = {token: self.vocab[token] for token in names if token in self.vocab}
         self.tokens = sorted(self.vocab, key=self.vocab.__getitem__)
         self.max_length = max_length
         self.truncated = 0

@@ -54,6 +54,7 @@ class WordPieceTokenizer(Tokenizer):
 
     kind = "wordpiece"
     special = (PAD, UNK, CLS, SEP)
+    optional = (MASK,)
     has_types = True
 
     def __init__(
@@ -68,8 +69,6 @@ class WordPieceTokenizer(Tokenizer):
         where: str = "vocabulary",
     ):
         super().__init__(vocab, added, max_length, where)
-        if MASK in self.vocab:
-            super().__init__(self.vocab, {MASK: self.vocab[MASK], **(added or {})}, max_length, where)
         self.lowercase, self.split_cjk, self.max_word = lowercase, split_cjk, max_word
         self.strip_accents = strip_accents
         self.pad_id, self.unk_id, self.cls_id, self.eos_id = (self.vocab[t] for t in self.special)

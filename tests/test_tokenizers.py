@@ -263,6 +263,18 @@ def test_decode_gives_the_words_back(pairs_of_tokenizers):
     assert clip.decode(clip.encode("Ein schöner Hund , 犬!")) == "ein schöner hund , 犬 !"
 
 
+def test_a_word_of_20000_letters_is_equal_and_not_slow(pairs_of_tokenizers):
+    rng = random.Random(8)
+    words = ["".join(rng.choices(letters, k=20_000)) for letters in ("abcdefghij", "a", "!?", "éà")]
+    start = time.process_time()
+    for ours, _ in pairs_of_tokenizers.values():
+        for word in words:
+            ours.encode(word)
+    assert time.process_time() - start < 3
+    for tokenizers in pairs_of_tokenizers.values():
+        assert differences(tokenizers, words) == []
+
+
 def test_clip_pad_id_is_an_option(vocab, tmp_path):
     merges = [("a", "b</w>")]
     tokenizer = ClipTokenizer(merges, pad_id=514)
