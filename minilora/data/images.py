@@ -1,0 +1,129 @@
+"""Open one picture, whatever it is, as 8-bit RGB, or say in one line why it cannot be opened.
+
+Pictures come from strangers, so the order matters: first the path (it must stay inside the data folder), then the
+header (format and size: a 50 kB file may unpack to gigabytes), and only then the pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from minilora.errors import UserError
+
+# Formats that Pillow decodes by itself. Left out are those that start other programs (EPS: ghostscript).
+WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
+Image.init()
+FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif")
+)
+MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB as RGB; above it the header alone condemns the file
+ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
+
+
+class BadImage(UserError):
+    """A picture that cannot be read. `path` names it, `reason` says why."""
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+    def __reduce__(self):  # exceptions are rebuilt from `args` when they cross a process boundary
+        return BadImage, (self.path, self.reason)
+
+
+def is_picture(name: str) -> bool:
+    """True for a file name that looks like a picture; hidden files (macOS leaves `._x.jpg`) do not."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not os.path.basename(name).startswith(".")
+
+
+def inside(path: str | os.PathLike, root: str | os.PathLike) -> bool:
+    """Whether `path`, with all symbolic links followed, lies in `root`."""
+    real, base = os.path.realpath(path), os.path.realpath(root)
+    return os.path.commonpath((real, base)) == base
+
+
+def open_image(path: str | os.PathLike, root: str | os.PathLike | None = None) -> Image.Image:
+    """The picture at `path` as an RGB image, upright (EXIF orientation applied).
+
+    Animated files give their first frame, transparency becomes white, 16-bit and float greys are scaled to 8 bits.
+    With `root`, a path that leaves that folder (through `..` or a symbolic link) is refused without being opened.
+    Raises BadImage(path, reason) for whatever cannot be read, before decoding where the header tells.
+    """
+    if root is not None and not inside(path, root):
+        raise BadImage(path, f"lies outside the data folder {root}; copy the picture into the folder")
+    try:
+        if not os.path.isfile(path):  # a pipe or a device would block for ever
+            reason = "is not a file" if os.path.exists(path) else "no such file"
+            raise BadImage(path, reason)
+        if os.path.getsize(path) == 0:
+            raise BadImage(path, "the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata is no news; a bomb is an error
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise BadImage(path, _too_large(f"{width} x {height}"))
+                image.load()
+                return to_rgb(upright(image))
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImage(path, _too_large("the picture")) from None
+    except UnidentifiedImageError:
+        raise BadImage(path, "is not a picture of a known format " + _head(path)) from None
+    except MemoryError:
+        raise BadImage(path, "not enough memory to decode it") from None
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, zlib.error, by decoder
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadImage(path, f"cannot be decoded: {reason}") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; broken EXIF counts as none."""
+    try:
+        turned = image.getexif().get(ORIENTATION, 1)
+        return ImageOps.exif_transpose(image) if turned in range(2, 9) else image
+    except Exception:
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB from any Pillow mode: 1, L, LA, P, PA, RGB(A/a/X), CMYK, YCbCr, LAB, HSV, I, I;16*, F."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_grey_8bit(image)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_8bit(image: Image.Image) -> np.ndarray:
+    """Grey values of more than 8 bits as uint8. 16-bit: the upper byte; F: [0, 1] or [0, 255] by its maximum."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values.astype(np.float64), posinf=255.0, neginf=0.0)
+        return np.clip(values * (255 if values.max(initial=0) <= 1 else 1), 0, 255).astype(np.uint8)
+    values = np.clip(values.astype(np.int64), 0, 65535)
+    if image.mode == "I" and values.max(initial=0) <= 255:  # a 32-bit file that holds 8-bit values
+        return values.astype(np.uint8)
+    return (values >> 8).astype(np.uint8)
+
+
+def _too_large(what: str) -> str:
+    return f"{what} has more than {MAX_PIXELS:,} pixels and was not decoded; make it smaller"
+
+
+def _head(path: str | os.PathLike) -> str:
+    """What the file starts with: an HTML error page saved as .jpg is then easy to recognise."""
+    with open(Path(path), "rb") as file:
+        return f"(it starts with {file.read(12)!r})"

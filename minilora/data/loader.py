@@ -1,0 +1,177 @@
+"""From samples to batches: the data set, the seeded augmentation, the order of an epoch, and the workers.
+
+Everything random is a function of (seed, epoch, index) alone. A picture is therefore augmented in the same way by
+any worker, in any batch, before and after a resume, and loading takes nothing from the random numbers of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from minilora.data.folder import Split
+from minilora.data.images import BadImage
+from minilora.data.transforms import build_transform
+
+CACHE_BYTES = 256 * 2**20  # decoded pictures kept in memory, per process
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed out of several integers: splitmix64's finaliser, folded over them."""
+    mask, state = (1 << 64) - 1, 0
+    for number in numbers:
+        state = (state + (number & mask) + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+@contextmanager
+def seeded_cpu(seed: int):
+    """Inside, torch's CPU random numbers start from `seed`; afterwards they go on as if nothing had happened.
+
+    torch.random.fork_rng does the same and costs more; torch.manual_seed would also reset the GPU's generators.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The indices 0 .. n-1 shuffled by (seed, epoch) and cut into batches; the last one may be shorter."""
+    generator = torch.Generator().manual_seed(mix(seed, epoch))
+    order = torch.randperm(n, generator=generator).tolist()
+    return [order[i : i + batch_size] for i in range(0, n, batch_size)]
+
+
+def in_order(n: int, batch_size: int) -> list[list[int]]:
+    """The indices 0 .. n-1 in batches, for evaluation."""
+    return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]
+
+
+class Pictures:
+    """Decoded pictures of a split by index, kept in memory while there is room, each a BadImage if broken."""
+
+    def __init__(self, split: Split, cache_bytes: int = CACHE_BYTES):
+        self.split, self.room = split, cache_bytes
+        self.kept: dict[int, Image.Image] = {}
+
+    def __getitem__(self, i: int) -> Image.Image:
+        if i in self.kept:
+            return self.kept[i]
+        image = self.split.load(i)
+        size = 3 * image.width * image.height
+        if size <= self.room:
+            self.kept[i], self.room = image, self.room - size
+        return image
+
+
+class PictureDataset(Dataset):
+    """Pictures with labels. `dataset[i]` is the plain item i, `dataset[(epoch, i)]` the augmented one of that epoch.
+
+    An item: image (3, S, S) float32 normalised, label (-1 unknown), index, valid. A broken picture raises BadImage
+    (bad_data "error") or becomes zeros with valid False (bad_data "skip"), so that rows never shift.
+    """
+
+    def __init__(
+        self, split: Split, preprocess: dict, augment: str = "none", seed: int = 0, bad_data: str = "error"
+    ):
+        self.split, self.pictures, self.seed, self.bad_data = split, Pictures(split), seed, bad_data
+        self.size = preprocess["image_size"]
+        self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, i = key if isinstance(key, tuple) else (None, key)
+        item = {"label": self.split[i].label, "index": i, "valid": True}
+        try:
+            picture = self.pictures[i]
+        except BadImage:
+            if self.bad_data == "error":
+                raise
+            return item | {"image": torch.zeros(3, self.size, self.size), "valid": False}
+        if epoch is None:
+            return item | {"image": self.plain(picture)}
+        with seeded_cpu(mix(self.seed, epoch, i)):
+            return item | {"image": self.augmented(picture)}
+
+
+def collate(items: Sequence[dict]) -> dict:
+    """Items -> batch: tensors are stacked, bools and ints become tensors, everything else a list.
+
+    Classification: image (B, 3, S, S) float32, label (B,) int64, index (B,) int64, valid (B,) bool.
+    """
+    return {key: _column([item[key] for item in items]) for key in items[0]}
+
+
+def _column(values: list) -> Tensor | list:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.stack(values)
+    if isinstance(first, bool | int | float):
+        return torch.tensor(values)
+    return values
+
+
+def make_loader(
+    dataset: Dataset,
+    batches: Sequence[Sequence],
+    workers: int = 0,
+    pin_memory: bool = False,
+    collate_fn: Callable[[Sequence[dict]], dict] = collate,
+) -> Iterator[dict]:
+    """The collated `batches` (lists of keys of `dataset`), in order, prepared by `workers` processes (0: this one).
+
+    The same bits for any number of workers. An error in a worker arrives here as the error that it was.
+    """
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_sampler=[list(batch) for batch in batches],
+        num_workers=min(workers, len(batches)),
+        collate_fn=_GuardedCollate(collate_fn),
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # else every loader takes a number from the model's generator
+    )
+    for batch in loader:
+        if isinstance(batch, BadImage):
+            raise batch
+        yield batch
+
+
+def train_keys(batches: Sequence[Sequence[int]], epoch: int) -> list[list[tuple[int, int]]]:
+    """Batches of indices -> batches of (epoch, index), the keys of augmented items."""
+    return [[(epoch, i) for i in batch] for batch in batches]
+
+
+class _Guarded(Dataset):
+    """Hands a BadImage over as a value: raised in a worker it would come back wrapped in that worker's traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except BadImage as error:
+            return error
+
+
+class _GuardedCollate:
+    def __init__(self, collate_fn: Callable):
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: list):
+        return next((item for item in items if isinstance(item, BadImage)), None) or self.collate_fn(items)

@@ -1,0 +1,137 @@
+"""The one door to labelled pictures: class folders, tables and the procedural shapes come out as the same `Splits`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minilora.data.folder import (
+    Sample,
+    Split,
+    Splits,
+    existing_path,
+    has_class_folders,
+    list_pictures,
+    read_folders,
+)
+from minilora.data.shapes import classification_splits
+from minilora.data.tables import find_tables, read_tables, read_unlabelled
+from minilora.errors import UserError
+
+FORMATS = ("auto", "folder", "csv", "shapes")
+
+
+def load_classification(
+    data_dir: str | os.PathLike | None,
+    fmt: str = "auto",
+    val_split: float = 0.1,
+    subset: float = 1.0,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    check_files: bool = True,
+    require_train: bool = True,
+) -> Splits:
+    """The labelled pictures of `data_dir` as Splits.
+
+    val_split: share of train held out, per class, where the set has no validation part of its own.
+    subset:    keep a share (at most 1) or a number (above 1) of the training pictures, spread over the classes.
+    classes:   the labels of an existing run (names or folder names): labels are numbered as there.
+    check_files: refuse a table that names files which do not exist (False with --bad-data skip).
+    Raises UserError naming folder, file or column.
+    """
+    if fmt not in FORMATS:
+        raise UserError(f"--data-format {fmt!r} is unknown for classify; choose from {', '.join(FORMATS)}")
+    if not 0 <= val_split < 1:
+        raise UserError(f"--val-split {val_split} must be at least 0 and below 1")
+    if not subset > 0:
+        raise UserError(f"--subset {subset} must be above 0: a share up to 1, or a number of pictures")
+    if fmt == "shapes":
+        splits = classification_splits()
+    else:
+        splits = _read(existing_path(data_dir), fmt, check_files)
+    if classes is not None:
+        splits = _renumber(splits, list(classes), data_dir)
+    elif len(splits.classes) < 2:
+        raise UserError(
+            f"{data_dir}: only one class ({splits.classes[0]!r}); a classifier needs at least two"
+        )
+    if splits.train is None and require_train:
+        raise UserError(f"{data_dir}: no training pictures (no train/ and no class folders)")
+    if splits.train is not None:
+        splits.train, splits.val = _carve(splits, val_split, subset, seed, data_dir)
+    return splits
+
+
+def unlabelled(path: str | os.PathLike) -> Split:
+    """Every picture below a folder (or the one file), sorted by name, with label -1: input for predictions."""
+    path = existing_path(path)
+    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
+        return read_unlabelled(path)
+    if path.is_file():
+        return Split([Sample(path.name, -1)], path.parent)
+    names = list_pictures(path)
+    if not names:
+        raise UserError(f"{path}: no pictures in this folder")
+    return Split((Sample(name, -1) for name in names), path)
+
+
+def _read(path: Path, fmt: str, check_files: bool) -> Splits:
+    if fmt == "auto":
+        fmt = "csv" if path.is_file() or (find_tables(path) and not has_class_folders(path)) else "folder"
+    if fmt == "csv":
+        return read_tables(path, check_files)
+    if not path.is_dir():
+        raise UserError(
+            f"--data-dir {path}: is a file; class folders need a folder (a table: --data-format csv)"
+        )
+    return read_folders(path)
+
+
+def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
+    """The same pictures with labels numbered as in `classes` (of an earlier run)."""
+    number = {name: i for i, name in enumerate(classes)}
+    new = [number.get(name, number.get(key)) for name, key in zip(splits.classes, splits.keys, strict=True)]
+    if None in new:
+        unknown = splits.keys[new.index(None)]
+        raise UserError(
+            f"{data_dir}: class {unknown!r} is not a class of this run ({', '.join(classes[:8])} ...)"
+        )
+
+    def again(split: Split | None) -> Split | None:
+        if split is not None:
+            split.samples = [Sample(path, new[label] if label >= 0 else -1) for path, label in split.samples]
+        return split
+
+    return Splits(
+        again(splits.train), again(splits.val), again(splits.test), classes, list(classes), splits.info
+    )
+
+
+def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir) -> tuple[Split, Split]:
+    """Hold out a validation part where there is none, then keep the asked-for subset of train."""
+    train, val = splits.train, splits.val
+    if val is None:
+        if not val_split:
+            raise UserError(f"{data_dir}: no val/ part; give --val-split, for example --val-split 0.1")
+        held, kept = stratified(train, lambda n: min(max(1, round(n * val_split)), n - 1), seed)
+        if not held:
+            raise UserError(f"{data_dir}: every class has one picture, none can be held out for validation")
+        train, val = train.take(kept), train.take(held)
+    share = subset if subset <= 1 else min(subset / len(train), 1.0)
+    if share < 1:
+        kept, _ = stratified(train, lambda n: max(1, round(n * share)), seed)
+        train = train.take(kept)
+    return train, val
+
+
+def stratified(split: Split, share: Callable[[int], int], seed: int) -> tuple[list[int], list[int]]:
+    """Draw share(n) of the n samples of every class; returns (drawn, rest), each in the split's order."""
+    labels = np.fromiter((sample.label for sample in split), dtype=np.int64, count=len(split))
+    rng, drawn = np.random.default_rng(seed), np.zeros(len(split), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        drawn[rng.permutation(members)[: max(share(len(members)), 0)]] = True
+    return np.flatnonzero(drawn).tolist(), np.flatnonzero(~drawn).tolist()

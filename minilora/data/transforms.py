@@ -1,0 +1,107 @@
+"""Picture -> tensor: resize to what the model wants, optionally augment, scale to [0, 1], normalise.
+
+`preprocess` is the dictionary that every model carries: image_size, resize ("squash" straight to the square, or
+"shortest" edge to `resize_to` and a centre crop), interpolation, mean, std. Geometry runs on the Pillow picture
+(antialiased); `to_uint8` stops before the normalisation, so that stored uint8 pictures and files give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from minilora.errors import UserError
+
+AUGMENTATIONS = ("none", "basic", "rand")
+MAX_EDGE = 8192  # a 20000 x 1 picture, resized by its shortest edge to 224, would take 12 GB
+
+
+def build_transform(preprocess: dict, augment: str = "none") -> Callable[[Image.Image], Tensor]:
+    """RGB picture -> (3, S, S) float32, normalised.
+
+    augment: "none" (deterministic), "basic" (random resized crop + horizontal flip, torchvision's defaults) or
+    "rand" (basic, then RandAugment; Cubuk et al. 2019, arXiv:1909.13719). All random numbers are torch's.
+    """
+    if augment not in AUGMENTATIONS:
+        raise UserError(f"--augment {augment!r} is unknown; choose from {', '.join(AUGMENTATIONS)}")
+    if augment == "none":
+        return v2.Compose([Resize(preprocess), Normalise(preprocess)])
+    mode = v2.InterpolationMode(resampling(preprocess).name.lower())
+    steps = [v2.RandomResizedCrop(preprocess["image_size"], interpolation=mode), v2.RandomHorizontalFlip()]
+    if augment == "rand":
+        steps.append(v2.RandAugment())
+    return v2.Compose([*steps, to_tensor, Normalise(preprocess)])
+
+
+def to_uint8(preprocess: dict) -> Callable[[Image.Image], Tensor]:
+    """RGB picture -> (3, S, S) uint8: the resize without augmentation or normalisation, for shards."""
+    return Resize(preprocess)
+
+
+class Resize:
+    """RGB picture -> (3, S, S) uint8, squashed or cropped as `preprocess` says."""
+
+    def __init__(self, preprocess: dict):
+        self.size, self.resample = preprocess["image_size"], resampling(preprocess)
+        self.squash = preprocess.get("resize", "squash") == "squash"
+        self.edge = preprocess.get("resize_to") or self.size
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if not self.squash:
+            return to_tensor(shortest_then_crop(image, self.edge, self.size, self.resample))
+        square = (self.size, self.size)
+        return to_tensor(image if image.size == square else image.resize(square, self.resample))
+
+
+class Normalise:
+    """uint8 (..., 3, H, W) -> float32 of the same shape: (x / 255 - mean) / std."""
+
+    def __init__(self, preprocess: dict):
+        self.mean = torch.tensor(preprocess["mean"], dtype=torch.float32).view(3, 1, 1)
+        self.std = torch.tensor(preprocess["std"], dtype=torch.float32).view(3, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def resampling(preprocess: dict) -> Image.Resampling:
+    """Pillow's filter for the name in `preprocess`."""
+    name = preprocess.get("interpolation", "bilinear")
+    try:
+        return Image.Resampling[name.upper()]
+    except KeyError:
+        choices = ", ".join(mode.name.lower() for mode in Image.Resampling)
+        raise UserError(
+            f"interpolation {name!r} in the preprocessing is unknown; choose from {choices}"
+        ) from None
+
+
+def shortest_then_crop(image: Image.Image, edge: int, size: int, resample: Image.Resampling) -> Image.Image:
+    """Resize the shortest edge to `edge`, keep the ratio, cut the central size x size square.
+
+    Sizes round as torchvision's Resize and CenterCrop do.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if edge * long > MAX_EDGE * short:  # cut the middle first: what is cut off would never be seen
+        keep = max(short * MAX_EDGE // edge, 1)
+        left, top = (width - min(width, keep)) // 2, (height - min(height, keep)) // 2
+        image = image.crop((left, top, left + min(width, keep), top + min(height, keep)))
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+    longer = max(int(edge * long / short), edge)
+    target = (edge, longer) if width <= height else (longer, edge)
+    if image.size != target:
+        image = image.resize(target, resample)
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    return image.crop((left, top, left + size, top + size))  # a crop beyond the border is filled with black

@@ -1,0 +1,193 @@
+"""open_image: every kind of picture comes out as upright 8-bit RGB, or as one line that says why not."""
+
+import os
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from minilora.data.images import MAX_PIXELS, BadImage, open_image
+from minilora.data.transforms import build_transform, to_uint8
+from minilora.errors import UserError
+
+RED = (255, 0, 0)
+PREPROCESS = {
+    "image_size": 32,
+    "resize": "squash",
+    "interpolation": "bicubic",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2] * 3,
+}
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A valid PNG header of that size with hardly any pixel data behind it."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "mode, suffix, value, expected",
+    [
+        ("RGB", ".png", RED, RED),
+        ("RGB", ".bmp", RED, RED),
+        ("RGB", ".webp", RED, RED),
+        ("L", ".jpg", 128, (128, 128, 128)),
+        ("1", ".png", 1, (255, 255, 255)),
+        ("LA", ".png", (100, 255), (100, 100, 100)),
+        ("LA", ".png", (0, 0), (255, 255, 255)),
+        ("RGBA", ".png", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", ".png", (0, 0, 0, 51), (204, 204, 204)),
+        ("CMYK", ".tif", (0, 255, 255, 0), RED),
+        ("CMYK", ".jpg", (0, 255, 255, 0), (254, 0, 0)),
+        ("YCbCr", ".jpg", (76, 85, 255), (254, 0, 0)),
+        ("HSV", ".png", (0, 255, 255), RED),
+        ("LAB", ".tif", (0, 128, 128), (0, 0, 0)),
+        ("I;16", ".png", 0x8040, (128, 128, 128)),
+        ("I;16", ".tif", 0xFFFF, (255, 255, 255)),
+        ("I", ".tif", 200, (200, 200, 200)),
+        ("F", ".tif", 0.5, (127, 127, 127)),
+        ("F", ".tif", 130.0, (130, 130, 130)),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, suffix, value, expected):
+    path = tmp_path / f"picture{suffix}"
+    image = Image.new("RGB", (9, 7), RED).convert("HSV") if mode == "HSV" else Image.new(mode, (9, 7), value)
+    (image.convert("RGB") if mode == "HSV" else image).save(
+        path, **({"lossless": True} if suffix == ".webp" else {})
+    )
+    opened = open_image(path)
+    assert (opened.mode, opened.size) == ("RGB", (9, 7))
+    assert np.abs(np.asarray(opened)[3, 4].astype(int) - expected).max() <= 2
+
+
+def test_palette_transparency_becomes_white_and_opaque_palette_keeps_its_colour(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.save(tmp_path / "opaque.png")
+    image.save(tmp_path / "clear.png", transparency=1)
+    assert open_image(tmp_path / "opaque.png").getpixel((0, 0)) == RED
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_animation_gives_its_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:])
+    assert np.abs(np.array(open_image(tmp_path / f"a{suffix}").getpixel((4, 4))) - RED).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == ((10, 20) if orientation >= 5 else (20, 10))
+
+
+def test_broken_exif_and_wrong_extension_do_no_harm(tmp_path):
+    Image.new("RGB", (20, 10), RED).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
+    Image.new("RGB", (20, 10), RED).save(tmp_path / "b.png")
+    os.rename(tmp_path / "b.png", tmp_path / "b.jpg")
+    assert open_image(tmp_path / "a.jpg").size == open_image(tmp_path / "b.jpg").size == (20, 10)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "the file is empty"),
+        (b"<html>404</html>", "not a picture of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a known format"),
+        (png_header(40, 40), "cannot be decoded"),
+        (png_header(60_000, 60_000), "was not decoded"),
+        (png_header(MAX_PIXELS + 1, 1), "was not decoded"),
+    ],
+)
+def test_bad_content_says_why(tmp_path, content, reason):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(BadImage, match=reason) as caught:
+        open_image(tmp_path / "a.jpg")
+    assert isinstance(caught.value, UserError) and str(tmp_path / "a.jpg") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".webp", ".bmp", ".tif"])
+def test_a_file_cut_anywhere_is_a_picture_or_a_bad_image(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"whole{suffix}")
+    content = (tmp_path / f"whole{suffix}").read_bytes()
+    refused = 0
+    for length in range(0, len(content), max(1, len(content) // 60)):
+        (tmp_path / f"cut{suffix}").write_bytes(content[:length])
+        try:
+            assert open_image(tmp_path / f"cut{suffix}").size == (24, 24)
+        except BadImage:
+            refused += 1
+    assert refused > 30
+
+
+def test_paths_that_leave_the_root_are_refused_unopened(tmp_path):
+    root, outside = tmp_path / "data", tmp_path / "secret.png"
+    root.mkdir()
+    Image.new("RGB", (4, 4)).save(outside)
+    os.symlink(outside, root / "link.png")
+    os.symlink(tmp_path, root / "folder")
+    (root / "sub").mkdir()
+    Image.new("RGB", (4, 4)).save(root / "sub" / "fine.png")
+    os.symlink(root / "sub" / "fine.png", root / "inner.png")
+    for path in (outside, root / ".." / "secret.png", root / "link.png", root / "folder" / "secret.png"):
+        with pytest.raises(BadImage, match="outside the data folder"):
+            open_image(path, root)
+    assert open_image(root / "inner.png", root).size == (4, 4)
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, reason in (
+        ("pipe.jpg", "not a file"),
+        ("folder.jpg", "not a file"),
+        ("none.jpg", "no such file"),
+    ):
+        with pytest.raises(BadImage, match=reason):
+            open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (33, 700), (32, 32), (640, 480)])
+@pytest.mark.parametrize("resize", ["squash", "shortest"])
+def test_any_size_becomes_the_square_that_the_model_wants(size, resize):
+    image = Image.new("RGB", size, (51, 102, 204))
+    preprocess = PREPROCESS | {"resize": resize, "resize_to": 36}
+    for augment in ("none", "basic", "rand"):
+        x = build_transform(preprocess, augment)(image)
+        assert x.shape == (3, 32, 32) and x.dtype == torch.float32
+    pixels = to_uint8(preprocess)(image)
+    assert pixels.dtype == torch.uint8 and (pixels == torch.tensor([51, 102, 204]).view(3, 1, 1)).all()
+    expected = (torch.tensor([51, 102, 204]) / 255 - torch.tensor(PREPROCESS["mean"])) / 0.2
+    assert torch.allclose(build_transform(preprocess)(image)[:, 5, 5], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 50), (64, 64), (300, 201), (101, 333)])
+def test_shortest_edge_and_centre_crop_equal_torchvision(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+    ours = to_uint8(PREPROCESS | {"resize": "shortest", "resize_to": 37})(image)
+    bicubic = v2.InterpolationMode.BICUBIC
+    theirs = v2.Compose([v2.Resize(37, interpolation=bicubic), v2.CenterCrop(32), v2.PILToTensor()])(image)
+    assert torch.equal(ours, theirs)
+
+
+def test_unknown_names_list_the_choices():
+    with pytest.raises(UserError, match="none, basic, rand"):
+        build_transform(PREPROCESS, "strong")
+    with pytest.raises(UserError, match="bilinear"):
+        build_transform(PREPROCESS | {"interpolation": "best"})
