@@ -108,7 +108,7 @@ class Config:
     subset: float = flag(I, 1.0, "train on a share, or (above 1) on a number of pictures", float, above=0)
     seed: int = flag(I, 0, "for data order, augmentation, new weights, dropout", int, low=0, high=2**31)
     workers: int = flag(I, None, "processes that read pictures", int, low=0, high=64,
-        shown="2; generated data: 0")
+        shown="0; 4 beside a GPU")
     bad_data: str = flag(I, "error", "a broken picture ends the run, or is left out", choices=("error",
         "skip"))
 

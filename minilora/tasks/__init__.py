@@ -1,0 +1,38 @@
+"""The tasks: the only rooms of the house that know both models and data.
+
+    task = build_task(config, device)      for train.py: model, data, loss and metric in one object
+    run = load_run("runs/classify-lora-000")      for evaluate.py and for programs: run.predict(["dog.jpg"])
+
+A task NAME is two modules of this package, imported when they are needed:
+  NAME.py        build(config, device) -> Task                               training; base.py says what a Task offers
+  NAME_run.py    load(path, config, base, device, weights) -> Run            using a run; run.py says what a Run offers
+                 zero_shot(config, options, device) -> str                   the score of a base model
+"""
+
+import importlib
+from pathlib import Path
+
+from minilora.flags import TASKS, Config
+
+__all__ = ["TASKS", "build_task", "load_run"]
+
+
+def run_module(task: str):
+    """The module that uses the runs of a task."""
+    return importlib.import_module(f"minilora.tasks.{task}_run")
+
+
+def build_task(config: Config, device: str = "cpu"):
+    """Model and data for training, as `config` says; fills in what the configuration left open (model, lr)."""
+    return importlib.import_module(f"minilora.tasks.{config.task}").build(config, device)
+
+
+def load_run(path: str | Path, device: str = "cpu", weights: str | dict | None = None):
+    """A run directory as a Run: model, preprocess, labels, predict(...). Works after the folder was moved.
+
+    weights: where the base weights are now, if not where config.toml says.
+    Raises UserError for a folder that is no run, and for base weights that are gone or have changed.
+    """
+    from minilora.tasks.run import open_run
+
+    return open_run(Path(path), device, weights)

@@ -1,0 +1,160 @@
+"""Use what train.py made: scores, predictions, a report page, attention maps, exported weights.
+
+python evaluate.py runs/classify-lora-000                                    scores on the validation data
+python evaluate.py RUN --data-dir photos --predictions out.csv               also for a folder without labels
+python evaluate.py RUN --image dog.jpg
+python evaluate.py RUN1 RUN2 RUN3 --report comparison.html                   mean and spread over seeds
+python evaluate.py RUN --merge-to DIR --layout transformers                  a model that transformers loads
+python evaluate.py --model vit-tiny-patch16-224 --weights FILE --data-dir photos      a base model, untrained
+"""
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minilora import cli
+from minilora.adapter import export_adapter
+from minilora.atomic import atomic_write
+from minilora.config import Parser
+from minilora.errors import UserError
+from minilora.flags import Config
+from minilora.flags_evaluate import EvalConfig
+from minilora.inject import merge_lora
+from minilora.report.page import write_report
+from minilora.report.spectrum import format_spectrum, full_updates, lora_updates, spectrum, spectrum_figure
+from minilora.report.tables import comparison_table
+from minilora.tasks import load_run, run_module
+from minilora.tasks.base import choose_device
+from minilora.tasks.results import attention_figures, report_data, run_row
+from minilora.tasks.run import Run, latency
+from minilora.values import option
+from reference_models import ModelError, save_pretrained
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(EvalConfig, "evaluate.py", "RUN ... [flags]", __doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories; several are compared")
+    typed, args = parser.read(argv)
+    options = EvalConfig(**typed)
+    device = choose_device(options.device)
+    if not args.runs:
+        return score_base_model(options, device)
+    for name in ("model", "task", "tokenizer", "image_size", "prompt"):
+        if name in typed:
+            raise UserError(f"{option(name)} is for a base model without a run; the run knows its own")
+    runs = [load_run(path, device, options.weights) for path in args.runs]
+    if len({run.task for run in runs}) > 1:
+        raise UserError(f"the runs are of different tasks: {', '.join(f'{r.name} {r.task}' for r in runs)}")
+    if options.image:
+        return answer(runs[0], options)
+    score(runs, options)
+    extras(runs, options)
+    if options.merge_to or options.export_adapter:
+        export(runs[0], options)
+    return 0
+
+
+def score_base_model(options: EvalConfig, device: torch.device) -> int:
+    """Zero-shot: the base model's own head, or prompts."""
+    if options.model is None or options.data_dir is None:
+        raise UserError("name a run directory, or a base model with --model, --weights and --data-dir")
+    names = (
+        "task",
+        "model",
+        "weights",
+        "tokenizer",
+        "data_dir",
+        "data_format",
+        "image_size",
+        "prompt",
+        "bad_data",
+    )
+    config = Config(**{name: getattr(options, name) for name in names})
+    print(run_module(config.task).zero_shot(config, options, device))
+    return 0
+
+
+def answer(run: Run, options: EvalConfig) -> int:
+    """The most probable answers for each picture of --image."""
+    texts = {
+        name: getattr(options, name) for name in ("question", "choices") if getattr(options, name) is not None
+    }
+    if texts and run.task == "classify":
+        raise UserError(f"--{next(iter(texts))} is not for a run of --task classify")
+    images = [options.image] if isinstance(options.image, str) else options.image
+    for image, row in zip(images, run.predict(list(images), **texts), strict=True):
+        print(f"{image}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in row))
+    return 0
+
+
+def score(runs: list[Run], options: EvalConfig) -> None:
+    """Scores of each run; a comparison of several; the files that --predictions, --submission and --report name."""
+    evaluations = [run.evaluate(options) for run in runs]
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        print(f"{run.path} ({run.config.mode}, {run.config.model})\n{evaluation.text}")
+    if len(runs) > 1:
+        print(comparison_table([run_row(run, e) for run, e in zip(runs, evaluations, strict=True)]))
+    first = evaluations[0]
+    if options.predictions:
+        write_csv(options.predictions, first.header, first.rows)
+    if options.submission:
+        write_csv(options.submission, *first.submission)
+    if options.report:
+        write_report(report_data(runs, evaluations, options), options.report)
+        print(f"wrote {options.report}")
+
+
+def extras(runs: list[Run], options: EvalConfig) -> None:
+    """--attention, --spectrum and --latency."""
+    if options.attention:
+        figures = attention_figures(runs, options)
+        if not figures:
+            raise UserError(f"--attention: {runs[0].config.model} has no attention maps")
+        for figure in figures:
+            figure.image.save(runs[0].path / "attention.png")
+            print(f"wrote {runs[0].path / 'attention.png'}")
+    if options.spectrum:
+        layers = {run.name: spectrum(updates(run, options)) for run in runs}
+        print(format_spectrum(layers))
+        if spectrum_figure(layers, runs[0].path / "spectrum.png"):
+            print(f"wrote {runs[0].path / 'spectrum.png'}")
+    for run in runs if options.latency else ():
+        times = ", ".join(f"batch {n} {1000 * s:.1f} ms ({n / s:.0f}/s)" for n, s in latency(run, options))
+        print(f"{run.name}: {times}, median of 15 on {run.device}, {torch.get_num_threads()} threads")
+
+
+def updates(run: Run, options: EvalConfig):
+    """(layer, W, dW) of everything that the run changed."""
+    if run.config.mode == "lora":
+        return list(lora_updates(run.model))
+    return list(full_updates(run.base_model(options.weights).state_dict(), run.model.state_dict()))
+
+
+def export(run: Run, options: EvalConfig) -> None:
+    """--export-adapter before --merge-to, which takes the adapter away."""
+    if options.export_adapter:
+        if run.config.mode != "lora":
+            raise UserError(f"--export-adapter: {run.name} is of mode {run.config.mode}; it has no adapter")
+        layout = "transformers5" if options.layout == "transformers" else options.layout
+        export_adapter(run.model, options.export_adapter, layout)
+        print(f"wrote {options.export_adapter}")
+    if options.merge_to:
+        run.model.labels = run.labels
+        save_pretrained(merge_lora(run.model), options.merge_to, layout=options.layout)
+        print(f"wrote {options.merge_to}")
+
+
+def write_csv(path: str, header: list[str], rows: list[list]) -> None:
+    """A table in UTF-8, whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    atomic_write(Path(path), text.getvalue().encode())
+    print(f"wrote {path}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, (UserError, ModelError)))

@@ -1,0 +1,32 @@
+"""What both programs do around their work: exit codes instead of tracebacks, a sentence for every known failure.
+
+0 done; 1 a run that failed; 2 a mistake of the user's; 128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM).
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from minilora.errors import RunError
+
+
+def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exception], ...]) -> int:
+    """`main`'s exit code; errors that people can act on become one line on stderr."""
+    try:
+        return main(None)
+    except user_errors as error:
+        return _complain(str(error), 2)
+    except RunError as error:
+        return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,47 @@
+"""The flags of evaluate.py, as flags.py has those of train.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from minilora.flags import AMP, FORMATS, LAYOUTS, TASKS, flag
+
+D, O, P, X, B = "data", "output", "one picture", "export", "a base model, without a run"
+
+
+# fmt: off
+@dataclass
+class EvalConfig:
+    """Everything that evaluate.py can be told besides the run directories."""
+
+    data_dir: str = flag(D, None, "folder or table; without labels: predictions only", meta="DIR", shown="the run's")
+    data_format: str = flag(D, "auto", "how the data lies on the disk", choices=FORMATS)
+    split: str = flag(D, None, "which part", choices=("train", "val", "test"), shown="val")
+    bad_data: str = flag(D, "skip", "a broken picture ends the run, or gets an empty row", choices=("error", "skip"))
+    batch_size: int = flag(D, 64, "pictures at once", int, low=1)
+    workers: int = flag(D, 0, "processes that read pictures", int, low=0, high=64)
+    device: str = flag(D, "auto", "auto, cpu, cuda or cuda:N", meta="NAME")
+    amp: str = flag(D, "fp32", "precision", choices=AMP[1:])
+    weights: Any = flag(D, None, "where the base weights are now", towers=True, meta="PATH", shown="as in the run")
+
+    predictions: str = flag(O, None, "a row per picture: file,label,probability and the next four", meta="FILE.csv")
+    submission: str = flag(O, None, "answers alone, as a competition wants them", meta="FILE.csv")
+    report: str = flag(O, None, "one self-contained page; several runs: side by side", meta="FILE.html")
+    attention: int = flag(O, 0, "attention maps of N pictures, of the base and of each run", int, low=0, high=64)
+    per_head: bool = flag(O, False, "attention maps of each head too", bool)
+    spectrum: bool = flag(O, False, "what the updates are like: norms, singular values, rank", bool)
+    latency: bool = flag(O, False, "seconds per forward pass, batch 1 and 32", bool)
+
+    image: Any = flag(P, None, "answers for these pictures", many=True, meta="FILE")
+    question: str = flag(P, None, "the question about --image", meta="TEXT", tasks=("vqa", "choice"))
+    choices: Any = flag(P, None, "the answers to choose from", many=True, meta="TEXT", tasks=("choice",))
+
+    merge_to: str = flag(X, None, "write the model with the adapter merged into it", meta="DIR")
+    export_adapter: str = flag(X, None, "write the adapter with another library's names, for PEFT", meta="DIR")
+    layout: str = flag(X, "transformers", "for --merge-to and --export-adapter", choices=LAYOUTS)
+
+    task: str = flag(B, "classify", "what to score", choices=TASKS)
+    model: Any = flag(B, None, "a name of train.py --list-models, or a folder", towers=True, meta="NAME")
+    tokenizer: str = flag(B, None, "vocabulary", tasks=("vqa", "choice"), meta="PATH")
+    image_size: int = flag(B, None, "side in pixels", int, low=8, high=2048, shown="as the model was trained")
+    prompt: str = flag(B, None, "template", tasks=("choice",), meta="TEXT")
+# fmt: on

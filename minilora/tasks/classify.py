@@ -1,0 +1,204 @@
+"""Picture classification: one encoder, one head, cross entropy.
+
+logits = head(encoder(picture))            (B, 3, S, S) -> (B, K)
+loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + smoothing / K
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minilora.atomic import write_json
+from minilora.data.folder import Split, Splits
+from minilora.data.loader import PictureDataset, epoch_order, in_order, make_loader, train_keys
+from minilora.data.sets import load_classification
+from minilora.errors import UserError
+from minilora.flags import Config
+from minilora.tasks import base
+from minilora.training import distributed
+
+DEFAULT_MODEL = "vit-nano-patch8-48"
+FORMATS = ("auto", "folder", "csv", "shapes")
+
+
+def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
+    """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
+    base.resolve(config, DEFAULT_MODEL)
+    if config.teacher:
+        raise UserError("--teacher does not apply to --task classify")
+    splits = open_data(config)
+    name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
+    classes = len(splits.classes)
+    model, record = base.load_base(name, weights, config.seed, classes, config.image_size)
+    replace_foreign_head(model, splits.classes, config.seed)
+    for flag in ("lora_r", "lora_alpha"):
+        base.one_value(config, flag)
+    base.make_trainable(model, config, model.head_modules)
+    return Classify(config, model, record, splits, torch.device(device))
+
+
+def open_data(config: Config, classes: Sequence[str] | None = None, require_train: bool = True) -> Splits:
+    """The data set of --data-dir, or the generated shapes. `classes`: number the labels as an earlier run did."""
+    fmt = "shapes" if config.data_dir is None and config.data_format == "auto" else config.data_format
+    if fmt not in FORMATS:
+        raise UserError(f"--data-format {fmt} is not for --task classify; choose from {', '.join(FORMATS)}")
+    if fmt == "shapes" and config.data_dir is not None:
+        raise UserError("--data-format shapes generates its pictures; leave --data-dir out")
+    return load_classification(
+        config.data_dir,
+        fmt,
+        config.val_split,
+        config.subset,
+        config.seed,
+        classes=classes,
+        check_files=config.bad_data == "error",
+        require_train=require_train,
+    )
+
+
+def replace_foreign_head(model: nn.Module, classes: Sequence[str], seed: int) -> None:
+    """A checkpoint's head with the right number of classes, but other ones, is replaced too."""
+    known = getattr(model, "labels", None)
+    if known and list(known) != list(classes):
+        print("head: the checkpoint's classes have other names; a new random head replaces it")
+        torch.manual_seed(seed)
+        model.reset_classifier(len(classes))
+    model.labels = list(classes)
+
+
+@dataclass
+class Predictions:
+    """What a model says of N pictures: probabilities (N, K) float32, labels (N,) int64 (-1 unknown), valid (N,)."""
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+    valid: np.ndarray
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(N,) bool: rows with a readable picture and a known label."""
+        return self.valid & (self.labels >= 0)
+
+    def scores(self) -> dict[str, float]:
+        """{"loss", "accuracy"} over the scored rows; loss is the mean of -log p(truth)."""
+        rows = np.flatnonzero(self.scored)
+        if not len(rows):
+            return {"loss": float("nan"), "accuracy": float("nan")}
+        truth = self.probabilities[rows, self.labels[rows]].astype(np.float64)
+        right = self.probabilities[rows].argmax(1) == self.labels[rows]
+        return {"loss": float(-np.log(np.maximum(truth, 1e-30)).mean()), "accuracy": float(right.mean())}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: Iterable[dict], device: torch.device) -> Predictions:
+    """The model's answers to every row of `loader`, in its order."""
+    parts = []
+    for batch in loader:
+        inputs = {key: batch[key].to(device) for key in ("image", "features") if key in batch}
+        probabilities = logits_of(model, inputs).float().softmax(-1).cpu().numpy()
+        parts.append((probabilities, batch["label"].numpy(), batch["valid"].numpy()))
+    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def logits_of(model: nn.Module, batch: dict) -> Tensor:
+    """Pictures, or features that were computed before, -> logits (B, K)."""
+    return model.head(batch["features"]) if "features" in batch else model(batch["image"])
+
+
+class Classify:
+    """The task that the Trainer trains; base.Task says what each method is for."""
+
+    metric = "accuracy"
+
+    def __init__(self, config: Config, model: nn.Module, record: dict, splits: Splits, device: torch.device):
+        self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
+        self.mode, self.labels, self.preprocess = config.mode, splits.classes, model.preprocess
+        self.workers = base.choose_workers(config, device) if config.data_dir else config.workers or 0
+        self.amp = base.choose_amp(config, device)
+        parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+        self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
+        self.features: dict[str, dict[str, Tensor]] = {}
+
+    def dataset(self, split: Split, part: str) -> PictureDataset:
+        augment = self.config.augment if part == "train" else "none"
+        return PictureDataset(split, self.preprocess, augment, self.config.seed, self.config.bad_data)
+
+    def train_batches(self, epoch: int) -> list[list[int]]:
+        return epoch_order(len(self.data["train"]), self.config.batch_size, self.config.seed, epoch)
+
+    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
+        if self.config.cache_features:
+            return self.cached("train", batches)
+        return self.loader("train", train_keys(batches, epoch))
+
+    def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
+        return make_loader(self.data[part], batches, self.workers, pin_memory=self.device.type == "cuda")
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = logits_of(model, batch)  # (B, K)
+        labels = batch["label"].where(batch["valid"], -100)  # cross_entropy leaves -100 out
+        count = batch["valid"].sum()
+        total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
+        correct = ((logits.argmax(-1) == labels) & batch["valid"]).sum()
+        return total / count.clamp(min=1), {"correct": correct, "count": count}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return self.predictions(model, "val").scores()
+
+    def test(self, model: nn.Module) -> dict[str, float] | None:
+        if "test" not in self.data:
+            return None
+        with base.autocast(self.device, self.amp):
+            return self.predictions(model.eval(), "test").scores()
+
+    def predictions(self, model: nn.Module, part: str) -> Predictions:
+        """Every row of a part once; with several processes each does a share and all get the whole."""
+        batches = in_order(len(self.data[part]), 2 * self.config.batch_size)
+        mine = batches[distributed.rank() :: distributed.world_size()]
+        load = self.cached if self.config.cache_features else self.loader
+        shares = distributed.gather_objects(predict(model, load(part, mine), self.device) if mine else None)
+        order = [
+            row for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for row in batch
+        ]
+        columns = zip(*((s.probabilities, s.labels, s.valid) for s in shares if s is not None), strict=True)
+        back = np.argsort(order)
+        return Predictions(*(np.concatenate(column)[back] for column in columns))
+
+    def cached(self, part: str, batches: list[list[int]]) -> Iterable[dict]:
+        """The same batches with the frozen encoder's features in the pictures' place."""
+        if part not in self.features:
+            self.features[part] = self.encode(part)
+        kept = self.features[part]
+        return ({key: column[rows] for key, column in kept.items()} for rows in batches)
+
+    @torch.no_grad()
+    def encode(self, part: str) -> dict[str, Tensor]:
+        """Every picture of a part through the encoder, once: features (N, d), label, index, valid."""
+        training, rows = self.model.training, []
+        self.model.eval()
+        for batch in self.loader(part, in_order(len(self.data[part]), 2 * self.config.batch_size)):
+            with base.autocast(self.device, self.amp):
+                features = self.model.pooled(batch.pop("image").to(self.device)).float().cpu()
+            rows.append({"features": features, **batch})
+        self.model.train(training)
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+    def describe(self, batch: dict) -> str:
+        files = [self.data["train"].split[i].path for i in batch["index"].tolist()]
+        return ", ".join(files[:8]) + f" and {len(files) - 8} more" * (len(files) > 8)
+
+    def data_lines(self) -> list[str]:
+        where = self.config.data_dir or "generated shapes"
+        counts = ", ".join(f"{len(data)} {part}" for part, data in self.data.items())
+        return [f"data: {where}: {counts} pictures, {len(self.labels)} classes"]
+
+    def write_files(self, run_dir: Path) -> None:
+        write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.splits.keys})
+        write_json(run_dir / "preprocess.json", self.preprocess)
+        if self.mode == "full":
+            base.write_model_config(self.model, self.labels, run_dir)

@@ -1,0 +1,251 @@
+"""Using a picture classifier: predictions, scores, and the zero-shot score of a base model with its own head."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minilora.data.folder import Sample, Split, Splits
+from minilora.data.images import open_image
+from minilora.data.loader import PictureDataset, in_order, make_loader
+from minilora.data.sets import unlabelled
+from minilora.data.tables import LABEL_COLUMNS, find_tables, read_rows
+from minilora.data.transforms import build_transform
+from minilora.errors import UserError
+from minilora.flags import Config
+from minilora.report.metrics import classification_metrics, format_metrics
+from minilora.report.samples import Example, least_sure, most_confident_mistakes
+from minilora.tasks import base
+from minilora.tasks.classify import Predictions, open_data, predict
+from minilora.tasks.run import Evaluation, Run, read_summary, restore_base, restore_single
+
+PARTS = ("train", "val", "test")
+SHOWN = 12  # pictures of a kind on the report page
+
+
+def load(
+    path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None
+) -> "ClassifyRun":
+    """The run in `path` as a ClassifyRun."""
+    names = base.read_json(path / "labels.json")
+    labels, keys = names["labels"], names["keys"]
+    model = restore_single(path, config, recorded, weights, len(labels)).to(device).eval()
+    preprocess = model.preprocess = base.read_json(path / "preprocess.json")
+    return ClassifyRun(path, config, model, recorded, preprocess, labels, keys, device, read_summary(path))
+
+
+class ClassifyRun(Run):
+    """A trained classifier."""
+
+    @torch.inference_mode()
+    def predict(
+        self, pictures: Sequence[str | PathLike | Image.Image], top_k: int = 5, batch_size: int = 32
+    ) -> list:
+        """The top_k (label, probability) of each picture, most probable first. Raises BadImage for a broken file."""
+        transform, answers = build_transform(self.preprocess), []
+        for start in range(0, len(pictures), batch_size):
+            images = [
+                p if isinstance(p, Image.Image) else open_image(p)
+                for p in pictures[start : start + batch_size]
+            ]
+            inputs = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
+            best = self.model(inputs).float().softmax(-1).cpu().topk(min(top_k, len(self.labels)))
+            answers += zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(self.labels[i], p) for i, p in zip(*row, strict=True)] for row in answers]
+
+    def evaluate(self, options: Any) -> Evaluation:
+        """Predictions for the part of the data that the flags of evaluate.py name."""
+        split = self.split(options)
+        found = predict_split(self.model, split, self.preprocess, options, self.device)
+        return evaluation(found, split, self.labels)
+
+    def split(self, options: Any) -> Split:
+        """--data-dir and --split as a Split; the data of the training where they are not given."""
+        config = replace(self.config, bad_data=options.bad_data)
+        if options.data_dir is not None:
+            config = replace(config, data_dir=options.data_dir, data_format=options.data_format, subset=1.0)
+            if (loose := loose_pictures(config, options.split, {*self.keys, *self.labels})) is not None:
+                return loose
+        splits = open_data(config, self.keys, require_train=False)
+        return choose_part(
+            splits, options.split, whole=options.data_dir is not None and not has_parts(config.data_dir)
+        )
+
+    def batch(self, n: int, options: Any) -> dict[str, Tensor]:
+        split = self.split(options)
+        chosen = spread(split, n) if n < len(split) else [i % len(split) for i in range(n)]
+        dataset = PictureDataset(split, self.preprocess, bad_data=options.bad_data)
+        (batch,) = make_loader(dataset, [chosen])
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(batch["image"])
+
+    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["image"]
+
+    def titles(self, batch: dict[str, Tensor]) -> list[str]:
+        return [self.labels[i] if i >= 0 else "" for i in batch["label"].tolist()]
+
+    def base_model(self, weights: str | None = None):
+        """The model before training, with a random head."""
+        model, _ = restore_base(self.config, self.base, weights, len(self.labels))
+        model.preprocess = self.preprocess
+        return model.to(self.device).eval()
+
+
+def spread(split: Split, n: int) -> list[int]:
+    """n rows, taken from the classes in turn, so that a few pictures show several classes."""
+    seen: dict[int, int] = {}
+    turn = []
+    for i, sample in enumerate(split):
+        seen[sample.label] = seen.get(sample.label, 0) + 1
+        turn.append((seen[sample.label], i))
+    return [i for _, i in sorted(turn)[:n]]
+
+
+def has_parts(data_dir: str) -> bool:
+    """True where a folder has train/, val/ or test/, or tables of these names."""
+    path = Path(data_dir)
+    tables = find_tables(path) if path.is_dir() and not any((path / part).is_dir() for part in PARTS) else {}
+    return any((path / part).is_dir() for part in PARTS) or any(part in tables for part in PARTS)
+
+
+def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split | None:
+    """The pictures of --data-dir as rows without a label, None where it has labels."""
+    path = Path(config.data_dir)
+    if path.is_file():
+        is_table = path.suffix.lower() in (".csv", ".tsv")
+        return (
+            None
+            if is_table and set(LABEL_COLUMNS) & {name.lower() for name in read_rows(path)[0]}
+            else unlabelled(path)
+        )
+    if not path.is_dir() or config.data_format in ("csv", "shapes"):
+        return None
+    if has_parts(config.data_dir):
+        folder = path / (part or "")
+        empty = part and folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir())
+        return unlabelled(folder) if empty else None
+    folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    return None if folders & known or find_tables(path) else unlabelled(path)
+
+
+def choose_part(splits: Splits, part: str | None, whole: bool) -> Split:
+    """The part that --split names; without it val, else test, else train. `whole`: everything, if nothing is said."""
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    there = {name: split for name, split in parts.items() if split is not None and len(split)}
+    if part is None and whole and splits.train is not None:
+        samples = sorted([*splits.train, *(splits.val or ())], key=lambda sample: (sample.label, sample.path))
+        return Split((Sample(*sample) for sample in samples), splits.train.root)
+    name = part or next(name for name in ("val", "test", "train") if name in there)
+    if name not in there:
+        raise UserError(f"--split {name}: the data have no such part; they have {', '.join(there)}")
+    return there[name]
+
+
+def predict_split(model, split: Split, preprocess: dict, options: Any, device: torch.device) -> Predictions:
+    """The model's answers to a split, in its order."""
+    dataset = PictureDataset(split, preprocess, bad_data=options.bad_data)
+    loader = make_loader(dataset, in_order(len(split), options.batch_size), options.workers)
+    with base.autocast(device, options.amp):
+        return predict(model, loader, device)
+
+
+def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: int = 5) -> Evaluation:
+    """Scores, table rows and pictures for the report from a model's answers."""
+    order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, : min(top_k, len(labels))]
+    chosen, sure = order[:, 0], np.take_along_axis(found.probabilities, order, 1)
+    header, rows = ["file", "label", "probability"], []
+    for k in range(2, order.shape[1] + 1):
+        header += [f"label_{k}", f"probability_{k}"]
+    for i, sample in enumerate(split):
+        pairs = zip(order[i], sure[i], strict=True) if found.valid[i] else ()
+        cells = [cell for label, p in pairs for cell in (labels[label], f"{p:.6f}")]
+        rows.append([sample.path, *cells, *[""] * (len(header) - 1 - len(cells))])
+    submission = (["file", "label"], [row[:2] for row in rows])
+    broken = int((~found.valid).sum())
+    lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
+    truth = np.where(found.valid, found.labels, -1)
+    if not found.scored.any():
+        lines.insert(0, f"{len(split)} pictures without labels")
+        return Evaluation(None, "\n".join(lines), header, rows, submission)
+    metrics = classification_metrics(truth, chosen, labels, found.probabilities)
+    lines.insert(0, format_metrics(metrics))
+    scores = found.scores() | {key: metrics[key] for key in ("precision", "recall", "f1")}
+
+    def examples(numbers: Sequence[int]) -> list[Example]:
+        usable = [i for i in numbers if found.valid[i]][:SHOWN]
+        name = {i: labels[truth[i]] if truth[i] >= 0 else "" for i in usable}
+        return [
+            Example(split.load(i), name[i], labels[chosen[i]], float(sure[i, 0]), name=split[i].path)
+            for i in usable
+        ]
+
+    return Evaluation(
+        scores,
+        "\n".join(lines),
+        header,
+        rows,
+        submission,
+        metrics=metrics,
+        mistakes=examples(most_confident_mistakes(truth, chosen, sure[:, 0], SHOWN)),
+        unsure=examples(least_sure(found.probabilities, SHOWN)),
+        samples=class_samples(split, labels, found.valid),
+    )
+
+
+def class_samples(split: Split, labels: Sequence[str], valid: np.ndarray, each: int = 6) -> dict[str, list]:
+    """{class: its first pictures}."""
+    rows: dict[int, list[int]] = {}
+    for i, sample in enumerate(split):
+        if sample.label >= 0 and valid[i] and len(rows.setdefault(sample.label, [])) < each:
+            rows[sample.label].append(i)
+    return {labels[label]: [split.load(i) for i in numbers] for label, numbers in sorted(rows.items())}
+
+
+def zero_shot(config: Config, options: Any, device: torch.device) -> str:
+    """A base model with its own head on a labelled folder: top-1 over all its classes, and among the folder's.
+
+    Which class of the head a folder means: `imagenet_index` in classes.json, or the checkpoint's own class names.
+    """
+    name = base.one_value(config, "model")
+    model, _ = base.load_base(name, base.one_value(config, "weights"), config.seed, None, config.image_size)
+    model = model.to(device).eval()
+    splits = open_data(config, require_train=False)
+    split = choose_part(splits, options.split, whole=not has_parts(config.data_dir))
+    columns = np.array(head_columns(model, splits, name))  # (K,): where the folder's classes are in the head
+    found = predict_split(model, split, model.preprocess, options, device)
+    rows = np.flatnonzero(found.scored)
+    labels, probabilities = found.labels[rows], found.probabilities[rows]
+    over_all = float((probabilities.argmax(1) == columns[labels]).mean())
+    among = float((probabilities[:, columns].argmax(1) == labels).mean())
+    return (
+        f"{name}, its own head, {len(rows)} pictures: top-1 {100 * over_all:.2f} % over all "
+        f"{probabilities.shape[1]} classes, {100 * among:.2f} % among the folder's {len(columns)}"
+    )
+
+
+def head_columns(model, splits: Splits, name: str) -> list[int]:
+    """The head's class for each class of the data; UserError where one cannot be told."""
+    size = model.config.num_classes
+    if not size:
+        raise UserError(f"{name}: these weights have no classifier to score; train one")
+    names = {label: i for i, label in enumerate(getattr(model, "labels", None) or ())}
+    columns = []
+    for key, label in zip(splits.keys, splits.classes, strict=True):
+        index = splits.info.get(key, {}).get("imagenet_index") if size == 1000 else None
+        index = names.get(label, names.get(key)) if index is None else index
+        if not isinstance(index, int) or not 0 <= index < size:
+            raise UserError(
+                f"class {label!r}: which of the {size} classes of {name} is it? Put a classes.json beside the class "
+                'folders: {"folder": {"name": ..., "imagenet_index": ...}}'
+            )
+        columns.append(index)
+    return columns

@@ -1,0 +1,38 @@
+"""--list-models, --list-recipes and --list-targets: print and exit."""
+
+import argparse
+
+import torch
+from torch import nn
+
+from minilora.config import recipes
+from minilora.report.tables import text_table
+from reference_models import create_model, list_models
+from reference_models.load import bundled_weights
+
+
+def print_lists(args: argparse.Namespace) -> bool:
+    """Prints the lists that were asked for; True if there was one."""
+    if args.list_models:
+        for name in list_models():
+            print(name + "   (weights bundled)" * (bundled_weights(name) is not None))
+    if args.list_recipes:
+        print(text_table(["recipe", "what it is"], list(recipes().items())))
+    if args.list_targets:
+        with torch.device("meta"):
+            model = create_model(args.list_targets)
+        print(text_table(["target", "layers", "in", "out"], target_rows(model)))
+    return bool(args.list_models or args.list_recipes or args.list_targets)
+
+
+def target_rows(model: nn.Module) -> list[list]:
+    """(target, layers, in, out) of the linear layers that LoRA can adapt, heads left out; one row per shape."""
+    counts: dict[tuple, int] = {}
+    towers = [name for name in ("vision", "text") if hasattr(model, name)]
+    heads = tuple(getattr(model, "head_modules", ()))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith(heads):
+            tower = next((f"{t}." for t in towers if name.startswith(t + ".")), "")
+            key = (tower + name.rpartition(".")[2], module.in_features, module.out_features)
+            counts[key] = counts.get(key, 0) + 1
+    return [[target, count, n_in, n_out] for (target, n_in, n_out), count in counts.items()]

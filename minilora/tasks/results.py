@@ -1,0 +1,128 @@
+"""What remains of a run: summary.json, curves.png, attention.png and report.html; also rows for comparisons."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.flags import rules
+from minilora.inject import count_parameters
+from minilora.report.attention import attention_figure
+from minilora.report.curves import curves_figure
+from minilora.report.page import Figure, ReportData, collect_versions, parameter_rows, write_report
+from minilora.report.tables import RunRow, group_key
+from minilora.rundir import size_mb, write_summary
+from minilora.tasks import load_run
+from minilora.tasks.base import Task
+from minilora.tasks.run import Evaluation, Run
+
+HOW_TO_READ = (
+    "Light: the patches that the class token attends to. Last layer is the mean over its heads; rollout follows the "
+    "attention through all layers."
+)
+
+
+def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, device: torch.device) -> None:
+    """The files that a finished run leaves, made from the run directory itself as evaluate.py would."""
+    counts = count_parameters(task.model)
+    config = task.config
+    summary = {
+        "task": config.task,
+        "mode": config.mode,
+        "model": config.model,
+        "metric": task.metric,
+        "best": result["best"],
+        "final": result["final"],
+        "test": test,
+        "parameters": {"trainable": counts.trainable, "total": counts.total},
+        **{key: result[key] for key in ("steps", "seconds", "images_per_second", "peak_memory_mb")},
+        "weights_sha256": result["weights_sha256"],
+        "seed": config.seed,
+        "device": str(device),
+        "versions": collect_versions(),
+    }
+    write_summary(run_dir, summary)
+    from minilora.flags_evaluate import EvalConfig
+
+    curves_figure({run_dir.name: run_dir / "metrics.jsonl"}, run_dir / "curves.png")
+    options = EvalConfig(amp="fp32", bad_data=config.bad_data, batch_size=2 * config.batch_size, attention=4)
+    run = load_run(run_dir, device, config.weights if config.mode != "full" else None)
+    evaluation = run.evaluate(options)
+    data = report_data([run], [evaluation], options)
+    for figure in data.figures:
+        figure.image.save(run_dir / "attention.png")
+    write_report(data, run_dir / "report.html")
+
+
+def run_row(run: Run, evaluation: Evaluation | None = None) -> RunRow:
+    """A run's line in a comparison; scores of `evaluation`, or those of its best epoch."""
+    config, summary = asdict(run.config), run.summary
+    best, counts = summary.get("best") or {}, summary.get("parameters") or {}
+    scores = evaluation.scores if evaluation and evaluation.scores else {}
+    return RunRow(
+        name=run.name,
+        mode=run.config.mode,
+        group=group_key(config),
+        seed=run.config.seed,
+        accuracy=scores.get("accuracy", best.get("accuracy")),
+        precision=scores.get("precision"),
+        recall=scores.get("recall"),
+        f1=scores.get("f1"),
+        train_accuracy=best.get("train_accuracy"),
+        train_loss=best.get("train_loss"),
+        val_loss=scores.get("loss", best.get("val_loss")),
+        trainable=counts.get("trainable"),
+        total=counts.get("total"),
+        seconds=summary.get("seconds"),
+        peak_memory_mb=summary.get("peak_memory_mb"),
+        file_mb=size_mb(run.weight_file),
+    )
+
+
+def report_data(runs: list[Run], evaluations: list[Evaluation], options: Any) -> ReportData:
+    """Everything the page shows of one run, or of several side by side (pictures: of the first)."""
+    run, first = runs[0], evaluations[0]
+    counts = count_parameters(run.model)
+    facts = {}
+    if first.scores:
+        facts = {
+            name: f"{100 * first.scores[key]:.2f} %" for name, key in (("accuracy", "accuracy"), ("F1", "f1"))
+        }
+    trainable = (run.summary.get("parameters") or {}).get("trainable", counts.trainable)
+    facts |= {"trainable": f"{trainable:,}", "all parameters": f"{counts.total:,}"}
+    parameters = ((name, p.numel(), p.requires_grad) for name, p in run.model.named_parameters())
+    return ReportData(
+        title=" and ".join(r.name for r in runs[:3])
+        + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
+        subtitle=f"{run.config.task}, {run.config.model}, mode {run.config.mode}",
+        facts=facts,
+        runs=[run_row(r, e) for r, e in zip(runs, evaluations, strict=True)],
+        curves={r.name: r.path / "metrics.jsonl" for r in runs},
+        metrics=first.metrics,
+        vqa=first.vqa,
+        answer_histogram=first.answer_histogram,
+        parameters=parameter_rows(parameters),
+        parameter_line=str(counts),
+        figures=attention_figures(runs, options),
+        samples=first.samples,
+        mistakes=first.mistakes,
+        unsure=first.unsure,
+        examples=first.examples,
+        configuration={
+            key: value for key, value in asdict(run.config).items() if key in rules(type(run.config))
+        },
+        versions=run.summary.get("versions") or collect_versions(),
+    )
+
+
+def attention_figures(runs: list[Run], options: Any) -> list[Figure]:
+    """Attention of the base model and of each run over the same pictures; [] where a model has no attention maps."""
+    run = runs[0]
+    if not options.attention or not hasattr(getattr(run.model, "vision", run.model), "attention_maps"):
+        return []
+    batch = run.batch(options.attention, options)
+    models = {"base": run.base_model(options.weights)} if run.config.mode != "full" else {}
+    models |= {f"{r.config.mode} {r.name}" if len(runs) > 1 else r.config.mode: r.model for r in runs}
+    image = attention_figure(models, run.pictures(batch), per_head=options.per_head, titles=run.titles(batch))
+    return [Figure("Attention", image, HOW_TO_READ)]

@@ -1,0 +1,150 @@
+"""A finished run, opened again: model, labels and preprocessing from the run directory and the base weights it names.
+
+run = load_run("runs/classify-lora-000")
+run.predict(["dog.jpg"])        # [[("beagle", 0.93), ("Border_terrier", 0.04), ...]]
+"""
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minilora.adapter import load_adapter
+from minilora.config import read_run_config
+from minilora.errors import UserError
+from minilora.flags import Config
+from minilora.report.samples import Example
+from minilora.tasks import base, run_module
+from reference_models import load_pretrained
+
+WEIGHT_FILES = {
+    "full": "model.safetensors",
+    "lora": "adapter_model.safetensors",
+    "linear": "adapter_model.safetensors",
+}
+
+
+@dataclass
+class Evaluation:
+    """A model's answers to one part of a data set.
+
+    scores: {"accuracy", "precision", "recall", "f1", "loss"} as fractions, None where nothing has a label.
+    text: what evaluate.py prints. header, rows: predictions.csv, one row per input in its order.
+    submission: header and rows for a competition. metrics, vqa, examples ...: what report.page.ReportData takes.
+    """
+
+    scores: dict[str, float] | None
+    text: str
+    header: list[str]
+    rows: list[list]
+    submission: tuple[list[str], list[list]]
+    metrics: dict | None = None
+    vqa: dict | None = None
+    answer_histogram: Sequence[tuple[str, int]] = ()
+    mistakes: Sequence[Example] = ()
+    unsure: Sequence[Example] = ()
+    examples: Sequence[Example] = ()
+    samples: dict[str, list] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """What every task's run has. Each task's own class adds
+
+    predict(...)                    top answers for pictures (and texts)
+    evaluate(options) -> Evaluation options: the flags of evaluate.py
+    batch(n, options) -> dict       the first n validation items, on the run's device
+    logits(batch) -> Tensor         the model's answer to such a batch
+    pictures(batch) -> Tensor       (n, 3, S, S), for attention maps
+    """
+
+    path: Path
+    config: Config
+    model: nn.Module
+    base: dict[str, Any]
+    preprocess: dict
+    labels: list[str]
+    keys: list[str]
+    device: torch.device
+    summary: dict
+
+    @property
+    def task(self) -> str:
+        return self.config.task
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def weight_file(self) -> Path:
+        return self.path / WEIGHT_FILES[self.config.mode]
+
+
+def open_run(path: Path, device: str | torch.device = "cpu", weights: str | dict | None = None) -> Run:
+    """The run in `path`; see load_run."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory")
+    config, recorded = read_run_config(path)
+    file = path / WEIGHT_FILES[config.mode]
+    if not file.is_file():
+        raise UserError(f"{path}: {file.name} is missing; the run has not finished an epoch yet")
+    return run_module(config.task).load(path, config, recorded, torch.device(device), weights)
+
+
+def read_summary(path: Path) -> dict:
+    """summary.json, {} for a run that has not ended."""
+    return base.read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
+
+
+def restore_single(
+    path: Path, config: Config, recorded: dict, weights: str | None, classes: int
+) -> nn.Module:
+    """The trained model of a run with one encoder: base weights + adapter, or the run's own weights."""
+    if config.mode == "full":
+        return load_pretrained(path)
+    model, found = restore_base(config, recorded, weights, classes)
+    base.check_base(found, recorded, path)
+    return load_adapter(model, path)
+
+
+def restore_base(
+    config: Config, recorded: dict, weights: str | None, classes: int | None
+) -> tuple[nn.Module, dict]:
+    """The base model that the run started from, and the record of what was found."""
+    source = weights or recorded.get("weights") or config.weights
+    if source and source not in (base.RANDOM, base.BUNDLED) and not source.startswith("hf:"):
+        if not os.path.exists(source):
+            raise UserError(f"the base weights {source} are gone; say where they are now with --weights")
+    name = source if "/" in config.model and not os.path.isdir(config.model) else config.model
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.random.fork_rng(devices=[]),
+    ):  # "a new head": it is replaced
+        return base.load_base(name, source, config.seed, classes, config.image_size)
+
+
+def latency(
+    run: Run, options: Any, sizes: Sequence[int] = (1, 32), rounds: int = 15
+) -> list[tuple[int, float]]:
+    """(batch size, median seconds of one forward pass) after three passes to warm up."""
+    result = []
+    for size in sizes:
+        batch, times = run.batch(size, options), []
+        for number in range(rounds + 3):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                run.logits(batch)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            times += [time.perf_counter() - start] if number >= 3 else []
+        result.append((size, float(np.median(times))))
+    return result
