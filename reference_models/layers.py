@@ -6,6 +6,7 @@ Attention: Vaswani et al. 2017, arXiv:1706.03762. ViT blocks: Dosovitskiy et al.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +110,18 @@ def causal_mask(T: int, rows: Tensor | int | None, device, mask: Tensor | None =
     return allowed if mask is None else allowed & mask
 
 
+def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """(B, T) with 1 for tokens and 0 for padding -> (B, 1, 1, T), True where a query may look; None stays."""
+    return None if attention_mask is None else attention_mask[:, None, None].bool()
+
+
 class MLP(nn.Module):
     """fc2(act(fc1(x))), (B, T, d) -> (B, T, hidden) -> (B, T, d)."""
 
     def __init__(self, dim: int, hidden: int, act: str = "gelu"):
         super().__init__()
+        if act not in ACTIVATIONS:
+            raise ValueError(f"activation {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
         self.fc1 = nn.Linear(dim, hidden)
         self.act = ACTIVATIONS[act]()
         self.fc2 = nn.Linear(hidden, dim)
@@ -142,6 +150,17 @@ class Block(nn.Module):
     ):
         x = take_rows(x, rows) + self.attn(self.norm1(x), mask, causal, rows)
         return x + self.mlp(self.norm2(x))
+
+
+class Pooler(nn.Module):
+    """tanh(W t + b) of the first token, (B, d) -> (B, d)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+
+    def forward(self, token: Tensor) -> Tensor:
+        return torch.tanh(self.dense(token))
 
 
 class PatchLinear(nn.Linear):
@@ -218,9 +237,44 @@ def resize_positions(
     return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)], dim=1)
 
 
+def relative_index(rows: int, cols: int) -> Tensor:
+    """Row of a position-bias table for every pair of places in a rows x cols window, (rows cols, rows cols).
+
+    The table has one row for each offset (dy, dx), (2 rows - 1)(2 cols - 1) of them, ordered by dy, then dx.
+    """
+    y, x = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
+    dy, dx = y[:, None] - y + rows - 1, x[:, None] - x + cols - 1  # 0 .. 2 rows - 2, 0 .. 2 cols - 2
+    return dy * (2 * cols - 1) + dx
+
+
+class Classifier(nn.Module):
+    """A linear head on `pooled(x)` (B, num_features), shared by the encoders that see pictures only."""
+
+    head_modules = ("head",)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, randomly initialised head for `num_classes` classes; 0 removes it."""
+        self.config = replace(self.config, num_classes=num_classes)
+        like = {"device": self.patch_embed.proj.bias.device, "dtype": self.patch_embed.proj.bias.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        init_weights(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> logits (B, num_classes)."""
+        return self.head(self.pooled(x))
+
+    def attention_maps(self, x: Tensor) -> list[Tensor]:
+        """One (B, heads, T, T) tensor for each layer, of windows one below the other where the model has them;
+        every row sums to 1.
+        """
+        return collect_attention_maps(self, lambda: self.forward_features(x))
+
+
 def init_weights(module: nn.Module) -> None:
     """Normal weights with deviation .02 cut at two deviations, zero biases, as ViT, BERT and BEiT begin."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -32,7 +32,7 @@ from reference_models.jsonfile import read_json
 from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
-FAMILIES = ("vit",)
+FAMILIES = ("vit", "bert")
 MODULES = {"vit": "vit_files"}  # vit.py itself is the model alone, a chapter to read
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
 
@@ -59,11 +59,11 @@ def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.M
     depth.
     """
     config = config_for(name)
+    if num_classes is not None:
+        overrides["num_classes"] = num_classes
     known = [field.name for field in fields(config)]
     if unknown := [key for key in overrides if key not in known]:
         raise ModelError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    if num_classes is not None:
-        overrides["num_classes"] = num_classes
     return _build(replace(config, **overrides), family_module(config.family).preprocess)
 
 
@@ -112,7 +112,7 @@ def load_pretrained(
     family.adapt(tensors, found, config)
     defaults = family.preprocess | family.file_preprocess(path.name)
     model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
-    model.labels = _labels(data) if config.num_classes == found.num_classes else None
+    model.labels = _labels(data) if _classes(config) and _classes(config) == _classes(found) else None
     _fill(model, tensors, found, family, files)
     return model
 
@@ -141,7 +141,10 @@ def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "mini
 
 
 def _build(config, preprocess: dict) -> nn.Module:
-    model = family_module(config.family).build(config)
+    try:
+        model = family_module(config.family).build(config)
+    except ValueError as error:  # sizes that do not go together
+        raise ModelError(f"{config.name}: {error}") from None
     side = getattr(config, "image_size", None)
     defaults = {"resize": "squash", "resize_to": side, **preprocess, "image_size": side}
     model.preprocess = defaults if preprocess else {}
@@ -243,15 +246,21 @@ def _final(found, wanted, num_classes, image_size, overrides):
         changes["image_size"] = image_size
     if num_classes is not None:
         changes["num_classes"] = num_classes
+    if unknown := changes.keys() - {field.name for field in fields(found)}:
+        raise ModelError(f"{found.name} has no setting {', '.join(sorted(unknown))}")
     return replace(found, **changes)
+
+
+def _classes(config) -> int | None:
+    return getattr(config, "num_classes", None)  # None: a family without classifier
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], found, family, files: str) -> None:
     """Copy the tensors into the model, strictly: shapes, missing keys and extra keys in one message."""
     config, own = model.config, model.state_dict()
     heads = tuple(f"{name}." for name in model.head_modules)
-    new_head = config.num_classes and config.num_classes != found.num_classes
-    if new_head or not config.num_classes:
+    new_head = _classes(config) and _classes(config) != _classes(found)
+    if new_head or _classes(config) == 0:
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
     if new_head and found.num_classes:
         print(

@@ -104,6 +104,8 @@ def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     `backbone.` around it.
     """
     state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        state = {key.replace(old, new): tensor for key, tensor in state.items()}  # BERT's first files
     for wrapper in ("module.", "model.", "backbone."):
         if all(key.startswith(wrapper) for key in state if not is_head(key)):
             state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}

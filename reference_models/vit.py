@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reference_models.layers import (
     Block,
     PatchEmbed,
+    Pooler,
     collect_attention_maps,
     init_weights,
     run_blocks,
@@ -129,14 +130,3 @@ class VisionTransformer(nn.Module):
         from reference_models.vit_files import key_table
 
         return key_table(self.config, layout)
-
-
-class Pooler(nn.Module):
-    """tanh(W t + b) of the first token, (B, d) -> (B, d)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dense = nn.Linear(dim, dim)
-
-    def forward(self, token: Tensor) -> Tensor:
-        return torch.tanh(self.dense(token))
