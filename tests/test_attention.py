@@ -14,6 +14,7 @@ from minilora.report.attention import (
     patch_heat,
     window_heat,
 )
+from reference_models import create_model, save_pretrained
 
 PREPROCESS = {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -107,3 +108,23 @@ def test_the_brightest_patch_of_the_overlay_is_the_most_attended_one():
     shown = overlay(Image.new("RGB", (40, 40), (90, 90, 90)), heat.numpy()).convert("L")
     brightest = max(range(16), key=lambda i: shown.getpixel((i % 4 * 10 + 5, i // 4 * 10 + 5)))
     assert brightest == 1 * 4 + 2
+
+
+def test_the_maps_of_our_vit_are_those_of_transformers_on_the_same_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = create_model("vit-nano-patch8-48", num_classes=5).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    save_pretrained(model, tmp_path, layout="transformers")
+    oracle = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    ).double()
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    with torch.no_grad():
+        theirs, ours = oracle.eval()(x, output_attentions=True).attentions, model.attention_maps(x)
+    assert len(ours) == len(theirs) == 4
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a.sum(-1), torch.ones_like(a.sum(-1)))
+        assert (a - b).abs().max() < 1e-5 and a.std() > 1e-3
+    last, rollout = attention_heats(model, x)
+    assert last.shape == (2, 4, 6, 6) and rollout.shape == (2, 6, 6)

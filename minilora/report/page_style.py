@@ -30,7 +30,7 @@ nav a { color:var(--accent) }
 table { border-collapse:collapse; font-size:14px; font-variant-numeric:tabular-nums }
 caption { text-align:left; padding-bottom:4px; font-size:13px }
 th, td { padding:4px 12px 4px 0; border-bottom:1px solid var(--rule); text-align:left; vertical-align:top }
-th { font-weight:600; color:var(--soft) }
+th { font-weight:600; color:var(--soft); vertical-align:bottom }
 .n { text-align:right; padding-left:8px }
 td.n { white-space:nowrap }
 td:first-child { overflow-wrap:anywhere; min-width:8em }
