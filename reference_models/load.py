@@ -32,8 +32,8 @@ from reference_models.jsonfile import read_json
 from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
-FAMILIES = ("vit", "bert")
-MODULES = {"vit": "vit_files"}  # vit.py itself is the model alone, a chapter to read
+FAMILIES = ("vit", "beit", "bert", "clip")
+MODULES = {"vit": "vit_files", "beit": "beit_files", "clip": "clip_files"}  # vit.py itself is the model alone, a chapter to read
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
 
 
@@ -99,7 +99,7 @@ def load_pretrained(
         return create_model(name_or_dir, num_classes, **sizes, **overrides)
     path = _resolve(source)
     folder = path if path.is_dir() else path.parent
-    data = read_json(folder / "config.json") if (folder / "config.json").exists() and path.is_dir() else {}
+    data = _config_file(path)
     wanted = config_for(name_or_dir) if by_name else None
     config = _described(data, folder, wanted)
     family = family_module(config.family)
@@ -161,6 +161,12 @@ def _resolve(source: str | Path) -> Path:
     if not path.exists():
         raise ModelError(f"weights {str(source)!r}: no such file or directory")
     return path
+
+
+def _config_file(path: Path) -> dict:
+    """config.json of a checkpoint's directory, else open_clip_config.json, else nothing; a lone file has none."""
+    files = [path / name for name in ("config.json", "open_clip_config.json")] if path.is_dir() else []
+    return next((read_json(file) for file in files if file.exists()), {})
 
 
 def _described(data: dict, folder: Path, wanted):

@@ -1,0 +1,168 @@
+"""BEiT: a ViT whose attention knows how far apart two patches are, and whose residual branches have a gain.
+
+    scores = q k^T / sqrt(d/h) + bias[offset of the two patches]      a learned number per offset and head
+    x = x + gamma_1 * attn(norm1(x));  x = x + gamma_2 * mlp(norm2(x))
+
+The keys have no bias, and the classifier reads the mean of the patch tokens (or the class token).
+Paper: Bao et al. 2021, arXiv:2106.08254. Layer scale: Touvron et al. 2021, arXiv:2103.17239.
+Shapes: B pictures, P = r c patches in r rows and c columns, T = P + 1 tokens (class token first), d width, h heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from reference_models.layers import (
+    MLP,
+    Attention,
+    Classifier,
+    PatchEmbed,
+    init_weights,
+    relative_index,
+    run_blocks,
+    take_rows,
+)
+from reference_models.names import Entry
+
+
+@dataclass(frozen=True)
+class BeitConfig:
+    """Sizes of a BEiT. image_size is a side in pixels, or (height, width); layer_scale is the first value of
+    gamma, 0 for none.
+    """
+
+    name: str = "beit-base-patch16-224"
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    num_classes: int = 1000
+    eps: float = 1e-6
+    act: str = "gelu"
+    qkv_bias: bool = True
+    relative_bias: bool = True  # a table in each layer
+    shared_relative_bias: bool = False  # one table for all layers
+    absolute_positions: bool = False
+    layer_scale: float = 0.1
+    mean_pooling: bool = True  # False: the class token
+    family: str = "beit"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+
+class RelativePositionBias(nn.Module):
+    """What is added to the attention scores: table[offset from key to query], () -> (1, h, T, T).
+
+    table ((2 r - 1)(2 c - 1) + 3, h): a row for each offset of two patches, then class token to patch, patch to
+    class token, class token to itself.
+    """
+
+    def __init__(self, grid: tuple[int, int], heads: int):
+        super().__init__()
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.table = nn.Parameter(torch.zeros(offsets + 3, heads))
+        index = torch.empty(1 + grid[0] * grid[1], 1 + grid[0] * grid[1], dtype=torch.long)
+        index[1:, 1:] = relative_index(*grid)
+        index[0, :], index[:, 0] = offsets, offsets + 1
+        index[0, 0] = offsets + 2
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.table.T[:, self.index].unsqueeze(0)
+
+
+class BeitBlock(nn.Module):
+    """Pre-norm block with layer scale and, where it has one, its own position bias, (B, T, d) -> (B, T, d).
+
+    `shared` (1, h, T, T) is the bias that all blocks share. With `rows` only that token is computed: (B, 1, d).
+    """
+
+    def __init__(self, config: BeitConfig):
+        super().__init__()
+        dim = config.dim
+        self.norm1 = nn.LayerNorm(dim, eps=config.eps)
+        self.attn = Attention(dim, config.heads, config.qkv_bias, key_bias=False)
+        self.norm2 = nn.LayerNorm(dim, eps=config.eps)
+        self.mlp = MLP(dim, config.hidden, config.act)
+        self.rel_pos_bias = RelativePositionBias(config.grid, config.heads) if config.relative_bias else None
+        scale = config.layer_scale
+        self.gamma_1 = nn.Parameter(torch.full((dim,), scale)) if scale else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), scale)) if scale else None
+
+    def forward(self, x: Tensor, shared: Tensor | None = None, rows: int | None = None) -> Tensor:
+        own = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (1, h, T, T)
+        bias = own if shared is None else shared if own is None else shared + own
+        if bias is not None and rows is not None:
+            bias = bias[:, :, rows : rows + 1]  # (1, h, 1, T): the one query that is asked for
+        x = take_rows(x, rows) + self.scaled(self.gamma_1, self.attn(self.norm1(x), bias, rows=rows))
+        return x + self.scaled(self.gamma_2, self.mlp(self.norm2(x)))
+
+    @staticmethod
+    def scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+        return x if gamma is None else gamma * x
+
+
+class Beit(Classifier):
+    """Images (B, 3, H, W) -> logits (B, num_classes)."""
+
+    # of adapters; timm's BEiT reads qkv.weight instead of calling qkv, so an adapter would do nothing there
+    layouts = ("transformers5", "transformers4")
+
+    def __init__(self, config: BeitConfig):
+        super().__init__()
+        self.config, self.num_features = config, config.dim
+        rows, cols = config.grid
+        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        absolute = config.absolute_positions
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * cols, config.dim)) if absolute else None
+        shared = config.shared_relative_bias
+        self.rel_pos_bias = RelativePositionBias(config.grid, config.heads) if shared else None
+        self.blocks = nn.ModuleList(BeitBlock(config) for _ in range(config.depth))
+        # after mean pooling the norm stands behind the mean, else before the class token is taken
+        self.norm = None if config.mean_pooling else nn.LayerNorm(config.dim, eps=config.eps)
+        self.fc_norm = nn.LayerNorm(config.dim, eps=config.eps) if config.mean_pooling else None
+        self.grad_checkpointing, self.pooled_last_block = False, True
+        self.head = nn.Identity()
+        self.apply(init_weights)
+        self.reset_classifier(config.num_classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> tokens (B, T, d)."""
+        p, expected = self.config.patch_size, self.config.grid
+        if (x.shape[-2] // p, x.shape[-1] // p) != expected:
+            size = " x ".join(str(p * side) for side in expected)
+            raise ValueError(
+                f"{self.config.name} takes pictures of {size} pixels, got {x.shape[-2]} x {x.shape[-1]}"
+            )
+        x = self.patch_embed(x)  # (B, P, d)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)  # (B, T, d)
+        return x if self.pos_embed is None else x + self.pos_embed
+
+    def encode(self, x: Tensor, last_rows: int | None = None) -> Tensor:
+        """Blocks, and the final norm where the class token is read: (B, T, d), or (B, 1, d)."""
+        shared = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (1, h, T, T)
+        checkpointing = self.grad_checkpointing
+        x = run_blocks(self.blocks, self.embed(x), shared, checkpointing=checkpointing, last_rows=last_rows)
+        return x if self.norm is None else self.norm(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> all tokens (B, T, d)."""
+        return self.encode(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The normalised mean of the patch tokens, or the class token, (B, d)."""
+        if self.fc_norm is not None:
+            return self.fc_norm(self.encode(x)[:, 1:].mean(1))
+        return self.encode(x, last_rows=0 if self.pooled_last_block else None)[:, 0]
+
+    def key_table(self, layout: str) -> list[Entry]:
+        from reference_models.beit_files import key_table
+
+        return key_table(self.config, layout)

@@ -1,0 +1,194 @@
+"""Helpers for the tests that compare our encoders with those of other libraries.
+
+An oracle is a small model of transformers, timm or torchvision. `fill` gives every tensor of it its own random
+values, so that two tensors in each other's place change the result.
+"""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minilora import LoRAConfig, inject_lora
+from minilora.inject import lora_layers
+from reference_models import load_pretrained, save_pretrained
+from reference_models.load import family_module
+from reference_models.names import Entry, to_theirs
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def fill(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Own random values in every parameter: norm scales near 1, temperatures near log 10, the rest around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = {f"{name}.weight" for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name in norms:
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("logit_scale"):
+                parameter.copy_(2.3 + 0.3 * noise)
+            elif name.endswith("bias_table"):
+                parameter.copy_(0.7 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1.0))
+    return model.eval()
+
+
+def pictures(size: int | tuple[int, int], batch: int = 2, seed: int = 1) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference in units of the standard deviation of theirs."""
+    return ((ours - theirs).abs().max() / theirs.std()).item()
+
+
+def logits_of(oracle: nn.Module, x: Tensor, **arguments) -> Tensor:
+    """What a transformers, timm or torchvision classifier answers."""
+    with torch.no_grad():
+        result = oracle(x, **arguments)
+    return getattr(result, "logits", result)
+
+
+def write_transformers(oracle: nn.Module, folder: Path) -> Path:
+    """Their own files: config.json and model.safetensors with the names that transformers writes."""
+    oracle.save_pretrained(folder)
+    return folder
+
+
+def write_weights(oracle: nn.Module, folder: Path, config: dict | None = None) -> Path:
+    """A folder with the oracle's state dict and the config.json given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.contiguous().clone() for key, tensor in oracle.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def assert_round_trip(model: nn.Module, layout: str, folder: Path) -> nn.Module:
+    """Ours -> their names -> ours gives the same bits, through the files."""
+    back = load_pretrained(save_pretrained(model, folder, layout))
+    own, read = model.state_dict(), back.state_dict()
+    assert list(own) == list(read)
+    assert all(torch.equal(own[key], read[key]) for key in own)
+    return back
+
+
+def swappable_pairs(
+    model: nn.Module, layout: str, limit: int | None, seed: int = 0
+) -> list[tuple[Entry, Entry]]:
+    """Pairs of table entries whose tensors of ours have equal shapes, a seeded choice of `limit` of them."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    groups: dict[tuple, list[Entry]] = {}
+    for entry in model.key_table(layout):
+        if all(name in shapes for name in entry.ours):
+            groups.setdefault((entry.form, *(shapes[name] for name in entry.ours)), []).append(entry)
+    pairs = [pair for group in groups.values() for pair in itertools.combinations(group, 2)]
+    if limit is not None and len(pairs) > limit:
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+        pairs = [pairs[i] for i in order[:limit].tolist()]
+    return pairs
+
+
+def assert_swaps_are_noticed(
+    model: nn.Module, layout: str, x: Tensor, limit: int | None = 200, tolerance: float = 1e-5
+) -> int:
+    """Mutation test of a key table: exchange the names of two entries, load again, and the logits must change by
+    more than the tolerance of the parity tests. Returns the number of pairs tried.
+    """
+    family = family_module(model.config.family)
+    table, theirs = family.key_table(model.config, layout), None
+    theirs = to_theirs({key: t for key, t in model.state_dict().items()}, table)
+    wrong, expected = copy.deepcopy(model), logits_of(model, x)
+    pairs = swappable_pairs(model, layout, limit)
+    assert pairs
+    for one, other in pairs:
+        with torch.no_grad():
+            _copy(
+                wrong,
+                {**theirs, one.theirs: theirs[other.theirs], other.theirs: theirs[one.theirs]},
+                (one, other),
+            )
+            changed = distance(logits_of(wrong, x), expected)
+            _copy(wrong, theirs, (one, other))
+        assert changed > tolerance, (
+            f"{one.theirs} and {other.theirs} can be exchanged unnoticed ({changed:.1e})"
+        )
+    assert torch.equal(logits_of(wrong, x), expected)
+    return len(pairs)
+
+
+def _copy(model: nn.Module, theirs: dict[str, Tensor], entries) -> None:
+    from reference_models.names import to_ours
+
+    own = model.state_dict()
+    tensors, unknown = to_ours({entry.theirs: theirs[entry.theirs] for entry in entries}, list(entries))
+    assert not unknown
+    for key, tensor in tensors.items():
+        own[key].copy_(tensor)
+
+
+def adapted(model: nn.Module, targets=TARGETS, r: int = 2) -> nn.Module:
+    """The model with LoRA whose B is random, so that every adapter takes part."""
+    config = LoRAConfig(
+        r=r, lora_alpha=2 * r, target_modules=targets, modules_to_save=("head",), init_lora_weights=False
+    )
+    return inject_lora(model, config)
+
+
+def assert_every_adapter_learns(model: nn.Module, x: Tensor, targets=TARGETS) -> None:
+    """Every target name finds layers, and every A and B gets a non-zero gradient; every other trained tensor has
+    one, no frozen tensor has.
+    """
+    adapted(model, targets)
+    names = {name.rpartition(".")[2] for name, _ in lora_layers(model)}
+    assert names == set(targets)
+    loss = nn.functional.cross_entropy(model(x), torch.arange(len(x)) % model.config.num_classes)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def assert_same_lora_gradients(model: nn.Module, oracle: nn.Module, layout: str, x: Tensor, targets) -> None:
+    """LoRA on our model and peft's on theirs, with the same A and B: each gradient within 1e-4 of its size.
+
+    targets: {name of ours: name of theirs}.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    adapted(model, tuple(targets)).eval()
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets.values()))
+    peft = get_peft_model(oracle, config).eval()
+    theirs = {
+        e.ours[0].removesuffix(".weight"): e.theirs.removesuffix(".weight") for e in model.key_table(layout)
+    }
+    pairs = []
+    for name, layer in lora_layers(model):
+        other = peft.base_model.model.get_submodule(theirs[name])
+        pairs += [(f"{name}.A", layer.lora_A.weight, other.lora_A["default"].weight)]
+        pairs += [(f"{name}.B", layer.lora_B.weight, other.lora_B["default"].weight)]
+    with torch.no_grad():
+        for _, one, other in pairs:
+            other.copy_(one)
+    labels = torch.arange(len(x)) % model.config.num_classes
+    nn.functional.cross_entropy(model(x), labels).backward()
+    result = peft(x)
+    nn.functional.cross_entropy(getattr(result, "logits", result), labels).backward()
+    assert pairs
+    for name, one, other in pairs:
+        scale = other.grad.abs().max()
+        assert scale > 0, name
+        assert (one.grad - other.grad).abs().max() / scale <= 1e-4, name
