@@ -104,7 +104,8 @@ def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: s
         data |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     documents = preprocess_to_json(model.preprocess, layout, data)
     tensors = {key: tensor.contiguous().cpu().clone() for key, tensor in state.items()}
-    _replace(directory / "model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    name = "open_clip_model.safetensors" if layout == "open_clip" else "model.safetensors"
+    _replace(directory / name, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
     for name, document in documents.items():
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         _replace(directory / name, lambda tmp, text=text: Path(tmp).write_text(text, encoding="utf-8"))

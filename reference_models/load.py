@@ -33,7 +33,11 @@ from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
 FAMILIES = ("vit", "beit", "bert", "clip")
-MODULES = {"vit": "vit_files", "beit": "beit_files", "clip": "clip_files"}  # vit.py itself is the model alone, a chapter to read
+MODULES = {
+    "vit": "vit_files",
+    "beit": "beit_files",
+    "clip": "clip_files",
+}  # vit.py itself is the model alone, a chapter to read
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
 
 

@@ -109,5 +109,9 @@ def preprocess_to_json(preprocess: dict, layout: str, data: dict) -> dict[str, d
         "image_mean": preprocess["mean"],
         "image_std": preprocess["std"],
     }
+    if layout == "open_clip":
+        chosen = {key: preprocess[key] for key in ("mean", "std", "interpolation")}
+        chosen |= {"size": side, "mode": "RGB", "resize_mode": "squash" if squash else "shortest"}
+        return {"open_clip_config.json": {**data, "preprocess_cfg": chosen}}
     kind = {"clip": "CLIPImageProcessor"}.get(data.get("model_type"), "ViTImageProcessor")
     return {"config.json": data, "preprocessor_config.json": {"image_processor_type": kind, **settings}}

@@ -1,0 +1,198 @@
+"""CLIP: a vision tower and a causal text tower whose projections meet in one space.
+
+Paper: Radford et al. 2021, arXiv:2103.00020. Weights of OpenAI (quick_gelu) and of LAION (gelu).
+Shapes: B pictures or texts, T tokens, d width of a tower, e width of the shared space.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reference_models.layers import (
+    Block,
+    PatchEmbed,
+    collect_attention_maps,
+    init_weights,
+    padding_mask,
+    run_blocks,
+)
+from reference_models.names import Entry
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of both towers. eos_token_id 2 is the convention of old files: the text is pooled at its largest id."""
+
+    name: str = "clip-vit-b-32"
+    embed_dim: int = 512
+    image_size: int = 224
+    patch_size: int = 32
+    vision_dim: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    vision_hidden: int = 3072
+    vision_act: str = "gelu"
+    vision_eps: float = 1e-5
+    vocab_size: int = 49408
+    context: int = 77
+    text_dim: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    text_hidden: int = 2048
+    text_act: str = "gelu"
+    text_eps: float = 1e-5
+    eos_token_id: int = 2
+    logit_scale: float = 2.6592  # ln(1 / 0.07)
+    family: str = "clip"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.image_size // self.patch_size,) * 2
+
+
+class VisionTower(nn.Module):
+    """Pictures (B, 3, H, W) -> pooled (B, d): a ViT with a norm before its blocks and no bias in its patches.
+
+    Usable alone as the picture encoder of the other tasks.
+    """
+
+    head_modules = ()
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        d = config.vision_dim
+        self.config, self.num_features = config, d
+        self.patch_embed = PatchEmbed(config.patch_size, d, bias=False)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, d) * d**-0.5)
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(config.grid), d) * d**-0.5)
+        self.norm_pre = nn.LayerNorm(d, eps=config.vision_eps)
+        block = (d, config.vision_heads, config.vision_hidden, config.vision_act, config.vision_eps)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.vision_depth))
+        self.norm = nn.LayerNorm(d, eps=config.vision_eps)
+        self.grad_checkpointing, self.pooled_last_block = False, True
+        self.apply(init_weights)
+
+    def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
+        """All tokens after the final norm, class token first: (B, T, d), or (B, 1, d) with last_rows."""
+        side = self.config.image_size
+        if (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size) != self.config.grid:
+            raise ValueError(
+                f"{self.config.name} takes pictures of {side} x {side} pixels, got {x.shape[-2]} x {x.shape[-1]}"
+            )
+        x = self.patch_embed(x)  # (B, T - 1, d)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
+        x = run_blocks(
+            self.blocks, self.norm_pre(x), checkpointing=self.grad_checkpointing, last_rows=last_rows
+        )
+        return self.norm(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The class token, (B, d)."""
+        return self.forward_features(x, 0 if self.pooled_last_block else None)[:, 0]
+
+    forward = pooled
+
+    def attention_maps(self, x: Tensor) -> list[Tensor]:
+        """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
+        return collect_attention_maps(self, lambda: self.forward_features(x))
+
+
+class TextTower(nn.Module):
+    """Token ids (B, T) -> pooled (B, d), the token at the end of each text; a token sees only those before it."""
+
+    head_modules = ()
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        d = config.text_dim
+        self.config, self.num_features = config, d
+        self.token_embed = nn.Embedding(config.vocab_size, d)
+        self.pos_embed = nn.Parameter(torch.randn(1, config.context, d) * 0.01)
+        block = (d, config.text_heads, config.text_hidden, config.text_act, config.text_eps)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.text_depth))
+        self.norm = nn.LayerNorm(d, eps=config.text_eps)
+        self.grad_checkpointing, self.pooled_last_block = False, True
+        self.apply(init_weights)
+
+    def end_positions(self, input_ids: Tensor) -> Tensor:
+        """Where each text ends, (B, T) -> (B,): the first end token, or by the old convention the largest id."""
+        if self.config.eos_token_id == 2:
+            return input_ids.argmax(dim=-1)
+        return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
+
+    def forward_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, last_rows: Tensor | None = None
+    ) -> Tensor:
+        """All tokens after the final norm: (B, T, d), or (B, 1, d) with one of last_rows (B,) for each text.
+
+        attention_mask (B, T) may be left out where padding stands behind the end token: nothing before sees it.
+        """
+        T = input_ids.shape[1]
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens, but {self.config.name} has positions for {self.config.context}")
+        x = self.token_embed(input_ids) + self.pos_embed[:, :T]  # (B, T, d)
+        mask = padding_mask(attention_mask)  # (B, 1, 1, T)
+        x = run_blocks(self.blocks, x, mask, True, checkpointing=self.grad_checkpointing, last_rows=last_rows)
+        return self.norm(x)
+
+    def pooled(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """The end token, (B, d). token_type_ids is BERT's and has no meaning here."""
+        ends = self.end_positions(input_ids)
+        if self.pooled_last_block:
+            return self.forward_features(input_ids, attention_mask, ends)[:, 0]
+        return self.forward_features(input_ids, attention_mask)[
+            torch.arange(len(ends), device=ends.device), ends
+        ]
+
+    forward = pooled
+
+    def attention_maps(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+        """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
+        return collect_attention_maps(self, lambda: self.forward_features(input_ids, attention_mask))
+
+
+class CLIP(nn.Module):
+    """Pictures (B, 3, H, W) and texts (C, T) -> (logits_per_image (B, C), logits_per_text (C, B)).
+
+    The logits are exp(logit_scale) times the cosine of each picture with each text.
+    """
+
+    head_modules = ("visual_projection", "text_projection", "logit_scale")
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config, self.num_features = config, config.embed_dim
+        self.vision, self.text = VisionTower(config), TextTower(config)
+        self.visual_projection = nn.Linear(config.vision_dim, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))  # a logarithm
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, e), not normalised."""
+        return self.visual_projection(self.vision.pooled(images))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, e), not normalised."""
+        return self.text_projection(self.text.pooled(input_ids, attention_mask))
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        image = F.normalize(self.encode_image(images), dim=-1)  # (B, e)
+        text = F.normalize(self.encode_text(input_ids, attention_mask), dim=-1)  # (C, e)
+        logits = self.logit_scale.exp() * image @ text.T  # (B, C)
+        return logits, logits.T
+
+    def attention_maps(self, images: Tensor) -> list[Tensor]:
+        """The maps of the vision tower, one (B, heads, T, T) tensor for each layer."""
+        return self.vision.attention_maps(images)
+
+    def key_table(self, layout: str) -> list[Entry]:
+        from reference_models.clip_files import key_table
+
+        return key_table(self.config, layout)

@@ -1,0 +1,252 @@
+"""The files of CLIP checkpoints: transformers' and open_clip's names and configurations. See load.py for the protocol."""
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from reference_models.clip import CLIP, CLIPConfig
+from reference_models.errors import ModelError
+from reference_models.layers import resize_positions
+from reference_models.names import Entry, fused, linear, rename
+
+build = CLIP
+layouts = {"transformers4": ("",), "transformers5": ("",), "open_clip": ("",)}
+# position_ids: a buffer of old transformers; the three numbers: OpenAI's own files
+ignored = r"position_ids$|^(input_resolution|context_length|vocab_size)$"
+optional = r"^$"
+layout_settings = {}
+preprocess = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize": "shortest",
+}
+
+#        e, patch, vision (d, depth, heads, hidden), text (d, depth, heads, hidden)
+SIZES = {
+    "clip-vit-b-32": (512, 32, (768, 12, 12, 3072), (512, 12, 8, 2048)),
+    "clip-vit-b-16": (512, 16, (768, 12, 12, 3072), (512, 12, 8, 2048)),
+    "clip-vit-l-14": (768, 14, (1024, 24, 16, 4096), (768, 12, 12, 3072)),
+    "clip-nano": (64, 8, (128, 4, 4, 512), (128, 2, 4, 512)),
+}
+TOWER = ("dim", "depth", "heads", "hidden")
+NANO = {"image_size": 48, "vocab_size": 4000}
+
+PARTS = {
+    "transformers": {
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "attn.q_proj": "self_attn.q_proj",
+        "attn.k_proj": "self_attn.k_proj",
+        "attn.v_proj": "self_attn.v_proj",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    "open_clip": {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    },
+}
+
+
+def names() -> list[str]:
+    return list(SIZES)
+
+
+def config_for(name: str) -> CLIPConfig | None:
+    """One of `names()`; with "-quickgelu" behind it OpenAI's activation, as open_clip calls them. config.json wins."""
+    base = name.removesuffix("-quickgelu")
+    if base not in SIZES:
+        return None
+    embed, patch, vision, text = SIZES[base]
+    act = "quick_gelu" if base != name else "gelu"
+    towers = {}
+    for tower, sizes in (("vision", vision), ("text", text)):
+        towers |= {f"{tower}_{key}": value for key, value in zip(TOWER, sizes, strict=True)}
+        towers[f"{tower}_act"] = act
+    nano = NANO if base == "clip-nano" else {}
+    return CLIPConfig(name=name, embed_dim=embed, patch_size=patch, **towers, **nano)
+
+
+def file_preprocess(file_name: str) -> dict:
+    return {}
+
+
+def key_table(config: CLIPConfig, layout: str) -> list[Entry]:
+    """Our names beside transformers' (4 and 5 alike) or open_clip's."""
+    table = [rename("logit_scale", "logit_scale")]
+    if layout == "open_clip":
+        table += [
+            rename("vision.patch_embed.proj.weight", "visual.conv1.weight", "kernel"),
+            rename("vision.cls_token", "visual.class_embedding", "vector"),
+            rename("vision.pos_embed", "visual.positional_embedding", "batch"),
+            rename("text.token_embed.weight", "token_embedding.weight"),
+            rename("text.pos_embed", "positional_embedding", "batch"),
+            rename("visual_projection.weight", "visual.proj", "transpose"),
+            rename("text_projection.weight", "text_projection", "transpose"),
+            *linear("vision.norm_pre", "visual.ln_pre"),
+            *linear("vision.norm", "visual.ln_post"),
+            *linear("text.norm", "ln_final"),
+        ]
+        table += _blocks("vision.blocks", "visual.transformer.resblocks", config.vision_depth, "open_clip")
+        return table + _blocks("text.blocks", "transformer.resblocks", config.text_depth, "open_clip")
+    vision, text = "vision_model.embeddings", "text_model.embeddings"
+    table += [
+        rename("vision.patch_embed.proj.weight", f"{vision}.patch_embedding.weight", "kernel"),
+        rename("vision.cls_token", f"{vision}.class_embedding", "vector"),
+        rename("vision.pos_embed", f"{vision}.position_embedding.weight", "batch"),
+        rename("text.token_embed.weight", f"{text}.token_embedding.weight"),
+        rename("text.pos_embed", f"{text}.position_embedding.weight", "batch"),
+        rename("visual_projection.weight", "visual_projection.weight"),
+        rename("text_projection.weight", "text_projection.weight"),
+        *linear("vision.norm_pre", "vision_model.pre_layrnorm"),  # so spelled in the files
+        *linear("vision.norm", "vision_model.post_layernorm"),
+        *linear("text.norm", "text_model.final_layer_norm"),
+    ]
+    table += _blocks("vision.blocks", "vision_model.encoder.layers", config.vision_depth, "transformers")
+    return table + _blocks("text.blocks", "text_model.encoder.layers", config.text_depth, "transformers")
+
+
+def _blocks(ours: str, theirs: str, depth: int, layout: str) -> list[Entry]:
+    table = []
+    for i in range(depth):
+        for our_part, their_part in PARTS[layout].items():
+            table += linear(f"{ours}.{i}.{our_part}", f"{theirs}.{i}.{their_part}")
+        if layout == "open_clip":
+            qkv = [f"{ours}.{i}.attn.{name}_proj" for name in "qkv"]
+            table += fused(qkv, f"{theirs}.{i}.attn.in_proj_weight", f"{theirs}.{i}.attn.in_proj_bias")
+    return table
+
+
+def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:
+    """The picture size from the number of positions."""
+    patches = shapes.get("vision.pos_embed", (1, 0))[1] - 1
+    if patches > 0 and patches != math.prod(config.grid):
+        config = replace(config, image_size=math.isqrt(patches) * config.patch_size)
+    return config
+
+
+def adapt(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> None:
+    """Interpolate the vision tower's positions from the old picture size to the new one, in place."""
+    if "vision.pos_embed" in state and old.grid != new.grid:
+        state["vision.pos_embed"] = resize_positions(state["vision.pos_embed"], new.grid, 1, old.grid)
+
+
+#       ours: (transformers' name in vision_config or text_config, default of vision, default of text)
+FIELDS = {
+    "dim": ("hidden_size", 768, 512),
+    "depth": ("num_hidden_layers", 12, 12),
+    "heads": ("num_attention_heads", 12, 8),
+    "hidden": ("intermediate_size", 3072, 2048),
+    "act": ("hidden_act", "quick_gelu", "quick_gelu"),
+    "eps": ("layer_norm_eps", 1e-5, 1e-5),
+}
+
+
+def config_from_json(data: dict) -> CLIPConfig | None:
+    """Read transformers' config.json or open_clip_config.json; None where it is of another family."""
+    if isinstance(data.get("model_cfg"), dict):
+        return _from_open_clip(data["model_cfg"])
+    if data.get("model_type") != "clip":
+        return None
+    # files of 2022 and before write the nested tables under these names too
+    vision = {**(data.get("vision_config_dict") or {}), **(data.get("vision_config") or {})}
+    text = {**(data.get("text_config_dict") or {}), **(data.get("text_config") or {})}
+    towers = {}
+    for ours, (theirs, vision_default, text_default) in FIELDS.items():
+        towers[f"vision_{ours}"] = vision.get(theirs, vision_default)
+        towers[f"text_{ours}"] = text.get(theirs, text_default)
+    patch = vision.get("patch_size", 32)
+    return CLIPConfig(
+        name=f"clip-vit-{towers['vision_dim']}-{patch}",
+        embed_dim=data.get("projection_dim", 512),
+        image_size=vision.get("image_size", 224),
+        patch_size=patch,
+        vocab_size=text.get("vocab_size", 49408),
+        context=text.get("max_position_embeddings", 77),
+        eos_token_id=text.get("eos_token_id", 49407),
+        logit_scale=data.get("logit_scale_init_value", 2.6592),
+        **towers,
+    )
+
+
+def _from_open_clip(data: dict) -> CLIPConfig:
+    vision, text = data.get("vision_cfg") or {}, data.get("text_cfg") or {}
+    plain = {"tok", "argmax", "eos"}
+    for table, what in ((vision, "vision_cfg"), (text, "text_cfg")):
+        special = [key for key in ("timm_model_name", "hf_model_name", "attentional_pool") if table.get(key)]
+        special += ["pool_type"] * (table.get("pool_type", "tok") not in plain)
+        if special or not isinstance(table.get("layers", 12), int):
+            raise ModelError(
+                f"open_clip_config.json: {what}.{(special or ['layers'])[0]} makes another model than a ViT CLIP"
+            )
+    act = "quick_gelu" if data.get("quick_gelu") else "gelu"
+    width, text_width = vision.get("width", 768), text.get("width", 512)
+    return CLIPConfig(
+        name=f"clip-vit-{width}-{vision.get('patch_size', 16)}",
+        embed_dim=data.get("embed_dim", 512),
+        image_size=vision.get("image_size", 224),
+        patch_size=vision.get("patch_size", 16),
+        vision_dim=width,
+        vision_depth=vision.get("layers", 12),
+        vision_heads=width // vision.get("head_width", 64),
+        vision_hidden=int(width * vision.get("mlp_ratio", 4.0)),
+        vision_act=act,
+        vocab_size=text.get("vocab_size", 49408),
+        context=text.get("context_length", 77),
+        text_dim=text_width,
+        text_depth=text.get("layers", 12),
+        text_heads=text.get("heads", 8),
+        text_hidden=int(text_width * text.get("mlp_ratio", 4.0)),
+        text_act=act,
+        eos_token_id=text.get("eos_id", 2) if text.get("pool_type") == "eos" else 2,
+    )
+
+
+def config_to_json(config: CLIPConfig, layout: str) -> dict:
+    """config.json as transformers reads it, or open_clip_config.json."""
+    if layout == "open_clip":
+        return {"model_cfg": _to_open_clip(config)}
+    vision = {theirs: getattr(config, f"vision_{ours}") for ours, (theirs, *_) in FIELDS.items()}
+    text = {theirs: getattr(config, f"text_{ours}") for ours, (theirs, *_) in FIELDS.items()}
+    vision |= {"model_type": "clip_vision_model", "image_size": config.image_size}
+    vision |= {"patch_size": config.patch_size, "num_channels": 3, "projection_dim": config.embed_dim}
+    text |= {"model_type": "clip_text_model", "vocab_size": config.vocab_size}
+    text |= {"max_position_embeddings": config.context, "projection_dim": config.embed_dim}
+    text |= {"eos_token_id": config.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": config.logit_scale,
+        "vision_config": vision,
+        "text_config": text,
+    }
+
+
+def _to_open_clip(config: CLIPConfig) -> dict:
+    text = {
+        "context_length": config.context,
+        "vocab_size": config.vocab_size,
+        "width": config.text_dim,
+        "heads": config.text_heads,
+        "layers": config.text_depth,
+        "mlp_ratio": config.text_hidden / config.text_dim,
+    }
+    if config.eos_token_id not in (2, config.vocab_size - 1):  # the last id is also the largest one
+        text |= {"pool_type": "eos", "eos_id": config.eos_token_id}
+    vision = {
+        "image_size": config.image_size,
+        "layers": config.vision_depth,
+        "width": config.vision_dim,
+        "head_width": config.vision_dim // config.vision_heads,
+        "patch_size": config.patch_size,
+        "mlp_ratio": config.vision_hidden / config.vision_dim,
+    }
+    result = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    return {**result, "quick_gelu": True} if config.vision_act == "quick_gelu" else result
