@@ -48,6 +48,7 @@ class Parser(argparse.ArgumentParser):
             _add_flag(groups[rule.group], f.name, rule, f.default)
 
     def error(self, message: str):
+        message = message.removeprefix("argument ").replace(": expected", " needs a value: expected")
         raise UserError(f"{message}; see {self.prog} --help")
 
     def read(self, argv: Sequence[str] | None) -> tuple[dict[str, Any], argparse.Namespace]:
@@ -139,6 +140,14 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         raise UserError("--head-lr has no effect with --mode linear, where --lr is the head's learning rate")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
+    if config.base_dtype != "fp32" and config.mode == "full":
+        raise UserError(
+            "--base-dtype is for frozen weights, but --mode full trains all of them; use --amp alone"
+        )
+    if config.base_dtype != "fp32" and config.amp not in ("auto", config.base_dtype):
+        raise UserError(
+            f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}"
+        )
     if config.prompt and not ("{question}" in config.prompt and "{choice}" in config.prompt):
         raise UserError(f"--prompt must contain {{question}} and {{choice}}, got {config.prompt!r}")
     if config.cache_features and config.mode != "linear" and config.task != "vqa":

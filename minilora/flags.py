@@ -88,7 +88,7 @@ class Config:
     use_rslora: bool = flag(M, False, "scale by alpha / sqrt(r)", bool)
     use_dora: bool = flag(M, False, "learn magnitude and direction apart (DoRA)", bool)
 
-    epochs: int = flag(O, 5, "passes over the training data", int, low=1)
+    epochs: int = flag(O, 8, "passes over the training data", int, low=1)
     max_steps: int = flag(O, 0, "end after N optimizer steps; 0: never", int, low=0)
     batch_size: int = flag(O, 32, "pictures or questions at once", int, low=1)
     grad_accum_steps: int = flag(O, 1, "batches per optimizer step", int, low=1)

@@ -10,8 +10,10 @@ A task NAME is two modules of this package, imported when they are needed:
 """
 
 import importlib
+import importlib.util
 from pathlib import Path
 
+from minilora.errors import UserError
 from minilora.flags import TASKS, Config
 
 __all__ = ["TASKS", "build_task", "load_run"]
@@ -19,12 +21,18 @@ __all__ = ["TASKS", "build_task", "load_run"]
 
 def run_module(task: str):
     """The module that uses the runs of a task."""
-    return importlib.import_module(f"minilora.tasks.{task}_run")
+    return _module(f"{task}_run", task)
+
+
+def _module(name: str, task: str):
+    if importlib.util.find_spec(f"minilora.tasks.{name}") is None:
+        raise UserError(f"--task {task} is not part of this version of minilora")
+    return importlib.import_module(f"minilora.tasks.{name}")
 
 
 def build_task(config: Config, device: str = "cpu"):
     """Model and data for training, as `config` says; fills in what the configuration left open (model, lr)."""
-    return importlib.import_module(f"minilora.tasks.{config.task}").build(config, device)
+    return _module(config.task, config.task).build(config, device)
 
 
 def load_run(path: str | Path, device: str = "cpu", weights: str | dict | None = None):

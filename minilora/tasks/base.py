@@ -81,10 +81,6 @@ def choose_amp(config: Config, device: torch.device) -> str:
         return config.base_dtype
     if config.amp == "auto":
         return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if config.base_dtype not in ("fp32", config.amp):
-        raise UserError(
-            f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} (or auto), not {config.amp}"
-        )
     return config.amp
 
 
@@ -237,10 +233,6 @@ def make_trainable(model: nn.Module, config: Config, heads: tuple[str, ...]) -> 
     else:
         inject_lora(merge_lora(model), lora_config(config, heads))
     if config.base_dtype != "fp32":
-        if config.mode == "full":
-            raise UserError(
-                "--base-dtype is for frozen weights, but --mode full trains all of them; use --amp alone"
-            )
         cast_frozen(model, DTYPES[config.base_dtype])
     if config.grad_checkpointing:
         set_grad_checkpointing(model)

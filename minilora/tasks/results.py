@@ -1,4 +1,4 @@
-"""What remains of a run: summary.json, curves.png, attention.png and report.html; also rows for comparisons."""
+"""What remains of a run: summary.json, curves.png, attention.png, report.html, and the lines that say how it went."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from minilora.flags import rules
+from minilora.flags import Config, rules
+from minilora.flags_evaluate import EvalConfig
 from minilora.inject import count_parameters
 from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
@@ -16,11 +17,38 @@ from minilora.rundir import size_mb, write_summary
 from minilora.tasks import load_run
 from minilora.tasks.base import Task
 from minilora.tasks.run import Evaluation, Run
+from minilora.training.trainer import TrainOptions
 
 HOW_TO_READ = (
     "Light: the patches that the class token attends to. Last layer is the mean over its heads; rollout follows the "
     "attention through all layers."
 )
+
+
+def method_line(config: Config, options: TrainOptions, device: torch.device) -> str:
+    """How the model will be trained, in one line."""
+    line = f"mode {config.mode}: {config.opt} lr {config.lr:g} {config.sched}, batch {config.batch_size}"
+    line += f" x {config.grad_accum_steps}" * (config.grad_accum_steps > 1)
+    return f"{line}, epochs {config.epochs}, {options.amp} on {device}"
+
+
+def result_line(result: dict, test: dict | None, metric: str) -> str:
+    """What came out, in one line."""
+    line = f"result: {metric} {result['best'][metric]:.4f} (epoch {result['best']['epoch']})"
+    line += f", test {test[metric]:.4f}" if test else ""
+    return f"{line}, {result['seconds']:.1f} s, peak {result['peak_memory_mb']:.0f} MiB"
+
+
+def next_commands(run_dir: Path, config: Config) -> list[str]:
+    """The run directory, and what to type now."""
+    question = {"classify": "", "vqa": ' --question "..."', "choice": ' --question "..." --choices A B C D'}
+    return [
+        f"run directory: {run_dir}",
+        "next:",
+        f"  python evaluate.py {run_dir} --report report.html",
+        f"  python evaluate.py {run_dir} --image PICTURE{question[config.task]}",
+        f"  python evaluate.py {run_dir} --merge-to merged --layout transformers",
+    ]
 
 
 def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, device: torch.device) -> None:
@@ -43,8 +71,6 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "versions": collect_versions(),
     }
     write_summary(run_dir, summary)
-    from minilora.flags_evaluate import EvalConfig
-
     curves_figure({run_dir.name: run_dir / "metrics.jsonl"}, run_dir / "curves.png")
     options = EvalConfig(amp="fp32", bad_data=config.bad_data, batch_size=2 * config.batch_size, attention=4)
     run = load_run(run_dir, device, config.weights if config.mode != "full" else None)
