@@ -32,10 +32,12 @@ from reference_models.jsonfile import read_json
 from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
-FAMILIES = ("vit", "beit", "bert", "clip")
+FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip")
 MODULES = {
     "vit": "vit_files",
     "beit": "beit_files",
+    "swin": "swin_files",
+    "swinv2": "swinv2_files",
     "clip": "clip_files",
 }  # vit.py itself is the model alone, a chapter to read
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
@@ -145,15 +147,19 @@ def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "mini
 
 
 def _build(config, preprocess: dict) -> nn.Module:
-    try:
-        model = family_module(config.family).build(config)
-    except ValueError as error:  # sizes that do not go together
-        raise ModelError(f"{config.name}: {error}") from None
+    model = _make(config)
     side = getattr(config, "image_size", None)
     defaults = {"resize": "squash", "resize_to": side, **preprocess, "image_size": side}
     model.preprocess = defaults if preprocess else {}
     model.labels = None
     return model
+
+
+def _make(config) -> nn.Module:
+    try:
+        return family_module(config.family).build(config)
+    except ValueError as error:  # sizes that do not go together
+        raise ModelError(f"{config.name}: {error}") from None
 
 
 def _resolve(source: str | Path) -> Path:
@@ -213,7 +219,7 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
         table = None if layout == "minilora" else family.key_table(config, layout)
         for renamed in _prefixed(state, prefixes):
             if table is None:
-                ours = set(_build_shapes(family, config))
+                ours = set(_build_shapes(config))
                 tensors = {k: v for k, v in renamed.items() if k in ours}
                 unknown = [k for k in renamed if k not in ours]
             else:
@@ -240,9 +246,9 @@ def _prefixed(state: dict, prefixes: tuple[str, ...]):
             yield {k if is_head(k) else prefixes[0] + k.removeprefix(prefix): v for k, v in state.items()}
 
 
-def _build_shapes(family, config) -> dict[str, tuple]:
+def _build_shapes(config) -> dict[str, tuple]:
     with torch.device("meta"):
-        model = family.build(replace(config, **({"pooler": True} if hasattr(config, "pooler") else {})))
+        model = _make(replace(config, **({"pooler": True} if hasattr(config, "pooler") else {})))
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 

@@ -37,7 +37,8 @@ FORMS = {
     ),  # the patch embedding: a convolution's kernel beside our Linear's weight
     "batch": (lambda t: t.squeeze(0), lambda t: t.unsqueeze(0)),  # (T, d) beside our (1, T, d)
     "vector": (lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, -1)),  # (d,) beside our (1, 1, d)
-    "cat": (None, None),
+    "cat": (None, None),  # these two join several of ours, see `_split` and `_join`
+    "cat_without_k": (None, None),  # q, zeros, v: a key bias that is stored and not used
 }
 
 
@@ -65,15 +66,26 @@ def to_ours(state: dict[str, Tensor], table: list[Entry]) -> tuple[dict[str, Ten
     for key, tensor in state.items():
         if key in known:
             entry = known[key]
-            if entry.form != "cat":
-                result[entry.ours[0]] = FORMS[entry.form][1](tensor)
-                continue
-            if tensor.shape[0] % len(entry.ours):
-                raise ModelError(
-                    f"{key}: {tensor.shape[0]} rows cannot be split into {len(entry.ours)} equal parts"
-                )
-            result.update(zip(entry.ours, tensor.chunk(len(entry.ours)), strict=True))
+            result.update(zip(entry.ours, _split(entry, tensor), strict=True))
     return result, [key for key in state if key not in known]
+
+
+def _split(entry: Entry, tensor: Tensor) -> list[Tensor]:
+    """Theirs -> the tensors of ours."""
+    if not entry.form.startswith("cat"):
+        return [FORMS[entry.form][1](tensor)]
+    count = len(entry.ours) + (entry.form == "cat_without_k")
+    if tensor.shape[0] % count:
+        raise ModelError(f"{entry.theirs}: {tensor.shape[0]} rows cannot be split into {count} equal parts")
+    parts = tensor.chunk(count)
+    return [parts[0], parts[2]] if entry.form == "cat_without_k" else list(parts)
+
+
+def _join(entry: Entry, parts: list[Tensor]) -> Tensor:
+    """The tensors of ours -> theirs."""
+    if entry.form == "cat_without_k":
+        return torch.cat([parts[0], torch.zeros_like(parts[0]), parts[1]])
+    return torch.cat(parts) if entry.form == "cat" else FORMS[entry.form][0](parts[0])
 
 
 def to_theirs(state: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]:
@@ -85,8 +97,7 @@ def to_theirs(state: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]
         parts = [state[name] for name in entry.ours if name in state]
         if len(parts) == len(entry.ours):
             used.update(entry.ours)
-            tensor = torch.cat(parts) if entry.form == "cat" else FORMS[entry.form][0](parts[0])
-            result[entry.theirs] = tensor.contiguous()
+            result[entry.theirs] = _join(entry, parts).contiguous()
     if missed := [name for name in state if name not in used]:
         raise ModelError(
             f"this layout has no place for {', '.join(missed[:5])}; save with layout='minilora' instead"

@@ -1,0 +1,286 @@
+"""The files of Swin checkpoints: names, key tables, config.json, preprocessing. See load.py for the protocol."""
+
+import math
+import re
+from dataclasses import replace
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from reference_models.errors import ModelError
+from reference_models.layers import resize_positions
+from reference_models.names import Entry, fused, linear, rename
+from reference_models.swin import SwinConfig, SwinTransformer
+
+build = SwinTransformer
+layouts = {  # "original": the Swin repository and timm before 0.9, which merge at the end of a stage
+    "transformers4": ("swin.",),
+    "transformers5": ("swin.",),
+    "timm": ("",),
+    "torchvision": ("",),
+    "original": ("",),
+}
+ignored = (
+    r"relative_position_index|attn_mask|relative_coords_table|mask_token$"  # computed, or of pretraining
+)
+optional = r"^head"
+layout_settings: dict[str, dict] = {}
+preprocess = {
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "interpolation": "bicubic",
+    "resize": "squash",
+}
+
+#             width depths heads of the stages
+SIZES = {
+    "nano": (32, (2, 2), (2, 4)),
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+
+PARTS = {  # of a block; the three libraries with one qkv have it in `_block`
+    "transformers4": {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.q_proj": "attention.self.query",
+        "attn.k_proj": "attention.self.key",
+        "attn.v_proj": "attention.self.value",
+        "attn.out_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+        "attn.relative_position_bias_table": "attention.self.relative_position_bias_table",
+    },
+    "transformers5": {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.q_proj": "attention.q_proj",
+        "attn.k_proj": "attention.k_proj",
+        "attn.v_proj": "attention.v_proj",
+        "attn.out_proj": "attention.o_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "attn.relative_position_bias_table": "attention.relative_position_bias.relative_position_bias_table",
+    },
+    "timm": {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.out_proj": "attn.proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "attn.relative_position_bias_table": "attn.relative_position_bias_table",
+    },
+}
+PARTS["original"] = PARTS["timm"]
+PARTS["torchvision"] = {**PARTS["timm"], "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+
+
+def config_for(name: str) -> SwinConfig | None:
+    """swin-{size}-patch{p}-window{w}-{side}, such as "swin-base-patch4-window7-224"; None for other families."""
+    match = re.fullmatch(rf"swin-({'|'.join(SIZES)})-patch(\d+)-window(\d+)-(\d+)", name)
+    if not match:
+        return None
+    dim, depths, heads = SIZES[match[1]]
+    patch, window, side = (int(match[i]) for i in (2, 3, 4))
+    sizes = {"dim": dim, "depths": depths, "heads": heads, "patch_size": patch, "window": window}
+    return SwinConfig(name=name, image_size=side, **sizes)
+
+
+def names() -> list[str]:
+    sizes = [size for size in SIZES if size != "nano"]
+    large = [f"swin-{size}-patch4-window12-384" for size in ("base", "large")]
+    return ["swin-nano-patch4-window6-48", *(f"swin-{size}-patch4-window7-224" for size in sizes), *large]
+
+
+def file_preprocess(file_name: str) -> dict:
+    return {}
+
+
+def key_table(config: SwinConfig, layout: str) -> list[Entry]:
+    """Our names beside those of transformers 4 and 5, timm, torchvision and the original repository."""
+    table = stem(config, layout, "swin.")
+    for ours, theirs in block_names(config, layout, "swin."):
+        table += block(ours, theirs, PARTS[layout])
+        if layout not in ("transformers4", "transformers5"):
+            qkv = [f"{ours}.attn.{name}_proj" for name in "qkv"]
+            table += fused(qkv, f"{theirs}.attn.qkv.weight", f"{theirs}.attn.qkv.bias")
+    return table
+
+
+def stem(config: SwinConfig, layout: str, base: str) -> list[Entry]:
+    """Everything outside the blocks."""
+    patch, patch_norm, norm, head = {
+        "timm": ("patch_embed.proj", "patch_embed.norm", "norm", "head.fc"),
+        "original": ("patch_embed.proj", "patch_embed.norm", "norm", "head"),
+        "torchvision": ("features.0.0", "features.0.2", "norm", "head"),
+    }.get(
+        layout,
+        (
+            f"{base}embeddings.patch_embeddings.projection",
+            f"{base}embeddings.norm",
+            f"{base}layernorm",
+            "classifier",
+        ),
+    )
+    table = [rename("patch_embed.proj.weight", f"{patch}.weight", "kernel")]
+    table += [rename("patch_embed.proj.bias", f"{patch}.bias"), *linear("patch_norm", patch_norm)]
+    if layout.startswith("transformers"):
+        table += [rename("pos_embed", f"{base}embeddings.position_embeddings")]
+    table += [*linear("norm", norm), *linear("head", head)]
+    for stage in range(len(config.depths) - 1):
+        merging = {
+            "timm": f"layers.{stage + 1}.downsample",
+            "original": f"layers.{stage}.downsample",
+            "torchvision": f"features.{2 * stage + 2}",
+        }.get(layout, f"{base}encoder.layers.{stage}.downsample")
+        table += linear(f"downsample.{stage}.norm", f"{merging}.norm")
+        table += linear(f"downsample.{stage}.reduction", f"{merging}.reduction", bias=False)
+    return table
+
+
+def block_names(config: SwinConfig, layout: str, base: str):
+    """(ours, theirs) for every block: ours count through, theirs start anew in every stage."""
+    place = {"timm": "layers.{}.blocks.{}", "original": "layers.{}.blocks.{}"}
+    number = 0
+    for stage, depth in enumerate(config.depths):
+        for i in range(depth):
+            if layout == "torchvision":
+                theirs = f"features.{2 * stage + 1}.{i}"
+            else:
+                theirs = place.get(layout, base + "encoder.layers.{}.blocks.{}").format(stage, i)
+            yield f"blocks.{number}", theirs
+            number += 1
+
+
+def block(ours: str, theirs: str, parts: dict[str, str]) -> list[Entry]:
+    """Rows of one block; a name in `parts` that ends in "table" or "scale" is a parameter, the others are layers."""
+    table = []
+    for part, name in parts.items():
+        if part.endswith(("table", "scale")):
+            table += [rename(f"{ours}.{part}", f"{theirs}.{name}")]
+        else:
+            table += linear(f"{ours}.{part}", f"{theirs}.{name}")
+    return table
+
+
+def fit_config(config: SwinConfig, shapes: dict[str, tuple]) -> SwinConfig:
+    """The configuration with what a file's shapes (our names) say of it: classes, windows, absolute positions."""
+    classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
+    config = replace(config, num_classes=classes, absolute_positions="pos_embed" in shapes)
+    first = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
+    tables = [f"blocks.{i}.attn.relative_position_bias_table" for i in first]
+    if not all(key in shapes for key in tables):
+        return config
+    windows = tuple((math.isqrt(shapes[key][0]) + 1) // 2 for key in tables)
+    if windows != tuple(config.window_of(stage) for stage in range(len(windows))):
+        config = replace(config, window=windows[0] if len(set(windows)) == 1 else windows)
+    return config
+
+
+def adapt(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig) -> None:
+    """Interpolate bias tables and positions in `state` to other windows or another picture size, in place."""
+    if "pos_embed" in state and old.grid != new.grid:
+        state["pos_embed"] = resize_positions(state["pos_embed"], new.grid, 0, old.grid)
+    stages = [stage for stage, depth in enumerate(new.depths) for _ in range(depth)]
+    for i, stage in enumerate(stages):
+        key, window = f"blocks.{i}.attn.relative_position_bias_table", new.window_of(stage)
+        if key in state and window != old.window_of(stage):
+            state[key] = resize_window_table(state[key], old.window_of(stage), window)
+
+
+def resize_window_table(table: Tensor, old: int, new: int) -> Tensor:
+    """Bicubic interpolation of a bias table to another window, ((2 w - 1)^2, h), as the Swin repository does."""
+    grid = table.T.reshape(1, -1, 2 * old - 1, 2 * old - 1).float()
+    grid = F.interpolate(grid, size=(2 * new - 1, 2 * new - 1), mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].T.to(table.dtype).contiguous()
+
+
+def config_from_json(data: dict) -> SwinConfig | None:
+    """Read transformers' or timm's config.json; None where it is of another family."""
+    if "model_type" not in data:
+        name = data.get("architecture", "").split(".")[0].replace("_", "-")
+        return with_timm_arguments(config_for(name), data)
+    return from_transformers(SwinConfig(), data) if data["model_type"] == "swin" else None
+
+
+def from_transformers(config: SwinConfig, data: dict) -> SwinConfig:
+    """Fields that Swin and Swin V2 share; a field that the file lacks has transformers' default."""
+    side, patch, window = data.get("image_size", 224), data.get("patch_size", 4), data.get("window_size", 7)
+    return replace(
+        config,
+        name=f"{data['model_type']}-{data.get('embed_dim', 96)}-patch{patch}-window{window}-{side}",
+        image_size=side if isinstance(side, int) else tuple(side),
+        patch_size=patch,
+        dim=data.get("embed_dim", 96),
+        depths=tuple(data.get("depths", (2, 2, 6, 2))),
+        heads=tuple(data.get("num_heads", (3, 6, 12, 24))),
+        window=window,
+        mlp_ratio=data.get("mlp_ratio", 4.0),
+        eps=data.get("layer_norm_eps", 1e-5),
+        act=data.get("hidden_act", "gelu"),
+        qkv_bias=data.get("qkv_bias", True),
+        absolute_positions=data.get("use_absolute_embeddings", False),
+    )
+
+
+TIMM_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "dim",
+    "depths": "depths",
+    "num_heads": "heads",
+    "window_size": "window",
+    "mlp_ratio": "mlp_ratio",
+    "qkv_bias": "qkv_bias",
+}
+
+
+def with_timm_arguments(config: SwinConfig | None, data: dict, known: dict[str, str] = TIMM_ARGUMENTS):
+    """The configuration with the arguments of timm's config.json, where it has some."""
+    arguments = data.get("model_args") or {}
+    values = {ours: arguments[theirs] for theirs, ours in known.items() if theirs in arguments}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return config and replace(config, **values)
+
+
+def config_to_json(config: SwinConfig, layout: str) -> dict:
+    """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
+    if layout == "timm":
+        known = config.name in names()[1:]
+        name = config.name.replace("-", "_") if known else "swin_tiny_patch4_window7_224"
+        return to_timm(config, name, TIMM_ARGUMENTS)
+    return to_transformers(config, "Swin")
+
+
+def to_timm(config: SwinConfig, architecture: str, known: dict[str, str]) -> dict:
+    """timm's config.json: with the arguments, any architecture of the family becomes this model."""
+    arguments = {theirs: getattr(config, ours) for theirs, ours in known.items()}
+    features = config.dim * 2 ** (len(config.depths) - 1)
+    return {"architecture": architecture, "num_features": features, "model_args": arguments}
+
+
+def to_transformers(config: SwinConfig, cls: str) -> dict:
+    """Fields that Swin and Swin V2 share."""
+    if not isinstance(config.window, int):
+        raise ModelError(f"{config.name}: transformers has one window for all stages, not {config.window}")
+    return {
+        "architectures": [cls + ("ForImageClassification" if config.num_classes else "Model")],
+        "model_type": config.family,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "embed_dim": config.dim,
+        "depths": list(config.depths),
+        "num_heads": list(config.heads),
+        "window_size": config.window,
+        "mlp_ratio": config.mlp_ratio,
+        "layer_norm_eps": config.eps,
+        "hidden_act": config.act,
+        "qkv_bias": config.qkv_bias,
+        "use_absolute_embeddings": config.absolute_positions,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": 0.0,
+    }
