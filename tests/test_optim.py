@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from toy_task import ToyModel
 
 from minilora.errors import UserError
 from minilora.training import optim
+from tests.toy_task import ToyModel
 
 
 def test_schedule_points():

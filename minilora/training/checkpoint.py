@@ -17,12 +17,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minilora.adapter import atomic_write, write_safetensors
+from minilora.atomic import atomic_write, sync_directory, write_safetensors
 from minilora.errors import RunError, UserError
-from minilora.training.distributed import is_main
+from minilora.training.distributed import gather_objects, is_main
 from minilora.training.state import portable
 
 FOLDER = "checkpoints"
@@ -70,7 +71,7 @@ def why_invalid(directory: Path) -> str | None:
             return f"its files do not agree with {MANIFEST}"
         if json.loads((directory / "state.json").read_text())["step"] != step_of(directory):
             return "it was renamed"
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it cannot be read: {error}"
     return None
 
@@ -119,28 +120,37 @@ def save_checkpoint(run_dir: str | Path, tensors: dict[str, Tensor], state: dict
 def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of a checkpoint; UserError where its manifest does not hold."""
     reason = why_invalid(directory)
-    if reason is not None:
-        raise UserError(f"checkpoint {directory} is not valid: {reason}")
-    return load_file(directory / FILES[0]), json.loads((directory / FILES[1]).read_text())
+    if reason is None:
+        try:
+            return load_file(directory / FILES[0]), json.loads((directory / FILES[1]).read_text())
+        except SafetensorError as error:
+            reason = str(error)
+    raise UserError(f"checkpoint {directory} is not valid: {reason}")
 
 
 def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: "auto" the run's newest valid one, "never" none, else that of a
-    directory.
+    """The checkpoint to go on from: "auto" the run's newest valid one, "never" none, else a directory's.
 
-    Checkpoints of `run_dir` that are newer than the chosen one, or belong to a training that is not
-    continued, are removed: they would be mistaken for the future of this one.
+    Rank 0 decides for all. Checkpoints of `run_dir` that are newer than the chosen one, or belong to a training
+    that is not continued, are removed: they would be mistaken for the future of this one.
     """
-    if resume in ("auto", "never"):
-        chosen = latest_checkpoint(run_dir, log) if resume == "auto" else None
-    else:
-        directory = Path(resume)
-        chosen = directory if step_of(directory) is not None else latest_checkpoint(directory, log)
-        if chosen is None:
-            raise UserError(f"--resume {resume}: no valid checkpoint there")
-    ours = chosen is not None and chosen.resolve().parent == (Path(run_dir) / FOLDER).resolve()
+    chosen = None
     if is_main():
+        chosen = find(run_dir, resume, log)
+        ours = chosen is not None and chosen.resolve().parent == (Path(run_dir) / FOLDER).resolve()
         remove_newer(run_dir, step_of(chosen) if ours else -1)
+        remove_leftovers(run_dir)
+    return gather_objects(chosen)[0]
+
+
+def find(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
+    """The checkpoint that --resume means, None to begin afresh."""
+    if resume in ("auto", "never"):
+        return latest_checkpoint(run_dir, log) if resume == "auto" else None
+    directory = Path(resume)
+    chosen = directory if step_of(directory) is not None else latest_checkpoint(directory, log)
+    if chosen is None:
+        raise UserError(f"--resume {resume}: no valid checkpoint there")
     return chosen
 
 
@@ -152,15 +162,8 @@ def remove_newer(run_dir: str | Path, step: int) -> None:
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Removes what a killed process left half-made."""
+    """Removes what a killed process left half-made, here and in the run directory itself."""
+    for torso in Path(run_dir).glob(".*.tmp"):
+        torso.unlink(missing_ok=True)
     for torso in (Path(run_dir) / FOLDER).glob(f"{TEMPORARY}*"):
         shutil.rmtree(torso, ignore_errors=True)
-
-
-def sync_directory(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

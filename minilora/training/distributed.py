@@ -8,6 +8,7 @@ takes numbers r, r + world_size, ... of them. So 2 processes with batch b see, s
 with batch 2b sees.
 """
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -88,11 +89,24 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+class TaskLoss(nn.Module):
+    """task.loss as a module, so that DistributedDataParallel sees one forward whatever it calls."""
+
+    def __init__(self, task: object) -> None:
+        super().__init__()
+        self.model, self.loss = task.model, task.loss
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict]:
+        return self.loss(self.model, batch)
+
+
 def wrap(module: nn.Module) -> nn.Module:
     """Averages gradients over the processes during the backward pass; a lone process gets its module back."""
     if not dist.is_initialized():
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.15 renamed broadcast_buffers
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{sync: False})
 
 
 def no_sync(module: nn.Module, wait: bool) -> AbstractContextManager:
@@ -112,7 +126,16 @@ class Step:
     batches: list[list[int]]
     weights: list[float]
     items: int  # in the whole step, over all processes
-    microbatches: int  # of the epoch that the whole step uses up
+
+
+def skip_items(batches: list[list[int]], done: int) -> list[list[int]]:
+    """What is left of an epoch's microbatches after its first `done` items."""
+    left = []
+    for batch in batches:
+        if done < len(batch):
+            left.append(batch[done:])
+        done = max(0, done - len(batch))
+    return left
 
 
 def share_steps(batches: list[list[int]], grad_accum_steps: int) -> list[Step]:
@@ -127,5 +150,5 @@ def share_steps(batches: list[list[int]], grad_accum_steps: int) -> list[Step]:
         weights = [len(batch) * world / items for batch in mine]
         if not mine:  # a short last step: take part in the exchange with a borrowed batch that counts nothing
             mine, weights = group[:1], [0.0]
-        steps.append(Step(mine, weights, items, len(group)))
+        steps.append(Step(mine, weights, items))
     return steps

@@ -1,9 +1,8 @@
 """The ways in which a training step fails, as one line each that says what to try."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,43 +22,45 @@ LOST_PEER = (
 )
 
 
-def explain_nonfinite(task: object, model: nn.Module, step: int, loss: float, seen: list[tuple]) -> str:
-    """Says which number of which step is not finite and names the files of its batch, on whatever process
+def explain_nonfinite(task: object, model: nn.Module, loss: float, seen: list[tuple]) -> str:
+    """Says which number of a step is not finite and names the files of its batch, on whatever process
     they were.
 
     `seen` holds (batch, loss, stats) of this process's microbatches. A task may put {"terms": {name:
     tensor}} into its stats; the terms that are not finite are then named.
     """
+    guilty, terms, what = seen, [], "the gradient's norm"
     if math.isfinite(loss):
         broken = [
             n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         ]
-        what = f"the gradient of {broken[0]}" if broken else "the gradient's norm"
-        guilty = seen
+        what = f"the gradient of {broken[0]}" if broken else what
     else:
         guilty = [entry for entry in seen if not entry[1].isfinite()]
-        terms = {n for _, _, stats in guilty for n, t in stats.get("terms", {}).items() if not t.isfinite()}
-        what = f"the loss ({', '.join(sorted(terms)) or loss})"
-    files = [
-        name for names in gather_objects([task.describe(batch) for batch, _, _ in guilty]) for name in names
-    ]
-    return f"step {step}: {what} is not finite; batch: {'; '.join(files)}"
+        terms = [
+            n for _, _, stats in guilty for n, term in stats.get("terms", {}).items() if not term.isfinite()
+        ]
+    found = gather_objects(([task.describe(batch) for batch, _, _ in guilty], terms))
+    if not math.isfinite(loss):
+        what = f"the loss ({', '.join(sorted({n for _, names in found for n in names})) or loss})"
+    return f"{what} is not finite; batch: {'; '.join(f for files, _ in found for f in files)}"
 
 
 @contextmanager
-def readable_errors(device: torch.device, batch_size: int, where: str, newest: Path | None) -> Iterator[None]:
+def readable_errors(device: torch.device, batch_size: int, where: Callable[[], str]) -> Iterator[None]:
     """Turns out-of-memory and a lost process into a RunError of one line; every other error passes."""
     try:
         yield
+    except RunError:
+        raise
     except RuntimeError as error:
         message = str(error)
-        kept = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         if isinstance(error, torch.OutOfMemoryError) or any(text in message for text in OUT_OF_MEMORY):
             raise RunError(
-                f"out of memory on {device} at {where} with batch size {batch_size}, peak "
-                f"{peak_memory_mb(device):.0f} MiB: try --batch-size {max(1, batch_size // 2)} with "
-                f"--grad-accum-steps 2, --amp bf16 or --grad-checkpointing; {kept}"
+                f"{where()}: out of memory on {device} with batch size {batch_size}, peak "
+                f"{peak_memory_mb(device):.0f} MiB. Try --batch-size {max(1, batch_size // 2)} with "
+                "--grad-accum-steps 2, --amp bf16 or --grad-checkpointing"
             ) from error
         if world_size() > 1 and any(text in message for text in LOST_PEER):
-            raise RunError(f"another process of this run died at {where}; {kept}") from error
+            raise RunError(f"{where()}: another process of this run died") from error
         raise

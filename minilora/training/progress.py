@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapter import atomic_write
+from minilora.atomic import atomic_write
+from minilora.errors import RunError
 from minilora.training.distributed import is_main
 from minilora.training.state import TrainState
 
@@ -116,5 +117,11 @@ class Progress:
             atomic_write(self.run_dir / "metrics.jsonl", lines.encode())
 
     def _to_file(self, line: str) -> None:
-        with open(self.run_dir / "train.log", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        path = self.run_dir / "train.log"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written: {error.strerror}; make room and start the run again"
+            ) from None

@@ -20,7 +20,7 @@ class TrainState:
 
     step: int = 0  # optimizer steps taken
     epoch: int = 0  # epochs finished
-    position: int = 0  # microbatches of the present epoch that are used up
+    position: int = 0  # items of the present epoch that are used up
     lr: float = 0.0  # of the last step
     seconds: float = 0.0  # that the present epoch has taken
     sums: list[float] = field(

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minilora.adapter import save_adapter, write_safetensors
+from minilora.adapter import save_adapter
+from minilora.atomic import write_safetensors
 from minilora.errors import RunError, UserError
 from minilora.training import checkpoint, distributed, optim, state
 from minilora.training.faults import explain_nonfinite, readable_errors
@@ -59,17 +60,6 @@ class TrainOptions:
     keep_last: int = 2
 
 
-class TaskLoss(nn.Module):
-    """task.loss as a module, so that DistributedDataParallel sees one forward whatever it calls."""
-
-    def __init__(self, task: object) -> None:
-        super().__init__()
-        self.model, self.loss = task.model, task.loss
-
-    def forward(self, batch: dict) -> tuple[Tensor, dict]:
-        return self.loss(self.model, batch)
-
-
 class Trainer:
     """Trains task.model; minilora/tasks/base.py writes down what a task has to offer.
 
@@ -89,7 +79,7 @@ class Trainer:
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")  # else idle
-        self.loss = distributed.wrap(TaskLoss(task))
+        self.loss = distributed.wrap(distributed.TaskLoss(task))
         self.progress = Progress(self.run_dir, self.device, options.log_interval)
         self.signals = StopSignals()
         self.state = state.TrainState()
@@ -107,7 +97,7 @@ class Trainer:
     def fit(self) -> dict:
         """Trains to the end, leaves the best epoch's weights in the model and says how it went."""
         self.load_checkpoint()
-        with self.signals:
+        with self.signals, readable_errors(self.device, self.batch_size, self.where):
             while self.unfinished():
                 self.train_one_epoch()
                 self.end_epoch()
@@ -137,16 +127,15 @@ class Trainer:
     def train_one_epoch(self) -> None:
         """Optimizer steps from state.position to the end of the epoch, or to the last step of the run."""
         now, every = self.state, self.options.save_every
-        batches = self.task.train_batches(now.epoch)[now.position :]
+        batches = distributed.skip_items(self.task.train_batches(now.epoch), now.position)
         steps = distributed.share_steps(batches, self.options.grad_accum_steps)[: self.last_step - now.step]
         loader = iter(self.task.train_loader(now.epoch, [batch for step in steps for batch in step.batches]))
         self.progress.start_epoch(now, self.options.epochs, len(steps))
         self.model.train()
         for number, step in enumerate(steps, start=1):
-            with readable_errors(self.device, self.batch_size, f"step {now.step + 1}", self.saved):
-                stop = self.train_step(step, loader)
+            stop = self.train_step(step, loader)
             now.step += 1
-            now.position += step.microbatches
+            now.position += step.items
             self.progress.step(now, self.total_steps)
             if stop or (every and now.step % every == 0 and number < len(steps)):
                 self.save_checkpoint()
@@ -198,17 +187,18 @@ class Trainer:
                 for a, b in zip(now.sums, (mean * step.items, correct, counted, step.items), strict=True)
             ]
         else:
-            self.refuse_step(explain_nonfinite(self.task, self.model, now.step + 1, mean, seen))
+            self.refuse_step(explain_nonfinite(self.task, self.model, mean, seen))
         self.scaler.update()
         return stop > 0
 
     def refuse_step(self, reason: str) -> None:
         """--nan-policy: stop ends the run, skip leaves the weights as they are and goes on."""
         if self.options.nan_policy == "stop":
-            kept = f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
-            raise RunError(f"{reason}; {kept}. Try a smaller --lr, --clip-grad 1 or --nan-policy skip")
+            raise RunError(
+                f"{self.where()}: {reason}. Try a smaller --lr, --clip-grad 1 or --nan-policy skip"
+            )
         self.state.skipped += 1
-        self.progress.log(f"skipped: {reason}")
+        self.progress.log(f"skipped step {self.state.step + 1}: {reason}")
 
     def end_epoch(self) -> None:
         """Validates, keeps the best epoch's weights, writes the epoch's line and a checkpoint."""
@@ -218,7 +208,7 @@ class Trainer:
         with torch.no_grad(), self.autocast():
             scores = distributed.gather_objects(self.task.evaluate(self.model))[0]
         if not math.isfinite(scores["loss"]) and self.options.nan_policy == "stop":
-            raise RunError(f"epoch {now.epoch + 1}: validation loss {scores['loss']}; try a smaller --lr")
+            raise RunError(f"{self.where()}: the validation loss is {scores['loss']}; try a smaller --lr")
         row = self.progress.epoch_row(now, scores)
         now.history.append(row)
         now.epoch, now.position, now.seconds, now.sums = now.epoch + 1, 0, 0.0, [0.0] * 4
@@ -231,6 +221,11 @@ class Trainer:
             self.save_best()
         self.save_checkpoint()
         self.progress.write_metrics(now.history)
+
+    def where(self) -> str:
+        """For messages: the step under way and what is safe."""
+        kept = f"last checkpoint {self.saved}" if self.saved else "no checkpoint yet"
+        return f"epoch {self.state.epoch + 1}, step {self.state.step + 1} ({kept})"
 
     def lr_factor(self) -> float:
         o, warmup = self.options, round(self.options.warmup_ratio * self.total_steps)

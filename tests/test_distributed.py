@@ -1,0 +1,113 @@
+"""minilora/training/distributed.py: several processes compute what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.training import checkpoint, distributed
+from tests.test_faults import laboratory
+
+
+def test_alone_every_function_is_that_of_one_process():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert torch.equal(distributed.all_sum(torch.ones(2)), torch.ones(2))
+    module = torch.nn.Linear(1, 1)
+    assert distributed.wrap(module) is module
+    assert distributed.start("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("items", [1, 7, 24, 29])
+def test_shares_cover_the_epoch_once_and_weigh_every_item_equally(monkeypatch, world, accumulate, items):
+    order = list(range(items))
+    batches = [order[i : i + 3] for i in range(0, items, 3)]
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.share_steps(batches, accumulate))
+    assert len({len(share) for share in shares}) == 1, "every process takes as many steps"
+    seen = []
+    for steps in zip(*shares, strict=True):
+        assert all(step.batches for step in steps), "every process takes part in the exchange"
+        counted = [
+            (batch, weight / world)
+            for step in steps
+            for batch, weight in zip(step.batches, step.weights, strict=True)
+            if weight
+        ]
+        assert sum(weight for _, weight in counted) == pytest.approx(1.0)
+        for batch, weight in counted:
+            assert weight / len(batch) == pytest.approx(1 / steps[0].items)
+        seen += [i for batch, _ in counted for i in batch]
+    assert sorted(seen) == order
+
+
+def test_what_is_left_of_an_epoch():
+    batches = [[5, 1, 4], [2, 0, 3], [6]]
+    for done in range(8):
+        left = distributed.skip_items(batches, done)
+        assert [i for batch in left for i in batch] == [5, 1, 4, 2, 0, 3, 6][done:] and all(left)
+    assert distributed.skip_items(batches, 3) == batches[1:]
+
+
+def test_two_processes_equal_one_with_the_doubled_batch_over_20_steps(tmp_path):
+    """Weights, losses and scores, for ragged ends, a process without a batch in the last step, and accumulation."""
+    for name, found in laboratory(tmp_path, "two_equal_one").items():
+        assert found["steps"] == [20, 20] and found["ranks agree"], name
+        assert found["distance"] < 1e-6 and found["losses"] < 1e-6, name
+
+
+def test_rank_0_alone_writes_and_interrupted_runs_resume_bit_equal(tmp_path):
+    """A signal to one process stops both after the same step; another number of processes goes on where they were.
+
+    With grad_accum_steps raised to keep the batch of a step, that is equal to rounding.
+    """
+    found = laboratory(tmp_path, "several")
+    assert [status for status, _ in found["writers"]] == [0, 0], found["writers"]
+    assert found["interrupted"] == [[[143, 143, 0, 0], f"step-{k}", True] for k in (1, 2, 3, 5)]
+    distance, resumed = found["two, then one"]
+    assert distance < 1e-6 and resumed == ["epoch 2, step 5"]
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message_and_nan_is_named_from_afar(tmp_path):
+    found = laboratory(tmp_path, "dying")
+    (status, message), (dead, _) = found["died"]
+    assert (status, dead) == (1, 9) and found["seconds"] < 30
+    assert "step 5 (last checkpoint" in message and "another process of this run died" in message
+    for status, message in found["poisoned"]:
+        assert status == 1 and f"item-{found['second']}.jpg" in message and "(soft)" in message
+
+
+@pytest.mark.slow
+def test_torchrun_passes_sigterm_on_and_max_restarts_goes_on_from_the_checkpoint(tmp_path):
+    script = Path(tmp_path, "job.py")
+    script.write_text(
+        "import os, sys\n"
+        "from minilora.training import distributed\n"
+        "from tests.process_lab import ToyTask, train\n"
+        "distributed.start('cpu')\n"
+        "def after(number):\n"
+        "    if number == 5 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and distributed.rank() == 1:\n"
+        "        os._exit(9)\n"
+        f"train({str(tmp_path / 'run')!r}, ToyTask(after=after))\n"
+        "distributed.stop()\n"
+    )
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "--max-restarts", "1", str(script)],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed from" in done.stdout and checkpoint.latest_checkpoint(tmp_path / "run") is not None
