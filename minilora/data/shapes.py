@@ -24,8 +24,8 @@ SOURCE_COLOURS = {
     "yellow": (235, 210, 40), "magenta": (210, 50, 190), "cyan": (50, 200, 215),
 }  # fmt: skip
 TARGET_COLOURS = {
-    "orange": (240, 135, 30), "purple": (120, 60, 170), "brown": (125, 80, 45),
-    "teal": (20, 120, 120), "pink": (245, 150, 175), "lime": (150, 215, 50),
+    "orange": (240, 135, 30), "purple": (150, 90, 220), "white": (240, 240, 240),
+    "teal": (40, 175, 160), "pink": (245, 150, 175), "lime": (160, 225, 60),
 }  # fmt: skip
 COLOURS = SOURCE_COLOURS | TARGET_COLOURS
 
@@ -95,10 +95,10 @@ def outline_mask(
 
 
 def background(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
-    """(size, size, 3) float32: a grey of any brightness that changes slowly across the picture."""
-    level, slope = rng.uniform(30, 225), rng.uniform(-25, 25, 2)
+    """(size, size, 3) float32: a dark grey that changes slowly across the picture."""
+    level, slope = rng.uniform(20, 80), rng.uniform(-15, 15, 2)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    tint = rng.uniform(-12, 12, 3).astype(np.float32)
+    tint = rng.uniform(-8, 8, 3).astype(np.float32)
     return (level + slope[0] * ramp[:, None, None] + slope[1] * ramp[None, :, None]) + tint
 
 
@@ -108,20 +108,19 @@ def paint(canvas: np.ndarray, mask: np.ndarray, colour: str, rng: np.random.Gene
     return canvas + mask[:, :, None] * (paint_colour - canvas)
 
 
-def finish(canvas: np.ndarray, rng: np.random.Generator, noise: float = 10.0) -> np.ndarray:
+def finish(canvas: np.ndarray, rng: np.random.Generator, noise: float = 6.0) -> np.ndarray:
     """Canvas -> (H, W, 3) uint8 with some noise."""
     grain = rng.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(canvas + noise * grain, 0, 255).astype(np.uint8)
 
 
-def single(shape: str, colour: str, rng: np.random.Generator, wide: bool) -> np.ndarray:
-    """One shape on a plain ground, (48, 48, 3) uint8: `wide` = of any size anywhere, else large and near the middle."""
-    radius = rng.uniform(8, 16) if wide else rng.uniform(11, 17)
-    reach = SIZE / 2 - 1 - radius if wide else 5
-    x, y = SIZE / 2 + rng.uniform(-reach, reach, 2)
+def single(shape: str, colour: str, rng: np.random.Generator) -> np.ndarray:
+    """One large shape near the middle of a dark ground: (48, 48, 3) uint8."""
+    radius = rng.uniform(13, 17)
+    x, y = SIZE / 2 + rng.uniform(-3, 3, 2)
     canvas = background(rng)
-    canvas = paint(canvas, outline_mask(shape, x, y, radius, rng.uniform(-0.15, 0.15)), colour, rng)
-    return finish(canvas, rng, noise=8)
+    canvas = paint(canvas, outline_mask(shape, x, y, radius, rng.uniform(-0.1, 0.1)), colour, rng)
+    return finish(canvas, rng)
 
 
 class ShapesSplit(Split):
@@ -140,9 +139,9 @@ class ShapesSplit(Split):
         rng = picture_rng(self.seed, self.task, self.part, number)
         if self.task == "source":
             colour, shape = divmod(number % 48, 8)
-            return single(SOURCE_SHAPES[shape], tuple(SOURCE_COLOURS)[colour], rng, wide=True)
+            return single(SOURCE_SHAPES[shape], tuple(SOURCE_COLOURS)[colour], rng)
         colour = tuple(TARGET_COLOURS)[rng.integers(len(TARGET_COLOURS))]
-        return single(TARGET_SHAPES[number % 8], colour, rng, wide=False)
+        return single(TARGET_SHAPES[number % 8], colour, rng)
 
     def load(self, i: int) -> Image.Image:
         return Image.fromarray(self.pixels(i))
