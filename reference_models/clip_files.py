@@ -1,4 +1,4 @@
-"""The files of CLIP checkpoints: transformers' and open_clip's names and configurations. See load.py for the protocol."""
+"""The files of CLIP checkpoints, of transformers and of open_clip. See load.py for the protocol."""
 
 import math
 from dataclasses import replace

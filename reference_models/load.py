@@ -256,8 +256,9 @@ def _final(found, wanted, num_classes, image_size, overrides):
     changes = dict(overrides)
     if wanted is not None:
         changes.setdefault("name", wanted.name)
-        if hasattr(wanted, "image_size"):
-            changes.setdefault("image_size", wanted.image_size)
+        for key in ("image_size", "window"):  # what the name says; position tables are interpolated to it
+            if hasattr(wanted, key):
+                changes.setdefault(key, getattr(wanted, key))
     if image_size is not None:
         changes["image_size"] = image_size
     if num_classes is not None:
