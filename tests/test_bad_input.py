@@ -1,0 +1,213 @@
+"""Mistakes of people: each gives one line that says what, where and what to do; exit code 2, never a traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.errors import UserError
+from minilora.tasks import load_run
+from reference_models import ModelError, create_model, save_pretrained
+from tests.cli_data import NANO, QUICK, ROOT, program, write_photos
+
+train, evaluate = program("train"), program("evaluate")
+MISTAKES = (UserError, ModelError)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "lora"
+    train.main([*QUICK, "--data-dir", str(photos), "--output", str(path), "--max-steps", "1"])
+    return path
+
+
+def refused(main, *words) -> str:
+    """The one-line message with which `main` refuses these words."""
+    with pytest.raises(MISTAKES) as error:
+        main([str(word) for word in words])
+    assert "\n" not in str(error.value) and len(str(error.value)) > 20
+    return str(error.value)
+
+
+def test_the_programs_exit_with_2_and_one_line(tmp_path):
+    for words in (["train.py", "--task", "clasify"], ["evaluate.py", str(tmp_path / "nothing")]):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert "Traceback" not in done.stderr
+
+
+def test_missing_data_folder():
+    assert "no such folder" in refused(train.main, *NANO, "--data-dir", "/nonexistent/photos")
+
+
+def test_folder_that_is_needed_but_not_named():
+    assert "--data-dir is missing" in refused(train.main, *NANO, "--data-format", "folder")
+
+
+def test_empty_class(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos/train/class_9").mkdir()
+    assert "class_9: class folder without a picture" in refused(
+        train.main, *NANO, "--data-dir", tmp_path / "photos"
+    )
+
+
+def test_one_class(tmp_path):
+    write_photos(tmp_path, classes=1)
+    assert "only one class" in refused(train.main, *NANO, "--data-dir", tmp_path)
+
+
+def test_format_of_another_task(photos):
+    assert "not for --task classify" in refused(
+        train.main, *NANO, "--data-format", "vqa2", "--data-dir", photos
+    )
+
+
+def test_shapes_with_a_folder(photos):
+    assert "leave --data-dir out" in refused(
+        train.main, *NANO, "--data-format", "shapes", "--data-dir", photos
+    )
+
+
+def test_broken_picture_names_the_file(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    picture = next((folder / "train").rglob("*.png"))
+    picture.write_bytes(picture.read_bytes()[:60])
+    words = [*QUICK, "--data-dir", folder, "--output", tmp_path / "run"]
+    assert picture.name in refused(train.main, *words)
+    assert train.main([str(word) for word in [*QUICK, "--data-dir", folder, "--bad-data", "skip", "--max-steps", "1",
+                                              "--output", tmp_path / "skipped"]]) == 0  # fmt: skip
+
+
+def test_weights_that_nobody_gave():
+    assert "safetensors file" in refused(train.main, "--model", "vit-tiny-patch16-224")
+
+
+def test_unknown_model_and_target():
+    assert "the names are vit-nano" in refused(train.main, "--model", "vit-huge", "--weights", "none")
+    assert "q_proj (4)" in refused(train.main, *NANO, "--target-modules", "query")
+    assert "in layers [7]" in refused(train.main, *NANO, "--layers", "7")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A checkpoint of the nano ViT."""
+    torch.manual_seed(0)
+    return (
+        save_pretrained(create_model("vit-nano-patch8-48", num_classes=5), tmp_path / "nano")
+        / "model.safetensors"
+    )
+
+
+def test_truncated_weights(weights):
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    told = refused(train.main, "--model", "vit-nano-patch8-48", "--weights", weights)
+    assert "not a readable safetensors file" in told and str(weights) in told
+
+
+def test_weights_of_another_model(weights):
+    told = refused(train.main, "--model", "vit-tiny-patch16-224", "--weights", weights)
+    assert str(weights) in told
+
+
+def test_weights_with_nan(weights):
+    tensors = load_file(weights)
+    tensors["norm.weight"][3] = float("nan")
+    save_file(tensors, weights)
+    assert "norm.weight holds NaN" in refused(
+        train.main, "--model", "vit-nano-patch8-48", "--weights", weights
+    )
+
+
+def test_weights_with_a_key_too_many_or_too_few(weights):
+    tensors = load_file(weights)
+    save_file({key: tensor for key, tensor in tensors.items() if key != "norm.bias"}, weights)
+    assert "norm.bias" in refused(train.main, "--model", "vit-nano-patch8-48", "--weights", weights)
+
+
+def test_adapter_of_another_model(run, photos):
+    words = ["--model", "vit-tiny-patch16-224", "--weights", "none", "--data-dir", photos, "--adapter", run]
+    assert "does not fit this model" in refused(train.main, *words)
+
+
+def test_adapter_of_another_rank_than_asked_for(run, photos):
+    words = [*NANO, "--data-dir", photos, "--adapter", run, "--lora-r", "4"]
+    assert "has r 8; leave the flag out" in refused(train.main, *words)
+
+
+def test_adapter_with_other_classes(run, tmp_path):
+    write_photos(tmp_path, classes=4)
+    assert "head.weight" in refused(train.main, *NANO, "--data-dir", tmp_path, "--adapter", run)
+
+
+def test_folder_that_is_no_run(tmp_path):
+    assert "no such run directory" in refused(evaluate.main, tmp_path / "none")
+    assert "is not a run directory" in refused(evaluate.main, tmp_path)
+    assert "is not a run directory" in refused(train.main, "--resume", tmp_path)
+
+
+def test_run_without_weights_or_labels(run, tmp_path):
+    for name in ("adapter_model.safetensors", "labels.json", "adapter_config.json"):
+        copy = shutil.copytree(run, tmp_path / name)
+        (copy / name).unlink()
+        assert name in refused(evaluate.main, copy)
+
+
+def test_damaged_labels(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "labels.json").write_text('{"labels": ["a"')
+    assert "labels.json" in refused(evaluate.main, copy)
+
+
+def test_base_weights_that_are_gone_or_have_changed(weights, photos, tmp_path):
+    words = ["--model", "vit-nano-patch8-48", "--weights", weights, "--data-dir", photos, "--max-steps", "1"]
+    train.main([str(word) for word in [*words, "--output", tmp_path / "run"]])
+    moved = shutil.move(weights, tmp_path / "moved.safetensors")
+    told = refused(evaluate.main, tmp_path / "run")
+    assert "are gone; say where they are now with --weights" in told and str(weights) in told
+    assert evaluate.main([str(tmp_path / "run"), "--weights", str(moved)]) == 0
+    tensors = load_file(moved)
+    tensors["norm.weight"] += 1
+    save_file(tensors, moved)
+    assert "sha256 differs" in refused(evaluate.main, tmp_path / "run", "--weights", moved)
+
+
+def test_random_base_of_another_seed_is_noticed(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    text = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace("seed = 0", "seed = 1"))
+    with pytest.raises(UserError, match="random weights come out differently"):
+        load_run(copy)
+
+
+def test_evaluation_on_classes_that_the_run_does_not_know(run, tmp_path):
+    folder = write_photos(tmp_path / "photos")
+    (folder / "val/class_0").rename(folder / "val/wolf")
+    (folder / "train/class_0").rename(folder / "train/wolf")
+    assert "'wolf' is not a class of this run" in refused(evaluate.main, run, "--data-dir", folder)
+
+
+def test_flags_that_evaluate_cannot_use(run, photos):
+    assert "name a run directory, or a base model" in refused(evaluate.main)
+    assert "the run knows its own" in refused(evaluate.main, run, "--model", "vit-nano-patch8-48")
+    assert "have no such part" in refused(evaluate.main, run, "--split", "test")
+    assert "did you mean --predictions?" in refused(evaluate.main, run, "--prediction", "x.csv")
+    assert "is not for a run of --task classify" in refused(
+        evaluate.main, run, "--image", "x.png", "--question", "why?"
+    )
+    assert "no such file" in refused(evaluate.main, run, "--image", "nothing.png")
+
+
+def test_base_model_whose_classes_are_not_those_of_the_folder(weights, photos):
+    words = ["--model", "vit-nano-patch8-48", "--weights", weights, "--data-dir", photos]
+    told = refused(evaluate.main, *words)
+    assert "class 'class_0'" in told and json.dumps("imagenet_index") in told
