@@ -1,0 +1,170 @@
+"""The house stays in order: who imports whom, nothing but the five dependencies, and a core of an hour's reading."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DEPENDENCIES = {"torch", "torchvision", "numpy", "PIL", "safetensors"}
+EXTRAS = {"matplotlib", "tqdm"}  # only inside functions, where their absence can be told
+CORE = ["minilora/lora.py", "minilora/fused.py", "minilora/inject.py", "minilora/adapter.py"]
+READING_PATH = [
+    *CORE,
+    "reference_models/layers.py",
+    "reference_models/vit.py",
+    "minilora/training/trainer.py",
+    "train.py",
+]
+PROGRAMS = ("train", "evaluate")
+
+# a module or package of minilora: what it may import of the project, besides itself
+MAY_IMPORT = {
+    "minilora.errors": set(),
+    "minilora.fused": set(),
+    "minilora.lora": {"minilora.fused", "minilora.errors"},
+    "minilora.data": {"minilora.errors", "minilora.atomic"},
+    "minilora.report": {
+        "minilora.errors",
+        "minilora.adapter",
+        "minilora.atomic",
+        "minilora.inject",
+        "minilora.lora",
+    },
+    "minilora.training": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject"},
+    "minilora.config": {"minilora.errors", "minilora.flags", "minilora.values"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name: file} of everything that is shipped."""
+    files = [path for package in ("minilora", "reference_models") for path in (ROOT / package).rglob("*.py")]
+    files += [ROOT / f"{name}.py" for name in PROGRAMS]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+MODULES = modules()
+
+
+def imports(name: str, inside_functions: bool = True) -> set[str]:
+    """Dotted names that a module imports, `from a import b` as a.b where that is a module.
+
+    What stands below `if __name__ == "__main__"` belongs to a program, not to the module, and is left out.
+    """
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))
+    ]
+    found, nodes = set(), list(ast.walk(tree))
+    if not inside_functions:
+        functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        hidden = {id(node) for function in functions for node in ast.walk(function)}
+        nodes = [node for node in nodes if id(node) not in hidden]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module)
+    return found
+
+
+def of_project(name: str, inside_functions: bool = True) -> set[str]:
+    return {module for module in imports(name, inside_functions) if module in MODULES and module != name}
+
+
+def below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_reference_models_never_import_minilora():
+    for name in MODULES:
+        if below(name, "reference_models"):
+            assert not [module for module in imports(name) if below(module, "minilora")], name
+
+
+def test_in_minilora_only_tasks_and_pretrain_import_reference_models():
+    for name in MODULES:
+        if below(name, "minilora") and not below(name, "minilora.tasks") and name != "minilora.pretrain":
+            assert not [module for module in imports(name) if below(module, "reference_models")], name
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_a_package_imports_only_what_lies_below_it(package):
+    for name in MODULES:
+        if below(name, package):
+            others = {module for module in of_project(name) if not below(module, package)}
+            assert others <= MAY_IMPORT[package] | {"minilora"}, name
+
+
+def test_nobody_imports_the_programs_or_the_tests():
+    for name in MODULES:
+        tops = {module.partition(".")[0] for module in imports(name)}
+        assert not tops & {*PROGRAMS, "tests"}, name
+
+
+def test_there_is_no_cycle():
+    graph = {name: of_project(name, inside_functions=False) for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for module in graph[name]:
+                visit(module, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_only_the_five_dependencies_and_the_standard_library():
+    known = DEPENDENCIES | {"minilora", "reference_models", "setuptools"} | set(sys.stdlib_module_names)
+    for name in MODULES:
+        at_top = {module.partition(".")[0] for module in imports(name, inside_functions=False)}
+        anywhere = {module.partition(".")[0] for module in imports(name)}
+        assert at_top <= known, name
+        assert anywhere <= known | EXTRAS, name
+
+
+def lines(file: str) -> int:
+    return len((ROOT / file).read_text(encoding="utf-8").splitlines())
+
+
+def test_the_core_is_at_most_700_lines_and_the_reading_path_1600():
+    assert sum(map(lines, CORE)) <= 700
+    assert sum(map(lines, READING_PATH)) <= 1600
+
+
+def test_files_are_short_enough_to_read():
+    long = {
+        str(f.relative_to(ROOT)): n for f in MODULES.values() if (n := lines(str(f.relative_to(ROOT)))) > 350
+    }
+    assert not long
+
+
+def test_every_module_says_what_it_is():
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if len(tree.body) > 1:
+            assert ast.get_docstring(tree), name
+
+
+def test_public_names_are_found_where_the_package_says():
+    import minilora
+
+    for name in minilora.__all__:
+        assert getattr(minilora, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'inject_loar'"):
+        minilora.inject_loar  # noqa: B018
+
+
+def test_importing_minilora_imports_no_torch():
+    """The lazy names keep `import minilora` and `python train.py --list-recipes` quick."""
+    import subprocess
+
+    code = "import sys, minilora; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
