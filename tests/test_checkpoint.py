@@ -12,10 +12,7 @@ from minilora.training import checkpoint, state
 
 
 def tiny(step: int) -> tuple[dict, dict]:
-    return {"model.w": torch.full((2,), float(step)), "optim.w.step": torch.tensor(3.0)}, {
-        "step": step,
-        "epoch": 1,
-    }
+    return {"model.w": torch.full((2,), float(step))}, {"step": step, "epoch": 1}
 
 
 @pytest.fixture
@@ -48,7 +45,7 @@ def test_every_flipped_bit_is_noticed(run):
                 tried += 1
         path.write_bytes(good)
         assert checkpoint.why_invalid(newest) is None
-    assert tried > 2000
+    assert tried > 1000
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])

@@ -140,6 +140,7 @@ def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path
         ours = chosen is not None and chosen.resolve().parent == (Path(run_dir) / FOLDER).resolve()
         remove_newer(run_dir, step_of(chosen) if ours else -1)
         remove_leftovers(run_dir)
+        chosen = directory_of(run_dir, step_of(chosen)) if ours else chosen
     return gather_objects(chosen)[0]
 
 

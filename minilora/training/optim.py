@@ -117,6 +117,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
-    """Scales all gradients by max_norm / norm where their norm is larger than max_norm; 0 = never."""
-    if 0 < max_norm < norm:
+    """Scales all gradients by max_norm / norm where a finite norm is larger than max_norm; 0 = never."""
+    if 0 < max_norm < norm < math.inf:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], max_norm / norm)

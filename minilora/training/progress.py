@@ -52,6 +52,12 @@ class Progress:
             self._to_file(line)
             print(line, flush=True) if self.bar is None else self.bar.write(line)
 
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end_epoch()
+
     def start_epoch(self, state: TrainState, epochs: int, steps: int) -> None:
         """Starts the epoch's clock, and the bar where there is one."""
         self.title, self.steps = f"epoch {state.epoch + 1}/{epochs}", 0

@@ -32,6 +32,12 @@ class TrainState:
     best: dict | None = None  # the best of them
     plateau: Plateau = field(default_factory=Plateau)
 
+    def count(self, loss: float, correct: float, counted: float, items: int, overflow: bool) -> None:
+        """Adds an optimizer step with mean loss `loss` to the sums of the epoch."""
+        step = (loss * items, correct, counted, items)
+        self.sums = [old + new for old, new in zip(self.sums, step, strict=True)]
+        self.overflows += overflow
+
     @classmethod
     def from_json(cls, values: dict) -> "TrainState":
         names = cls.__dataclass_fields__

@@ -74,9 +74,8 @@ class Trainer:
         self.model = task.model.to(self.device)
         if options.compile:
             self.model.compile()  # in place: parameter names stay clean
-        self.optimizer = optim.build_optimizer(
-            self.model, options.opt, options.lr, options.head_lr, options.weight_decay
-        )
+        rates = options.lr, options.head_lr, options.weight_decay
+        self.optimizer = optim.build_optimizer(self.model, options.opt, *rates)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")  # else idle
         self.loss = distributed.wrap(distributed.TaskLoss(task))
@@ -97,7 +96,7 @@ class Trainer:
     def fit(self) -> dict:
         """Trains to the end, leaves the best epoch's weights in the model and says how it went."""
         self.load_checkpoint()
-        with self.signals, readable_errors(self.device, self.batch_size, self.where):
+        with self.signals, self.progress, readable_errors(self.device, self.batch_size, self.where):
             while self.unfinished():
                 self.train_one_epoch()
                 self.end_epoch()
@@ -147,13 +146,30 @@ class Trainer:
         """One optimizer step; returns whether a signal has asked some process to stop after it.
 
         One small tensor crosses from the device per step: loss, counts and gradient norm. That is the only
-        time the host waits for a GPU, and it waits before optimizer.step(), so a NaN never reaches a
-        weight.
+        time the host waits for a GPU, and it waits before optimizer.step(), so a NaN never reaches a weight.
         """
-        now = self.state
-        torch.manual_seed(state.step_seed(self.options.seed, now.step, distributed.rank()))  # for dropout
+        now, o = self.state, self.options
+        torch.manual_seed(state.step_seed(o.seed, now.step, distributed.rank()))  # for dropout
         now.lr = optim.set_learning_rate(self.optimizer, self.lr_factor())
         self.optimizer.zero_grad(set_to_none=True)
+        sums, seen = self.accumulate(step, loader)
+        self.scaler.unscale_(self.optimizer)
+        norm = optim.gradient_norm(self.parameters)
+        sums = torch.cat((distributed.all_sum(sums), norm.double()[None]))
+        loss, correct, counted, stop, norm = sums.tolist()
+
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
+        if math.isfinite(loss) and (math.isfinite(norm) or overflow):
+            optim.clip_gradients(self.parameters, norm, o.clip_grad)
+            self.scaler.step(self.optimizer)  # after an overflow in fp16 it takes no step
+            now.count(loss, correct, counted, step.items, overflow)
+        else:
+            self.refuse_step(explain_nonfinite(self.task, self.model, loss, seen))
+        self.scaler.update()  # and halves the scale
+        return stop > 0
+
+    def accumulate(self, step: distributed.Step, loader: Iterator[dict]) -> tuple[Tensor, list[tuple]]:
+        """Adds up the gradients of a step's microbatches; returns its sums (4,) and what went into them."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, counted, stop
         seen = []
         for weight in step.weights:
@@ -168,35 +184,12 @@ class Trainer:
                 sums[1] += stats["correct"]
                 sums[2] += stats["count"]
         sums[3] = self.signals.signum is not None
-        self.scaler.unscale_(self.optimizer)
-        norm = optim.gradient_norm(self.parameters)
-        mean, correct, counted, stop, norm = torch.cat(
-            (distributed.all_sum(sums), norm.double()[None])
-        ).tolist()
-
-        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
-        if math.isfinite(mean) and (math.isfinite(norm) or overflow):
-            if not overflow:
-                optim.clip_gradients(self.parameters, norm, self.options.clip_grad)
-            self.scaler.step(
-                self.optimizer
-            )  # fp16 gradients that overflowed: no step, and the scale is halved
-            now.overflows += overflow
-            now.sums = [
-                a + b
-                for a, b in zip(now.sums, (mean * step.items, correct, counted, step.items), strict=True)
-            ]
-        else:
-            self.refuse_step(explain_nonfinite(self.task, self.model, mean, seen))
-        self.scaler.update()
-        return stop > 0
+        return sums, seen
 
     def refuse_step(self, reason: str) -> None:
         """--nan-policy: stop ends the run, skip leaves the weights as they are and goes on."""
         if self.options.nan_policy == "stop":
-            raise RunError(
-                f"{self.where()}: {reason}. Try a smaller --lr, --clip-grad 1 or --nan-policy skip"
-            )
+            raise RunError(f"{self.where()}: {reason}. Try a smaller --lr or --nan-policy skip")
         self.state.skipped += 1
         self.progress.log(f"skipped step {self.state.step + 1}: {reason}")
 
@@ -228,10 +221,9 @@ class Trainer:
         return f"epoch {self.state.epoch + 1}, step {self.state.step + 1} ({kept})"
 
     def lr_factor(self) -> float:
-        o, warmup = self.options, round(self.options.warmup_ratio * self.total_steps)
-        return self.state.plateau.factor * optim.schedule_factor(
-            o.sched, self.state.step, self.total_steps, warmup
-        )
+        now, sched, total = self.state, self.options.sched, self.total_steps
+        warmup = round(self.options.warmup_ratio * total)
+        return now.plateau.factor * optim.schedule_factor(sched, now.step, total, warmup)
 
     def autocast(self) -> AbstractContextManager:
         amp = self.options.amp
@@ -240,7 +232,6 @@ class Trainer:
     def leave(self) -> None:
         """Ends the process once rank 0 has written: torchrun stops all of them when the first one ends."""
         distributed.barrier()
-        self.progress.end_epoch()
         signum = int(self.signals.signum or signal.SIGTERM)
         self.progress.log(f"stopped by signal {signum} after step {self.state.step}; checkpoint {self.saved}")
         raise Interrupted(signum)
@@ -258,13 +249,13 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """All that changes while training; once per step at most."""
-        now = self.state
-        if self.saved is not None and checkpoint.step_of(self.saved) == now.step:
+        now, path = self.state, checkpoint.directory_of(self.run_dir, self.state.step)
+        if self.saved == path:
             return
         tensors, values = state.pack(now, self.model, self.optimizer, self.scaler, self.best_tensors)
         if distributed.is_main():
             checkpoint.save_checkpoint(self.run_dir, tensors, values, self.options.keep_last)
-        self.saved = checkpoint.directory_of(self.run_dir, now.step)
+        self.saved = path
 
     def load_checkpoint(self) -> None:
         """Goes on where options.resume says; in a fresh run directory there is nothing to do."""
@@ -272,9 +263,8 @@ class Trainer:
         if self.saved is None:
             return
         tensors, values = checkpoint.load_checkpoint(self.saved)
-        self.state, self.best_tensors = state.unpack(
-            tensors, values, self.model, self.optimizer, self.scaler, str(self.saved)
-        )
+        parts = (self.model, self.optimizer, self.scaler)
+        self.state, self.best_tensors = state.unpack(tensors, values, *parts, where=str(self.saved))
         self.progress.write_metrics(self.state.history)
         self.progress.log(f"resumed from {self.saved}: epoch {self.state.epoch + 1}, step {self.state.step}")
 
