@@ -32,7 +32,7 @@ from reference_models.jsonfile import read_json
 from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
-FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip")
+FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "student")
 MODULES = {
     "vit": "vit_files",
     "beit": "beit_files",
@@ -70,7 +70,7 @@ def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.M
     known = [field.name for field in fields(config)]
     if unknown := [key for key in overrides if key not in known]:
         raise ModelError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    return _build(replace(config, **overrides), family_module(config.family).preprocess)
+    return _build(replace(config, **overrides), _preprocess(config))
 
 
 def bundled_weights(name: str) -> Path | None:
@@ -116,7 +116,7 @@ def load_pretrained(
     found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     config = _final(found, wanted, num_classes, image_size, overrides)
     family.adapt(tensors, found, config)
-    defaults = family.preprocess | family.file_preprocess(path.name)
+    defaults = _preprocess(config) | family.file_preprocess(path.name)
     model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
     model.labels = _labels(data) if _classes(config) and _classes(config) == _classes(found) else None
     _fill(model, tensors, found, family, files)
@@ -151,8 +151,16 @@ def _build(config, preprocess: dict) -> nn.Module:
     side = getattr(config, "image_size", None)
     defaults = {"resize": "squash", "resize_to": side, **preprocess, "image_size": side}
     model.preprocess = defaults if preprocess else {}
+    if hasattr(model, "vision"):
+        model.vision.preprocess = model.preprocess
     model.labels = None
     return model
+
+
+def _preprocess(config) -> dict:
+    """What the family says of pictures; a two-tower model asks its picture tower's family."""
+    family = family_module(config.family)
+    return family.preprocess_of(config) if hasattr(family, "preprocess_of") else family.preprocess
 
 
 def _make(config) -> nn.Module:
@@ -182,11 +190,7 @@ def _config_file(path: Path) -> dict:
 def _described(data: dict, folder: Path, wanted):
     """The configuration of a checkpoint: from config.json where there is one, else from the model's name."""
     if "minilora" in data:
-        saved = dict(data["minilora"])
-        config = wanted or _from_saved(saved, folder)
-        known = {field.name for field in fields(config)}
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in known}
-        described = replace(config, **values)
+        described = saved_config(data["minilora"], folder / "config.json", wanted)
     else:
         read = (family_module(family).config_from_json(data) for family in FAMILIES) if data else ()
         described = next((config for config in read if config is not None), None)
@@ -202,13 +206,15 @@ def _described(data: dict, folder: Path, wanted):
     return described or wanted
 
 
-def _from_saved(saved: dict, folder: Path):
+def saved_config(saved: dict, file: Path | str, base=None):
+    """The configuration that `dataclasses.asdict` made `saved` of; what it lacks comes from `base`."""
     family = saved.get("family")
     if family not in FAMILIES:
-        raise ModelError(
-            f"{folder / 'config.json'}: minilora.family is {family!r}, not one of {', '.join(FAMILIES)}"
-        )
-    return type(config_for(family_module(family).names()[0]))(name=saved.get("name", family))
+        raise ModelError(f"{file}: minilora.family is {family!r}, not one of {', '.join(FAMILIES)}")
+    config = base or type(config_for(family_module(family).names()[0]))(name=saved.get("name", family))
+    known = {field.name for field in fields(config)}
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in known}
+    return replace(config, **values)
 
 
 def _translate(state: dict[str, Tensor], config, family, files: str):
@@ -257,7 +263,7 @@ def _final(found, wanted, num_classes, image_size, overrides):
     if wanted is not None:
         changes.setdefault("name", wanted.name)
         for key in ("image_size", "window"):  # what the name says; position tables are interpolated to it
-            if hasattr(wanted, key):
+            if key in {field.name for field in fields(wanted)}:
                 changes.setdefault(key, getattr(wanted, key))
     if image_size is not None:
         changes["image_size"] = image_size

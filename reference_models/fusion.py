@@ -1,0 +1,238 @@
+"""Two towers for questions about pictures: any picture encoder, any text encoder, and a head on both.
+
+    model = TwoTower(load_pretrained("vit-base-patch16-224", a), load_pretrained("bert-base", b), num_classes=1000)
+    logits = model(images, input_ids, attention_mask)
+
+fusion "concat": [image, text] -> Linear(128) -> Linear(classes).
+fusion "product": (ReLU(Linear(image)) * Linear(text), 256 wide) -> Linear(32) -> Linear(classes).
+Shapes: B questions, N <= B pictures, dv and dt the widths of the towers.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reference_models.errors import ModelError
+from reference_models.names import Entry
+
+DEFAULTS = {
+    "concat": {"hidden": 128, "inner": 0, "dropout": 0.0},
+    "product": {"hidden": 32, "inner": 256, "dropout": 0.2},
+}
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """The configurations of both towers and the sizes of what joins them; None takes the fusion's own default.
+
+    hidden is the width of the last hidden layer, inner that of the product; inner 0 multiplies the features as
+    they are.
+    """
+
+    name: str = "vqa"
+    vision: object = None
+    text: object = None
+    fusion: str = "concat"
+    hidden: int | None = None
+    inner: int | None = None
+    dropout: float | None = None
+    num_classes: int = 1000
+    family: str = "fusion"
+
+    def __post_init__(self):
+        if self.fusion not in DEFAULTS:
+            raise ModelError(f"fusion {self.fusion!r} is not known; the choices are {', '.join(DEFAULTS)}")
+        for key, value in DEFAULTS[self.fusion].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        for tower in ("vision", "text"):
+            if isinstance(getattr(self, tower), dict):
+                object.__setattr__(self, tower, _config_of(getattr(self, tower)))
+
+    @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+
+class ConcatFusion(nn.Module):
+    """fc([image, text]), (B, dv), (B, dt) -> (B, hidden)."""
+
+    def __init__(self, vision: int, text: int, config: FusionConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.fc = nn.Linear(vision + text, config.hidden)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.fc(self.dropout(torch.cat([image, text], dim=-1)))
+
+
+class ProductFusion(nn.Module):
+    """fc(ReLU(image_proj(image)) * text_proj(text)), (B, dv), (B, dt) -> (B, hidden)."""
+
+    def __init__(self, vision: int, text: int, config: FusionConfig):
+        super().__init__()
+        if not config.inner and vision != text:
+            raise ValueError(f"a product without projections needs equal widths, not {vision} and {text}")
+        self.dropout = nn.Dropout(config.dropout)
+        self.image_proj = nn.Linear(vision, config.inner) if config.inner else None
+        self.text_proj = nn.Linear(text, config.inner) if config.inner else None
+        self.fc = nn.Linear(config.inner or text, config.hidden)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        if self.image_proj is not None:
+            image = F.relu(self.image_proj(self.dropout(image)))  # (B, inner)
+            text = self.text_proj(self.dropout(text))  # (B, inner)
+        return self.fc(image * text)
+
+
+class TwoTower(nn.Module):
+    """Pictures (N, 3, H, W) and questions (B, T) -> logits (B, num_classes).
+
+    image_index (B,) says which picture each question is about, so that a picture with several questions is
+    encoded once; None: question i is about picture i. Features of frozen towers may be given instead of their
+    inputs: image_features (N, dv), text_features (B, dt), as `encode_image` and `encode_text` return them.
+    """
+
+    head_modules = ("fusion", "head")
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        text: nn.Module,
+        num_classes: int,
+        fusion: str = "concat",
+        hidden: int | None = None,
+        inner: int | None = None,
+        dropout: float | None = None,
+        name: str = "vqa",
+    ):
+        super().__init__()
+        if getattr(vision.config, "num_classes", 0) and hasattr(vision, "reset_classifier"):
+            vision.reset_classifier(0)  # nothing trainable outside the loss
+        sizes = {"fusion": fusion, "hidden": hidden, "inner": inner, "dropout": dropout}
+        self.config = FusionConfig(name, vision.config, text.config, **sizes, num_classes=num_classes)
+        self.preprocess, self.labels = getattr(vision, "preprocess", {}), None
+        self.vision, self.text = vision, text
+        # a convolutional tower gives the product all its cells, not their mean
+        self.flatten = fusion == "product" and hasattr(vision, "flat")
+        width = vision.num_flat_features if self.flatten else vision.num_features
+        kind = {"concat": ConcatFusion, "product": ProductFusion}[fusion]
+        self.fusion = kind(width, text.num_features, self.config)
+        self.num_features = self.config.hidden
+        self.head = nn.Linear(self.num_features, num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, randomly initialised last layer for `num_classes` answers."""
+        self.config = replace(self.config, num_classes=num_classes)
+        like = {"device": self.head.weight.device, "dtype": self.head.weight.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, dv): pooled, or flattened cells of a convolutional tower in a product."""
+        return self.vision.flat(images) if self.flatten else self.vision.pooled(images)
+
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) -> (B, dt)."""
+        return self.text.pooled(input_ids, attention_mask, token_type_ids)
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+    ) -> Tensor:
+        if image_features is None:
+            image_features = self.encode_image(images)  # (N, dv)
+        if text_features is None:
+            text_features = self.encode_text(input_ids, attention_mask, token_type_ids)  # (B, dt)
+        if image_index is not None:
+            image_features = image_features[image_index]  # (B, dv)
+        return self.head(self.fusion(image_features, text_features))
+
+    def attention_maps(self, images: Tensor) -> list[Tensor]:
+        """The maps of the picture tower."""
+        return self.vision.attention_maps(images)
+
+    def key_table(self, layout: str) -> list[Entry]:
+        raise ModelError(f"two-tower models have no counterpart in the layout {layout!r}; use 'minilora'")
+
+
+# ---- what load.py asks of a family
+
+layouts = {}
+ignored = r"^$"
+optional = r"^$"
+layout_settings = {}
+#             picture tower, text tower, fusion: the two reports' models, and one that runs anywhere
+PAIRS = {
+    "vqa-nano": ("vit-nano-patch8-48", "bert-nano", "concat"),
+    "vqa-vit-bert": ("vit-base-patch16-224", "bert-base", "concat"),
+    "vqa-mobilenet-bert": ("mobilenet-v2", "bert-base", "product"),
+}
+
+
+def build(config: FusionConfig) -> TwoTower:
+    """Both towers with random weights, and the head."""
+    from reference_models.load import family_module
+
+    vision, text = (family_module(one.family).build(one) for one in (config.vision, config.text))
+    # a tower of CLIP carries the configuration of the whole
+    vision, text = getattr(vision, "vision", vision), getattr(text, "text", text)
+    keys = ("fusion", "hidden", "inner", "dropout", "name")
+    options = {key: getattr(config, key) for key in keys}
+    return TwoTower(vision, text, config.num_classes, **options)
+
+
+def preprocess_of(config: FusionConfig) -> dict:
+    """What the picture tower's family wants where no file says it."""
+    from reference_models.load import family_module
+
+    return family_module(config.vision.family).preprocess
+
+
+def _config_of(saved: dict):
+    """A tower's configuration from the dictionary that `dataclasses.asdict` made of it."""
+    from reference_models.load import saved_config
+
+    return saved_config(saved, "config.json")
+
+
+def names() -> list[str]:
+    return list(PAIRS)
+
+
+def config_for(name: str) -> FusionConfig | None:
+    """One of `names()`; R1's ViT has the pooler of transformers' ViTModel."""
+    if name not in PAIRS:
+        return None
+    from reference_models.load import config_for as tower_config
+
+    vision, text, fusion = PAIRS[name]
+    vision = replace(tower_config(vision), num_classes=0)
+    if name == "vqa-vit-bert":
+        vision = replace(vision, pooler=True)
+    return FusionConfig(name, vision, tower_config(text), fusion)
+
+
+def file_preprocess(file_name: str) -> dict:
+    return {}
+
+
+def fit_config(config: FusionConfig, shapes: dict[str, tuple]) -> FusionConfig:
+    return config
+
+
+def adapt(state: dict[str, Tensor], old: FusionConfig, new: FusionConfig) -> None:
+    """Towers are fitted to their picture size before they are joined."""
+
+
+def config_from_json(data: dict) -> None:
+    """No other library writes such models."""
