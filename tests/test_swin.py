@@ -2,12 +2,32 @@
 everywhere.
 """
 
-from functools import partial
+import json
 
 import pytest
+import torch
 
-from reference_models import load_pretrained
-from tests.parity import distance, fill, logits_of, pictures, write_transformers, write_weights
+from minilora import count_parameters
+from reference_models import ModelError, create_model, load_pretrained, save_pretrained
+from reference_models.swin import from_windows, to_windows
+from reference_models.swin_files import resize_window_table
+from tests.parity import (
+    TARGETS,
+    adapted,
+    assert_checkpointing_is_exact,
+    assert_every_adapter_learns,
+    assert_key_biases,
+    assert_keys_of,
+    assert_round_trip,
+    assert_same_lora_gradients,
+    assert_swaps_are_noticed,
+    distance,
+    fill,
+    logits_of,
+    pictures,
+    write_transformers,
+    write_weights,
+)
 
 SMALL = {
     "embed_dim": 16,
@@ -68,6 +88,8 @@ def test_logits_equal_transformers(version, size, window, tmp_path):
     oracle, x = hf_swin(version, size, window), pictures(size)
     model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
     assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    if version == 1:
+        assert_key_biases(model, oracle)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -87,6 +109,218 @@ def test_logits_equal_torchvision(version, size, tmp_path):
     oracle, x = torchvision_swin(version), pictures(size)
     write_weights(oracle, tmp_path)
     names = {1: "swin-nano-patch2-window4-32", 2: "swinv2-nano-patch2-window4-32"}
-    load = partial(load_pretrained, names[version], tmp_path, dim=16, mlp_ratio=2.0)
-    model = load().eval()
+    model = load_pretrained(names[version], tmp_path, dim=16, mlp_ratio=2.0).eval()
     assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+
+
+def test_pretrained_windows_change_the_position_bias_as_in_transformers_and_timm(tmp_path):
+    oracle = hf_swin(2, pretrained_window_sizes=[3, 2])
+    model, x = load_pretrained(write_transformers(oracle, tmp_path / "hf")).eval(), pictures(32)
+    assert model.config.pretrained_windows == (3, 2)
+    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    oracle, config = timm_swin(2, pretrained_window_sizes=[3, 2])
+    model = load_pretrained(write_weights(oracle, tmp_path / "timm", config)).eval()
+    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+
+
+def test_absolute_positions_equal_transformers(tmp_path):
+    oracle, x = hf_swin(1, use_absolute_embeddings=True), pictures(32)
+    model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
+    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+
+
+def small(version, tmp_path, **options):
+    """Our model with the weights of a small transformers Swin."""
+    return load_pretrained(write_transformers(hf_swin(version, **options), tmp_path / "source")).eval()
+
+
+LAYOUTS = ["minilora", "transformers", "timm"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("version", [1, 2])
+def test_round_trips_are_bit_equal(version, layout, tmp_path):
+    assert_round_trip(small(version, tmp_path), layout, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "original"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_round_trips_of_layouts_without_a_configuration_are_bit_equal(version, layout, tmp_path):
+    name = f"swin{'v2' if version == 2 else ''}-nano-patch4-window6-48"
+    model = fill(create_model(name, 5))
+    back = load_pretrained(name, save_pretrained(model, tmp_path, layout) / "model.safetensors")
+    own, read = model.state_dict(), back.state_dict()
+    assert list(own) == list(read) and all(torch.equal(own[key], read[key]) for key in own)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_timm_and_torchvision_load_what_we_save(version, tmp_path):
+    import timm
+    import transformers
+    from safetensors.torch import load_file
+
+    model, x = small(version, tmp_path), pictures(32)
+    expected = logits_of(model, x)
+    cls = getattr(transformers, f"Swin{'v2' if version == 2 else ''}ForImageClassification")
+    theirs = cls.from_pretrained(save_pretrained(model, tmp_path / "hf", "transformers")).eval()
+    assert distance(logits_of(theirs, x), expected) <= 1e-5
+    folder = save_pretrained(model, tmp_path / "timm", "timm")
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert distance(logits_of(theirs, x), expected) <= 1e-5
+    folder = save_pretrained(model, tmp_path / "torchvision", "torchvision")
+    theirs = torchvision_swin(version)
+    missing, unexpected = theirs.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert not unexpected and all("relative_" in key for key in missing)  # its buffers
+    assert distance(logits_of(theirs, x), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["transformers4", "transformers5", "timm", "torchvision", "original"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_exchange_of_two_keys_is_noticed(version, layout, tmp_path):
+    assert_swaps_are_noticed(small(version, tmp_path), layout, pictures(32), limit=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["transformers4", "transformers5", "timm", "torchvision", "original"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_exchange_of_any_two_keys_is_noticed(version, layout, tmp_path):
+    assert_swaps_are_noticed(small(version, tmp_path), layout, pictures(32), limit=None)
+
+
+PEFT_NAMES = {
+    1: ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+    2: ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_lora_gradients_equal_peft(version, tmp_path):
+    oracle = hf_swin(version)
+    model = load_pretrained(write_transformers(oracle, tmp_path))
+    targets = dict(zip(TARGETS, PEFT_NAMES[version], strict=True))
+    assert_same_lora_gradients(model, oracle, "transformers5", pictures(32), targets)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_adapter_gets_a_gradient(version, tmp_path):
+    assert_every_adapter_learns(small(version, tmp_path), pictures(32), (*TARGETS, "reduction"))
+
+
+@pytest.mark.parametrize(
+    "name, classes, key",
+    [
+        ("swin-base-patch4-window7-224", 200, "swin_base_224_200"),
+        ("swin-base-patch4-window7-224", 1000, "swin_base_1000"),
+        ("swin-large-patch4-window12-384", 200, "swin_large_384_200"),
+        ("swinv2-base-patch4-window12-192", 200, "swinv2_base_192_200"),
+        ("swinv2-base-patch4-window12-192", 1000, "swinv2_base_1000"),
+        ("swinv2-large-patch4-window24-384", 200, "swinv2_large_384_200"),
+        ("swinv2-large-patch4-window12to24-192to384", 200, "swinv2_large_384_200"),
+    ],
+)
+def test_parameter_counts_of_the_report(name, classes, key, shared):
+    counts = json.loads((shared / "param_counts.json").read_text())
+    with torch.device("meta"):
+        assert count_parameters(create_model(name, classes)).total == counts[key]
+
+
+def test_torchvision_counts_the_key_biases_that_it_does_not_use(shared):
+    counts = json.loads((shared / "param_counts.json").read_text())
+    keys = sum(dim * depth for dim, depth in zip((128, 256, 512, 1024), (2, 2, 18, 2), strict=True))
+    assert counts["tv_swin_v2_b_1000"] - counts["swinv2_base_1000"] == keys
+
+
+@pytest.mark.parametrize(
+    "name, listing",
+    [
+        ("swin-base-patch4-window7-224", "hf_swin_base_patch4_window7_224__SwinForImageClassification"),
+        ("swin-base-patch4-window7-224", "timm_swin_base_patch4_window7_224"),
+        ("swin-base-patch4-window7-224", "torchvision_swin_b"),
+        (
+            "swinv2-base-patch4-window12-192",
+            "hf_swinv2_base_patch4_window12_192__Swinv2ForImageClassification",
+        ),
+        ("swinv2-base-patch4-window8-256", "torchvision_swin_v2_b"),
+    ],
+)
+def test_key_tables_name_exactly_the_keys_of_the_real_files(name, listing, shared):
+    assert_keys_of(name, listing, shared)
+
+
+def test_names_carry_windows_and_those_of_pretraining():
+    def config(name):
+        with torch.device("meta"):
+            return create_model(name).config
+
+    tuned = config("swinv2-large-patch4-window12to24-192to384")
+    assert (tuned.window, tuned.image_size, tuned.pretrained_windows) == (24, 384, (12, 12, 12, 6))
+    assert config("swinv2-large-patch4-window24-384").pretrained_windows == (12, 12, 12, 6)
+    assert config("swinv2-base-patch4-window12-192").pretrained_windows == (0, 0, 0, 0)
+    assert [tuned.window_of(stage) for stage in range(4)] == [24, 24, 24, 12]
+
+
+def test_files_with_buffers_and_of_the_original_repository_load(tmp_path):
+    oracle, config = timm_swin()
+    write_weights(oracle, tmp_path, config)
+    expected, x = load_pretrained(tmp_path).eval(), pictures(32)
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tmp_path / "model.safetensors")
+    old = {
+        key.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc", "head"): state[key]
+        for key in state
+    }
+    old["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+    old["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
+    save_file(old, tmp_path / "model.safetensors")
+    assert torch.equal(logits_of(load_pretrained(tmp_path).eval(), x), logits_of(expected, x))
+
+
+def test_bias_tables_are_interpolated_to_the_window_of_the_name(tmp_path):
+    model = fill(create_model("swin-nano-patch4-window6-48", 5))
+    save_pretrained(model, tmp_path)
+    larger = load_pretrained("swin-nano-patch4-window3-48", tmp_path).eval()
+    assert larger.config.window == 3 and larger.blocks[0].attn.relative_position_bias_table.shape == (25, 2)
+    table = torch.randn(49, 3)
+    assert resize_window_table(table, 4, 4).allclose(table, atol=1e-6)
+    assert resize_window_table(torch.ones(49, 3), 4, 7).allclose(torch.ones(169, 3))
+    assert larger(pictures(48)).shape == (2, 5)
+
+
+def test_windows_and_back_is_the_identity():
+    x = torch.randn(2, 8, 12, 5)
+    windows = to_windows(x, 4)
+    assert windows.shape == (2 * 2 * 3, 16, 5)
+    assert torch.equal(windows[1].view(4, 4, 5), x[0, :4, 4:8])
+    assert torch.equal(from_windows(windows, 4, 8, 12), x)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_attention_maps_are_those_of_the_windows(version, tmp_path):
+    maps = small(version, tmp_path).attention_maps(pictures(32))
+    assert [tuple(m.shape) for m in maps] == [(32, 2, 16, 16)] * 2 + [(8, 4, 16, 16)] * 2
+    assert all((m.sum(-1) - 1).abs().max() < 1e-5 for m in maps)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_gradient_checkpointing_changes_nothing(version, tmp_path):
+    assert_checkpointing_is_exact(adapted(small(version, tmp_path)), pictures(32))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_features_pooling_and_heads(version, tmp_path):
+    model, x = small(version, tmp_path), pictures(32)
+    assert model.num_features == 32 and model.forward_features(x).shape == (2, 64, 32)
+    assert model.forward_features(x).mean(1).allclose(model.pooled(x))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3) and model.config.num_classes == 3
+
+
+def test_wrong_family_and_wrong_files_are_told(tmp_path):
+    folder = save_pretrained(small(1, tmp_path), tmp_path / "out")
+    with pytest.raises(ModelError, match="family swin, but swinv2-nano"):
+        load_pretrained("swinv2-nano-patch4-window6-48", folder)
+    with pytest.raises(ModelError, match="model.safetensors .*wrong shape.*patch_norm.weight is"):
+        load_pretrained(tmp_path / "source", dim=32)
+    with pytest.raises(ModelError, match="one window for all stages"):
+        save_pretrained(create_model("swin-nano-patch4-window6-48", window=(6, 3)), tmp_path, "transformers")
