@@ -1,0 +1,103 @@
+"""README.md keeps its promises: its example prints what it says, its commands run, its line counts are right."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reference_models.load import bundled_weights
+from tests.cli_data import ROOT, program, write_photos
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.partition("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
+]
+PROGRAMS = [command for command in COMMANDS if command.startswith(("python train.py", "python evaluate.py"))]
+DOWNLOADS = ("hf:", "--recipe")  # what needs the network is only read by the parser
+FEW_STEPS = ["--max-steps", "2", "--subset", "16", "--batch-size", "8"]
+
+
+def test_the_two_commands_are_there():
+    assert "pip install -e '.[plots]' && python train.py" in COMMANDS
+    assert "pip install -e '.[test]' && pytest" in COMMANDS
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    pattern = re.search(r'sed -n "(.*?)" README.md', script)[1]
+    found = subprocess.run(
+        ["sed", "-n", pattern, str(ROOT / "README.md")], capture_output=True, text=True
+    ).stdout
+    assert found == "pip install -e '.[test]' && pytest\n"
+
+
+def test_the_example_prints_what_the_readme_says():
+    (_, code), (_, printed) = BLOCKS[0], BLOCKS[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (printed, "")
+
+
+def test_line_counts_of_the_reading_path_are_right():
+    rows = re.findall(r"^\| \[(\S+\.py)\]\(\1\) \| (\d+) \|", README, flags=re.MULTILINE)
+    assert len(rows) == 8
+    for file, said in rows:
+        lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+        assert 0.8 * int(said) <= lines <= int(said), f"{file} has {lines} lines, README says {said}"
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_flag_in_the_readme_exists():
+    from minilora.config import Parser, train_parser
+    from minilora.flags_evaluate import EvalConfig
+
+    known = train_parser().format_help() + Parser(EvalConfig, "evaluate.py", "", "").format_help()
+    for command in PROGRAMS:
+        for word in re.findall(r"--[a-z][a-z0-9-]+", command):
+            assert re.search(rf"{word}\b", known) or word == "--help", command
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as the README's reader has it: pictures and weights under the names that the commands use."""
+    if bundled_weights("vit-nano-patch8-48") is None:
+        pytest.fail("the bundled nano weights are missing: run python -m minilora.pretrain vit-nano")
+    place = tmp_path_factory.mktemp("reader")
+    write_photos(place / "photos")
+    write_photos(place / "more_photos")
+    (place / "new_photos").mkdir()
+    for i, picture in enumerate(sorted((place / "photos/val").rglob("*.png"))):
+        (place / "new_photos" / f"{i}.png").write_bytes(picture.read_bytes())
+    (place / "dog.jpg").write_bytes((place / "new_photos/0.png").read_bytes())
+    return place
+
+
+def test_the_commands_run_as_they_are_written(workplace, monkeypatch, tmp_path):
+    """In their order, in one folder, with few steps; `vit-tiny` stands for itself with weights made on the spot."""
+    from reference_models import create_model, save_pretrained
+
+    saved = save_pretrained(create_model("vit-tiny-patch16-224", num_classes=5), tmp_path / "tiny")
+    (saved / "model.safetensors").rename(workplace / "deit_tiny.safetensors")
+    monkeypatch.chdir(workplace)
+    mains = {name: program(name).main for name in ("train", "evaluate")}
+    ran = 0
+    for command in PROGRAMS:
+        if any(word in command for word in DOWNLOADS):
+            continue
+        _, file, *words = shlex.split(command)
+        name = Path(file).stem
+        if "--help" in words:
+            continue
+        extra = FEW_STEPS if name == "train" and not {"--resume", "--list-targets"} & set(words) else []
+        assert mains[name]([*words, *extra]) == 0, command
+        ran += 1
+    assert ran >= 12
