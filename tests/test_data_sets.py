@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import time
 from collections import Counter
 
@@ -260,6 +261,31 @@ def test_broken_bytes_are_user_errors(tmp_path):
     (tmp_path / "t.csv").write_text("file,label\n" + "a" * 200_000 + ",x\n")
     with pytest.raises(UserError, match="not a readable table"):
         load_classification(tmp_path)
+
+
+@pytest.mark.parametrize("cases", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_tables_and_class_names_are_read_or_refused_in_one_line(tmp_path, cases):
+    rng = random.Random(0)
+    table = b'file,label,is_valid\n"a, 1.png",x,0\nb.png,y,False\nc/\xc3\xa9.png,y,True\n'
+    names = json.dumps({"x": {"name": "ex"}, "y": "why", "\u00e9": {"name": "e"}}).encode()
+    (tmp_path / "data").mkdir()
+    before, refused = set(tmp_path.iterdir()), 0
+    for _ in range(cases):
+        for name, content in (("t.csv", table), ("classes.json", names)):
+            damaged = bytearray(content)
+            for _ in range(rng.choice((0, 1, 1, 2, 8))):
+                place = rng.randrange(len(damaged))
+                damaged[place : place + rng.choice((0, 1, 5))] = rng.choice(
+                    (b"", b'"', b",", b"\n", b"\0", b"\xff", b"{[")
+                )
+            (tmp_path / "data" / name).write_bytes(damaged)
+        try:
+            splits = load_classification(tmp_path / "data", val_split=0.5, check_files=False)
+            assert all(0 <= sample.label < len(splits.classes) for sample in splits.train)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert cases / 4 < refused < cases and set(tmp_path.iterdir()) == before
 
 
 def test_several_tables_ask_which(tmp_path):

@@ -79,8 +79,12 @@ def test_visual7w_lands_where_the_reader_wants_it(server, tmp_path, capsys):
         "images/v7w_2.jpg",
     ]
     asked = len(Quiet.asked)
+    assert (tmp_path / "v7w" / "images" / "v7w_2.jpg").read_text() == "y"
     assert main(["visual7w", str(tmp_path / "v7w"), "--mirror", address]) == 0
     assert len(Quiet.asked) == asked
+    (tmp_path / "v7w" / ".downloaded.json").write_text("{")
+    assert main(["visual7w", str(tmp_path / "v7w"), "--mirror", address]) == 0
+    assert len(Quiet.asked) == 2 * asked
 
 
 def test_mirror_from_the_environment_and_picture_count(server, tmp_path, monkeypatch):

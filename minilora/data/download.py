@@ -96,7 +96,7 @@ def fetch(name: str, directory: str | os.PathLike, mirror: str | None = None) ->
     except OSError as error:
         raise UserError(f"{root}: cannot be made ({error.strerror})") from None
     notes = root / NOTES
-    done = json.loads(notes.read_text()) if notes.is_file() else []
+    done = _read_notes(notes)
     for archive in wanted.archives:
         if archive.name in done:
             print(f"{archive.name}: already there")
@@ -109,6 +109,15 @@ def fetch(name: str, directory: str | os.PathLike, mirror: str | None = None) ->
         print(f"{archive.name}: {count} files unpacked")
     _count_pictures(root / wanted.folder, wanted.pictures)
     return root / wanted.folder
+
+
+def _read_notes(path: Path) -> list[str]:
+    """Names of the archives that are unpacked; notes that cannot be read count as none."""
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return names if isinstance(names, list) else []
 
 
 def _download(archive: Archive, root: Path, url: str) -> Path:
