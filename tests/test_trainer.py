@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -277,6 +278,21 @@ def test_log_lines_are_greppable(tmp_path, capsys):
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     names = "epoch step lr train_loss val_loss accuracy seconds images_per_second peak_memory_mb".split()
     assert len(rows) == 3 and all(set(names) <= set(row) for row in rows)
+
+
+@pytest.mark.slow
+def test_2000_steps_have_constant_memory_and_step_time(tmp_path):
+    marks = []
+
+    def after(number):
+        if number % 500 == 0:
+            with open("/proc/self/statm") as file:
+                marks.append((time.process_time(), int(file.read().split()[1]) * 4096 / 2**20))
+
+    train(tmp_path, {"n": 400, "after": after}, epochs=20, grad_accum_steps=1, save_every=100)
+    seconds = [b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)]
+    assert len(marks) == 4 and max(seconds) < 2 * min(seconds), seconds
+    assert marks[-1][1] - marks[0][1] < 8, marks
 
 
 def test_an_empty_training_set_is_a_users_mistake(tmp_path):

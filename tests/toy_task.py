@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from minilora.data.loader import ignore_signals
 from minilora.training.distributed import gather_objects, rank, world_size
-from minilora.training.signals import ignore_signals_in_worker
 
 
 class NoisyPoints(Dataset):
@@ -82,7 +82,7 @@ class ToyTask:
             batch_sampler=keys,
             collate_fn=collate,
             num_workers=self.workers,
-            worker_init_fn=ignore_signals_in_worker,
+            worker_init_fn=ignore_signals,
         )
 
     def loss(self, model, batch):

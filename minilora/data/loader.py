@@ -6,6 +6,7 @@ any worker, in any batch, before and after a resume, and loading takes nothing f
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -141,6 +142,7 @@ def make_loader(
         num_workers=min(workers, len(batches)),
         collate_fn=_GuardedCollate(collate_fn),
         pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(
             0
         ),  # else every loader takes a number from the model's generator
@@ -149,6 +151,15 @@ def make_loader(
         if isinstance(batch, BadImage):
             raise batch
         yield batch
+
+
+def ignore_signals(worker_id: int) -> None:
+    """For workers: SIGINT and SIGTERM, which a terminal or a scheduler sends to all, are the main process's to answer.
+
+    It still needs the batch under way to end its step and to write a checkpoint.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train_keys(batches: Sequence[Sequence[int]], epoch: int) -> list[list[tuple[int, int]]]:

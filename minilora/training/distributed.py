@@ -6,6 +6,11 @@ lone process.
 Each optimizer step takes the next `grad_accum_steps * world_size` microbatches of the epoch; process r
 takes numbers r, r + world_size, ... of them. So 2 processes with batch b see, step by step, what 1 process
 with batch 2b sees.
+
+A checkpoint knows no number of processes. A run that goes on with another number takes up the epoch at the same item;
+with --grad-accum-steps changed so that a step keeps its items, the weights are equal to rounding (without dropout,
+whose random numbers are each process's own). Files are written by rank 0: on several machines the run directory is
+on a shared disk.
 """
 
 import inspect

@@ -40,9 +40,3 @@ class StopSignals:
             self.signum, self._caught_at = signum, time.monotonic()
         elif not echo:
             os._exit(128 + signum)
-
-
-def ignore_signals_in_worker(worker_id: int) -> None:
-    """`worker_init_fn` of data loaders: a signal to the whole process group must not cost the present batch."""
-    for signum in CAUGHT:
-        signal.signal(signum, signal.SIG_IGN)
