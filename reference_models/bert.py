@@ -92,6 +92,7 @@ class Bert(nn.Module):
     """
 
     head_modules = ()
+    layouts = ("transformers5", "transformers4")
 
     def __init__(self, config: BertConfig):
         super().__init__()

@@ -163,6 +163,7 @@ class CLIP(nn.Module):
     """
 
     head_modules = ("visual_projection", "text_projection", "logit_scale")
+    layouts = ("transformers5", "transformers4", "open_clip")
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from reference_models.errors import ModelError
 from reference_models.files import read_weights, write_model_files
 from reference_models.jsonfile import read_json
+from reference_models.layers import ACTIVATIONS
 from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
@@ -70,7 +71,8 @@ def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.M
     known = [field.name for field in fields(config)]
     if unknown := [key for key in overrides if key not in known]:
         raise ModelError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    return _build(replace(config, **overrides), _preprocess(config))
+    config = replace(config, **overrides)
+    return _build(config, preprocess_for(_preprocess(config), {}, {}, {}, config))
 
 
 def bundled_weights(name: str) -> Path | None:
@@ -203,6 +205,9 @@ def _described(data: dict, folder: Path, wanted):
         raise ModelError(
             f"{folder}: a checkpoint of the family {described.family}, but {wanted.name} was asked for"
         )
+    if (act := getattr(described, "act", None)) is not None and act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ModelError(f"{folder / 'config.json'}: the activation {act!r} is not one of {known}")
     return described or wanted
 
 
@@ -245,11 +250,12 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
 
 
 def _prefixed(state: dict, prefixes: tuple[str, ...]):
-    """`state` as it is, and with the table's own prefix in place of another one or of none."""
+    """`state` as it is, and with each prefix that the family's tables use in place of another one or of none."""
     yield state
-    for prefix in (*prefixes[1:], ""):
-        if prefixes[0] != prefix and all(key.startswith(prefix) for key in state if not is_head(key)):
-            yield {k if is_head(k) else prefixes[0] + k.removeprefix(prefix): v for k, v in state.items()}
+    for wanted in dict.fromkeys(prefixes):
+        for prefix in dict.fromkeys((*prefixes, "")):
+            if wanted != prefix and all(key.startswith(prefix) for key in state if not is_head(key)):
+                yield {k if is_head(k) else wanted + k.removeprefix(prefix): v for k, v in state.items()}
 
 
 def _build_shapes(config) -> dict[str, tuple]:

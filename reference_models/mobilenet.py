@@ -48,6 +48,7 @@ class MobileNet(nn.Module):
     """Pictures (B, 3, H, W) -> logits (B, num_classes); H and W are multiples of 32."""
 
     head_modules = ("head",)
+    layouts = ("torchvision", "timm")
 
     def __init__(self, config: MobileNetConfig):
         super().__init__()
@@ -101,7 +102,7 @@ preprocess = {
     "std": [0.229, 0.224, 0.225],
     "interpolation": "bilinear",
     "resize": "shortest",
-    "resize_to": 256,
+    "scale": (224, 256),  # crop 224 of 256, and in proportion at other sizes
 }
 
 

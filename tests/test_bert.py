@@ -15,6 +15,7 @@ from tests.text_parity import (
     adapted_pairs,
     check_lora_gradients,
     distance,
+    key_biases_agree,
     randomize,
     surviving_mutants,
     write_checkpoint,
@@ -101,6 +102,7 @@ def test_every_swap_in_the_key_table_breaks_parity(batch, tmp_path):
         return torch.cat([tokens.flatten(), pooled.flatten()])
 
     state = strip_wrappers(load_file(tmp_path / "model.safetensors"))
+    assert key_biases_agree(ours, state, "transformers4")
     survivors = surviving_mutants(ours, state, ours.key_table("transformers4"), run, expected)
     # a bias on the keys adds the same to all scores of a query: softmax does not see it
     assert [pair for pair in survivors if pair.count("attention.self.key.bias") < 2] == []

@@ -16,6 +16,7 @@ from tests.text_parity import (
     adapted_pairs,
     check_lora_gradients,
     distance,
+    key_biases_agree,
     randomize,
     surviving_mutants,
     write_checkpoint,
@@ -157,6 +158,7 @@ def test_every_swap_in_the_key_table_breaks_parity(layout, tmp_path):
     with torch.no_grad():
         expected = both(ours, images, ids)
     state = load_file(tmp_path / "model.safetensors")
+    assert key_biases_agree(ours, state, layout)
     survivors = surviving_mutants(
         ours, state, ours.key_table(layout), lambda m: both(m, images, ids), expected
     )

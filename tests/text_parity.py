@@ -1,6 +1,7 @@
 """What the parity tests of BERT, CLIP and MobileNet share: random oracles, files made from them, comparisons."""
 
 import itertools
+import re
 from collections import defaultdict
 
 import torch
@@ -14,11 +15,7 @@ from reference_models.names import to_ours
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and statistic of an oracle its own random values; norm scales near 1, variances positive."""
     generator = torch.Generator().manual_seed(seed)
-    norms = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if "Norm" in type(module).__name__ and not list(module.children())
-    }
+    norms = {f"{name}.weight" for name, module in model.named_modules() if "Norm" in type(module).__name__}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if not tensor.is_floating_point():
@@ -112,6 +109,17 @@ def check_lora_gradients(model: nn.Module, theirs: nn.Module, names: dict, loss)
             other = getattr(peft_layers[name], kind)["default"].weight.grad
             assert mine.abs().max() > 0, f"{ours}.{kind} has no gradient"
             assert (mine - other).abs().max() <= 1e-4 * other.abs().max(), f"{ours}.{kind}"
+
+
+def key_biases_agree(model: nn.Module, state: dict, layout: str) -> bool:
+    """The biases of the keys, the one thing that no output tells apart, are those of the same layers."""
+    own = model.state_dict()
+    names = [e for e in model.key_table(layout) if e.form == "same" and e.ours[0].endswith("k_proj.bias")]
+    return all(
+        torch.equal(own[e.ours[0]], state[e.theirs])
+        and re.findall(r"\d+", e.ours[0]) == re.findall(r"\d+", e.theirs)
+        for e in names
+    )
 
 
 def adapted_pairs(model: nn.Module, layout: str, prefix: str = "") -> dict[str, str]:
