@@ -324,6 +324,22 @@ def test_another_host_cannot_change_what_the_hub_declared(hub):
         other.server_close()
 
 
+def test_another_host_declares_nothing_where_the_hub_is_silent(hub):
+    other = Hub()
+    try:
+        hub.redirect_to = other.url
+        hub.declare["model.safetensors"] = {"X-Linked-ETag": "", "X-Linked-Size": ""}
+        other.declare["model.safetensors"] = {
+            "ETag": "0" * 64,
+            "X-Linked-ETag": "0" * 64,
+            "X-Linked-Size": "1",
+        }
+        assert (resolve("hf:org/name") / "model.safetensors").read_bytes() == WEIGHTS
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
 @pytest.mark.parametrize(
     "place, words", [("file:///etc/hostname", "not allowed"), ("ftp://x/y", "redirects to ftp:")]
 )
