@@ -27,21 +27,23 @@ ACTIVATIONS = {
     "gelu": nn.GELU,  # the exact one, with erf
     "gelu_tanh": lambda: nn.GELU("tanh"),
     "gelu_new": lambda: nn.GELU("tanh"),
+    "gelu_pytorch_tanh": lambda: nn.GELU("tanh"),
     "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
 }
 
 
 def take_rows(x: Tensor, rows: Tensor | int | None) -> Tensor:
-    """The tokens that the pooled last block needs: all (None), one position for everybody, or one per sample.
+    """The tokens that the pooled last block needs: all (None), one position for everybody, or some per sample.
 
-    x (B, T, d), rows None | int | (B,) -> (B, T, d) or (B, 1, d).
+    x (B, T, d), rows None | int | (B,) | (B, n) -> (B, T, d), (B, 1, d) or (B, n, d).
     """
     if rows is None:
         return x
     if isinstance(rows, int):
         return x[:, rows : rows + 1]
-    return x[torch.arange(x.shape[0], device=x.device), rows].unsqueeze(1)
+    samples = torch.arange(x.shape[0], device=x.device)[:, None]  # (B, 1)
+    return x[samples, rows.reshape(x.shape[0], -1)]
 
 
 class Attention(nn.Module):

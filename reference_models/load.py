@@ -228,7 +228,8 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
     best: tuple = (0, "", {}, [])
     for layout, prefixes in {"minilora": ("",), **family.layouts}.items():
         table = None if layout == "minilora" else family.key_table(config, layout)
-        for renamed in _prefixed(state, prefixes):
+        for names in _prefixed(state, prefixes):
+            renamed = {key: state[theirs] for key, theirs in names.items()}
             if table is None:
                 ours = set(_build_shapes(config))
                 tensors = {k: v for k, v in renamed.items() if k in ours}
@@ -236,7 +237,7 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
             else:
                 tensors, unknown = to_ours(renamed, table)
             if len(renamed) - len(unknown) > best[0]:
-                best = (len(renamed) - len(unknown), layout, tensors, unknown)
+                best = (len(renamed) - len(unknown), layout, tensors, [names[key] for key in unknown])
     known, layout, tensors, unknown = best
     if not known:
         raise ModelError(
@@ -250,12 +251,14 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
 
 
 def _prefixed(state: dict, prefixes: tuple[str, ...]):
-    """`state` as it is, and with each prefix that the family's tables use in place of another one or of none."""
-    yield state
+    """{key to look for: key of `state`}: as it is, and with each prefix that the family's tables use in place of
+    another one or of none.
+    """
+    yield {key: key for key in state}
     for wanted in dict.fromkeys(prefixes):
         for prefix in dict.fromkeys((*prefixes, "")):
             if wanted != prefix and all(key.startswith(prefix) for key in state if not is_head(key)):
-                yield {k if is_head(k) else wanted + k.removeprefix(prefix): v for k, v in state.items()}
+                yield {k if is_head(k) else wanted + k.removeprefix(prefix): k for k in state}
 
 
 def _build_shapes(config) -> dict[str, tuple]:

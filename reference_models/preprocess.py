@@ -87,22 +87,23 @@ def preprocess_to_json(preprocess: dict, layout: str, data: dict) -> dict[str, d
     """{file name: content}: config.json, and where the layout has one a file of preprocessing settings."""
     if not preprocess:
         return {"config.json": data}
-    side = preprocess["image_size"]
+    side, outer = preprocess["image_size"], preprocess["resize_to"]
+    height, width = (side, side) if isinstance(side, int) else side
     squash = preprocess["resize"] == "squash"
     if layout == "timm":
         pretrained = {key: preprocess[key] for key in ("mean", "std", "interpolation")}
-        pretrained |= {"input_size": [3, side, side], "num_classes": data.get("num_classes", 0)}
+        pretrained |= {"input_size": [3, height, width], "num_classes": data.get("num_classes", 0)}
         pretrained |= {
-            "crop_pct": side / preprocess["resize_to"],
+            "crop_pct": 1.0 if squash or not isinstance(side, int) else side / outer,
             "crop_mode": "squash" if squash else "center",
         }
         return {"config.json": {**data, "pretrained_cfg": pretrained}}
     settings = {
         "do_resize": True,
-        "size": {"height": side, "width": side} if squash else {"shortest_edge": preprocess["resize_to"]},
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": outer},
         "resample": PIL_MODES.index(preprocess["interpolation"]),
         "do_center_crop": not squash,
-        "crop_size": {"height": side, "width": side},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

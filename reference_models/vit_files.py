@@ -1,4 +1,4 @@
-"""The files of ViT and DeiT checkpoints: names, key tables, config.json, preprocessing. See load.py for the protocol."""
+"""The files of ViT and DeiT checkpoints: names, key tables, config.json, preprocessing. Protocol: see load.py."""
 
 import math
 import re
@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from reference_models.errors import ModelError
 from reference_models.layers import resize_positions
 from reference_models.names import Entry, fused, linear, rename
-from reference_models.vit import SIZES, ViTConfig, VisionTransformer
+from reference_models.vit import SIZES, VisionTransformer, ViTConfig
 
 build = VisionTransformer
 layouts = {  # of weight files, with the prefixes that their names may carry; the first is the table's own
@@ -148,9 +149,9 @@ def adapt(state: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
 
 def config_from_json(data: dict) -> ViTConfig | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
-    if "model_type" not in data and config_for(_our_name(data.get("architecture", ""))):
-        return config_for(_our_name(data["architecture"]))
-    if data.get("model_type") not in ("vit", "deit"):
+    if "model_type" not in data:
+        return _from_timm(data)
+    if data["model_type"] not in ("vit", "deit"):
         return None
     side = data.get("image_size", 224)
     return ViTConfig(
@@ -171,7 +172,7 @@ def config_from_json(data: dict) -> ViTConfig | None:
 def config_to_json(config: ViTConfig, layout: str) -> dict:
     """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
     if layout == "timm":
-        return {"architecture": config.name.replace("-", "_"), "num_features": config.dim}
+        return _to_timm(config)
     kind = "deit" if config.distilled else "vit"
     cls = {"vit": "ViT", "deit": "DeiT"}[kind] + ("ForImageClassification" if config.num_classes else "Model")
     return {
@@ -192,6 +193,37 @@ def config_to_json(config: ViTConfig, layout: str) -> dict:
     }
 
 
-def _our_name(timm_name: str) -> str:
-    name = timm_name.split(".")[0].replace("_", "-")
-    return re.sub(r"^deit3?-", "vit-", name)
+TIMM_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "dim",
+    "depth": "depth",
+    "num_heads": "heads",
+    "qkv_bias": "qkv_bias",
+}
+
+
+def _from_timm(data: dict) -> ViTConfig | None:
+    """timm's config.json: an architecture's name and, where the model differs from it, arguments."""
+    name = data.get("architecture", "").split(".")[0].replace("_", "-")
+    config = config_for(re.sub("^deit3?-", "vit-", name))
+    if config is None:
+        return None
+    arguments = data.get("model_args") or {}
+    values = {ours: arguments[theirs] for theirs, ours in TIMM_ARGUMENTS.items() if theirs in arguments}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    config = replace(config, **values)
+    return replace(config, hidden=round(config.dim * arguments.get("mlp_ratio", config.hidden / config.dim)))
+
+
+def _to_timm(config: ViTConfig) -> dict:
+    """timm's config.json: with the arguments, any architecture of the family becomes this model."""
+    if config.distilled:
+        raise ModelError(
+            f"{config.name}: timm's distilled models have a second head; write it for transformers"
+        )
+    arguments = {theirs: getattr(config, ours) for theirs, ours in TIMM_ARGUMENTS.items()}
+    arguments["mlp_ratio"] = config.hidden / config.dim
+    architecture = config.name if config.name in names()[1:] else "vit-base-patch16-224"
+    architecture = architecture.replace("-", "_")
+    return {"architecture": architecture, "num_features": config.dim, "model_args": arguments}
