@@ -292,3 +292,15 @@ def test_deit_scores_as_timm_with_its_own_head(shared, capsys):
     ]
     assert evaluate.main(words) == 0
     assert "top-1 70.00 % over all 1000 classes, 93.75 % among the folder's 10" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one_with_the_doubled_batch(photos, tmp_path):
+    words = [*NANO, "--epochs", "2", "--data-dir", str(photos), "--device", "cpu"]
+    train.main([*words, "--batch-size", "4", "--output", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *words]
+    subprocess.run([*command, "--batch-size", "2", "--output", str(tmp_path / "two")], cwd=ROOT, check=True)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=5e-6, rtol=1e-5)
+    assert (summary(tmp_path / "one")["best"]["accuracy"]) == summary(tmp_path / "two")["best"]["accuracy"]

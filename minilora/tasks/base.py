@@ -38,6 +38,7 @@ class Task(Protocol):
     config: Config  # with everything filled in that the user left open
     base: dict[str, Any]  # {"weights": ..., "sha256": ...}, for config.toml
     labels: list[str]  # classes or answers
+    workers: int  # processes that read pictures
 
     def train_batches(self, epoch: int) -> list[list[int]]:
         """The whole epoch as batches of item numbers, a function of (seed, epoch) alone."""

@@ -72,7 +72,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
     }
     write_summary(run_dir, summary)
     curves_figure({run_dir.name: run_dir / "metrics.jsonl"}, run_dir / "curves.png")
-    options = EvalConfig(amp="fp32", bad_data=config.bad_data, batch_size=2 * config.batch_size, attention=4)
+    options = EvalConfig(batch_size=2 * config.batch_size, workers=task.workers, attention=4)
     run = load_run(run_dir, device, config.weights if config.mode != "full" else None)
     evaluation = run.evaluate(options)
     data = report_data([run], [evaluation], options)
