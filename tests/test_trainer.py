@@ -261,6 +261,18 @@ def test_compile_keeps_names_and_values(tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(ToyTask().model.state_dict())
 
 
+@pytest.mark.slow
+def test_compiled_training_ends_near_the_eager_one(tmp_path):
+    options = {"opt": "sgd", "lr": 0.1, "epochs": 2}
+    eager, _ = train(tmp_path / "eager", {"dropout": 0.0}, **options)
+    compiled, _ = train(tmp_path / "compiled", {"dropout": 0.0}, compile=True, **options)
+    for (name, a), (other, b) in zip(
+        eager.model.named_parameters(), compiled.model.named_parameters(), strict=True
+    ):
+        assert name == other
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_log_lines_are_greppable(tmp_path, capsys):
     train(tmp_path, log_interval=2)
     line = capsys.readouterr().out.splitlines()[0]
