@@ -6,6 +6,7 @@ Shapes: B pictures or texts, T tokens, d width of a tower, e width of the shared
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from reference_models.layers import (
     init_weights,
     padding_mask,
     run_blocks,
+    take_rows,
 )
 from reference_models.names import Entry
 
@@ -151,9 +153,55 @@ class TextTower(nn.Module):
 
     forward = pooled
 
+    def pooled_choices(self, input_ids: Tensor) -> Tensor:
+        """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as `pooled` of each text.
+
+        The common beginning of a question's texts is computed once, and in the last block only the end tokens.
+        """
+        packed = pack_choices(input_ids, self.end_positions(input_ids))
+        x = self.token_embed(packed.ids) + self.pos_embed[0, packed.positions]  # (B, L, d)
+        mask = packed.mask[:, None]  # (B, 1, L, L)
+        x = run_blocks(self.blocks[:-1], x, mask, checkpointing=self.grad_checkpointing)
+        mask = take_rows(packed.mask, packed.ends)[:, None]  # (B, 1, C, L)
+        return self.norm(self.blocks[-1](x, mask, rows=packed.ends))
+
     def attention_maps(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
         return collect_attention_maps(self, lambda: self.forward_features(input_ids, attention_mask))
+
+
+class Packed(NamedTuple):
+    """The texts of a question's choices as one row, what they have in common at the front written once.
+
+    ids, positions (B, L); mask (B, L, L), True where a token may look; ends (B, C), where each text ends in the row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    ends: Tensor
+
+
+def pack_choices(input_ids: Tensor, ends: Tensor) -> Packed:
+    """Token ids (B, C, T) of C texts for each question, which end at `ends` (B, C) -> one row for each question.
+
+    A token of a causal tower depends only on what stands before it, so the tokens of a common beginning are the
+    same in all C texts. They stand once in the row, with the first text; each text sees them and itself.
+    """
+    B, C, T = input_ids.shape
+    place = torch.arange(T, device=input_ids.device)
+    same = (input_ids == input_ids[:, :1]).all(1)  # (B, T)
+    common = same.long().cumprod(1).sum(1).minimum(ends.amin(1))  # (B,), the end tokens stay apart
+    first = torch.arange(C, device=input_ids.device)[:, None] == 0
+    kept = (place <= ends[..., None]) & (first | (place >= common[:, None, None]))  # (B, C, T)
+    kept = kept.flatten(1)
+    order = kept.long().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]  # (B, L)
+    choice, position = order // T, order % T
+    before = position[:, None, :] <= position[:, :, None]  # (B, L, L): query, key
+    seen = (choice[:, None, :] == choice[:, :, None]) | (position < common[:, None])[:, None, :]
+    mask = before & seen & kept.gather(1, order)[:, None, :]
+    slots = (kept.long().cumsum(1) - 1).view(B, C, T).gather(2, ends[..., None])[..., 0]  # (B, C)
+    return Packed(input_ids.flatten(1).gather(1, order), position, mask, slots)
 
 
 class CLIP(nn.Module):
@@ -180,6 +228,10 @@ class CLIP(nn.Module):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, e), not normalised."""
         return self.text_projection(self.text.pooled(input_ids, attention_mask))
+
+    def encode_choices(self, input_ids: Tensor) -> Tensor:
+        """(B, C, T) -> (B, C, e): `encode_text` of C texts for each of B questions, what they share computed once."""
+        return self.text_projection(self.text.pooled_choices(input_ids))
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None

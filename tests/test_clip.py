@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
+from reference_models.clip import pack_choices
 from tests.text_parity import (
     adapted_pairs,
     check_lora_gradients,
@@ -180,6 +181,50 @@ def test_pooled_last_block_changes_neither_value_nor_gradient():
     assert torch.allclose(one, full, atol=1e-5) and len(grads_one) == len(grads_full)
     for a, b in zip(grads_one, grads_full, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(b.abs().max(), 1.0)
+
+
+def choices(lengths, shared, eos=EOS, T=12):
+    """Texts (B, C, T): each question's choices begin with `shared` equal tokens; lengths (B, C) up to the end."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.zeros(len(lengths), len(lengths[0]), T, dtype=torch.long)
+    for b, row in enumerate(lengths):
+        prefix = torch.randint(3, 40, (shared[b],), generator=generator)
+        for c, length in enumerate(row):
+            ids[b, c, :length] = torch.randint(3, 40, (length,), generator=generator)
+            ids[b, c, : min(shared[b], length)] = prefix[:length]
+            ids[b, c, length] = eos
+    return ids
+
+
+@pytest.mark.parametrize("eos", [2, EOS])
+def test_choices_that_share_their_beginning_are_encoded_as_if_alone_value_and_gradient(eos):
+    model = randomize(create_model("clip-nano", **SMALL, eos_token_id=eos))
+    config = LoRAConfig(r=2, target_modules=("q_proj", "v_proj", "out_proj"), init_lora_weights=False)
+    inject_lora(model, config)
+    lengths = [[9, 6, 11, 7], [4, 4, 4, 4], [5, 3, 8, 2], [1, 1, 1, 1], [6, 6, 2, 11]]
+    ids = choices(
+        lengths, shared=[5, 4, 0, 1, 2]
+    )  # the second and the fourth question: all choices are equal
+    results = []
+    for packed in (True, False):
+        model.zero_grad()
+        out = model.encode_choices(ids) if packed else model.encode_text(ids.flatten(0, 1)).view(5, 4, -1)
+        out.sin().sum().backward()
+        grads = [p.grad for name, p in model.named_parameters() if p.requires_grad and "text" in name]
+        results.append((out, grads))
+    (one, grads_one), (other, grads_other) = results
+    assert one.shape == (5, 4, 20) and torch.allclose(one, other, atol=1e-5)
+    for a, b in zip(grads_one, grads_other, strict=True):
+        assert a is not None and (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_packed_choices_hold_the_common_beginning_once():
+    ids = choices([[9, 6, 11, 7]], shared=[5])
+    packed = pack_choices(ids, torch.tensor([[9, 6, 11, 7]]))
+    assert packed.ids.shape == (1, 5 + (10 - 5) + (7 - 5) + (12 - 5) + (8 - 5))
+    assert packed.ids[0, packed.ends[0]].tolist() == [EOS] * 4
+    assert packed.positions[0, packed.ends[0]].tolist() == [9, 6, 11, 7]
+    assert packed.mask[0].sum(1)[packed.ends[0]].tolist() == [10, 7, 12, 8]
 
 
 def test_lora_gradients_equal_pefts():

@@ -1,4 +1,4 @@
-"""MobileNetV2: torchvision's and timm's files give the same numbers, frozen statistics stay, real pictures are told apart."""
+"""MobileNetV2: parity with torchvision and timm, frozen statistics that stay, real pictures told apart."""
 
 import json
 
