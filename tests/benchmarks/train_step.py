@@ -1,0 +1,76 @@
+"""One training step: LoRA, full and linear of ours, peft on transformers, the floor and the ceiling.
+
+python -m tests.benchmarks.train_step                       # all models, two CPU threads, float32
+python -m tests.benchmarks.train_step --models vit-tiny --rounds 30 --save
+python -m tests.benchmarks.train_step --device cuda --amp bf16 --base bf16 --save
+"""
+
+from tests.benchmarks.common import interleaved, parser, prepare, ratio, report, told
+from tests.benchmarks.models import SPECS, Case
+
+
+def candidates(case: Case, arguments) -> dict:
+    """name -> step. Only a few models are alive at a time: what is not asked for is not built."""
+    amp, base = arguments.amp, arguments.base
+    steps = {
+        "full": case.ours("full", amp=amp),
+        "lora": case.ours("lora", 0.0, amp, base),
+        "lora .05": case.ours("lora", 0.05, amp, base),
+        "linear": case.ours("linear", amp=amp, base=base),
+        "full, all tokens": case.ours("full", amp=amp, pooled=False),
+        "lora, all tokens": case.ours("lora", 0.0, amp, base, pooled=False),
+        "floor": case.floor(amp),
+    }
+    if not arguments.no_peers:
+        steps["peft"], steps["peft .05"] = case.peft(0.0, amp), case.peft(0.05, amp)
+        steps["transformers full"] = case.peft(0.0, amp, mode="full")
+    return steps
+
+
+def measure(name: str, arguments) -> tuple[dict, dict]:
+    case = Case(name, arguments.device, arguments.batch)
+    ceiling = case.ceiling()
+    seconds = interleaved(candidates(case, arguments), arguments.rounds, arguments.device)
+    speedup = ratio(seconds["full"], seconds["lora"])
+    row = {
+        "model": f"{name}, batch {case.batch}",
+        "lora ms": f"{1e3 * sorted(seconds['lora'])[len(seconds['lora']) // 2]:.0f}",
+        "full / lora": told(speedup),
+        "ceiling": f"{ceiling:.2f}",
+        "share of ceiling": f"{speedup[0] / ceiling:.0%}",
+        "all tokens": told(ratio(seconds["full, all tokens"], seconds["lora, all tokens"])),
+        "lora / floor": told(ratio(seconds["lora"], seconds["floor"])),
+        "linear / lora": told(ratio(seconds["linear"], seconds["lora"])),
+    }
+    if "peft" in seconds:
+        row["peft / lora"] = told(ratio(seconds["peft"], seconds["lora"]))
+        row["same, dropout .05"] = told(ratio(seconds["peft .05"], seconds["lora .05"]))
+        row["transformers full / our full"] = told(ratio(seconds["transformers full"], seconds["full"]))
+    return row, seconds
+
+
+def main() -> None:
+    flags = parser(__doc__.splitlines()[0])
+    flags.add_argument("--models", nargs="+", default=list(SPECS), choices=list(SPECS))
+    flags.add_argument("--batch", type=int, default=None)
+    flags.add_argument("--amp", default="fp32", choices=("fp32", "bf16", "fp16"))
+    flags.add_argument(
+        "--base", default="fp32", choices=("fp32", "bf16", "fp16"), help="dtype of the frozen weights"
+    )
+    flags.add_argument("--no-peers", action="store_true", help="leave transformers and peft out")
+    arguments = flags.parse_args()
+    header = (
+        prepare(arguments)
+        + f"; amp {arguments.amp}, frozen weights {arguments.base}, {arguments.rounds} rounds"
+    )
+    rows, raw = [], {}
+    for name in arguments.models:
+        row, raw[name] = measure(name, arguments)
+        print(row, flush=True)
+        rows.append(row)
+    suffix = f"{arguments.device.split(':')[0]}_{arguments.amp}"
+    report(f"train_step_{suffix}", header, rows, arguments.save, raw)
+
+
+if __name__ == "__main__":
+    main()
