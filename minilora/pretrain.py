@@ -102,7 +102,7 @@ def vit_nano(plan: Plan) -> tuple[nn.Module, dict]:
 
 
 RECIPES: dict[str, tuple[Callable[[Plan], tuple[nn.Module, dict]], Plan, str]] = {
-    "vit-nano": (vit_nano, Plan(steps=2400), "vit-nano-patch8-48"),
+    "vit-nano": (vit_nano, Plan(steps=1800, lr=1.5e-3), "vit-nano-patch8-48"),
 }
 
 
