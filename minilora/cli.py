@@ -23,6 +23,10 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return _complain("out of memory; try a smaller --batch-size, --amp bf16, or another --device", 1)
     except OSError as error:
         return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
 

@@ -248,6 +248,15 @@ def test_estimated_activations_are_those_that_are_kept(photos):
     assert estimate == pytest.approx(saved_bytes(task, batch, "fp32", torch.device("cpu")), rel=0.1)
 
 
+def test_without_the_plots_extra_everything_else_works(photos, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.pyplot", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    path = tmp_path / "plain"
+    assert train.main([*QUICK, "--data-dir", str(photos), "--output", str(path), "--max-steps", "1"]) == 0
+    assert capsys.readouterr().out.count("matplotlib") == 1
+    assert {p.name for p in path.iterdir()} == FILES - {"curves.png"}
+
+
 def test_lists_print_and_exit(capsys):
     assert train.main(["--list-models"]) == train.main(["--list-recipes"]) == 0
     assert train.main(["--list-targets", "vit-tiny-patch16-224"]) == 0
