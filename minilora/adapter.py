@@ -14,6 +14,7 @@ minilora/foreign.py.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from minilora.atomic import atomic_write, write_json, write_safetensors
 from minilora.errors import UserError
 from minilora.inject import LoRAConfig, inject_lora, lora_layers, lora_state_dict
 from minilora.peft_format import PREFIX, adapter_config, read_adapter
+from minilora.targets import ends
 
 __all__ = ["atomic_write", "export_adapter", "load_adapter", "save_adapter", "write_safetensors"]
 
@@ -55,6 +57,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         from minilora.foreign import adapter_to_ours  # names of transformers, timm: only when they are met
 
         config, tensors = adapter_to_ours(model, config, tensors, unknown, str(directory))
+    config = replace(config, modules_to_save=_present(model, config.modules_to_save))
     _check_shapes(model, config, tensors, directory)
     if not any(True for _ in lora_layers(model)):
         inject_lora(model, config)
@@ -73,6 +76,12 @@ def export_adapter(model: nn.Module, directory: str | Path, layout: str = "trans
     from minilora.foreign import export_adapter as export
 
     return export(model, Path(directory), layout)
+
+
+def _present(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `names` that the model has: PEFT lists every head of a task type ("classifier", "score")."""
+    own = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    return tuple(name for name in names if any(ends(full, name) for full in own))
 
 
 def _has_place(model: nn.Module, name: str) -> bool:

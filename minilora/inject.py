@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from minilora.config_checks import check_values
 from minilora.errors import UserError
 from minilora.lora import InputDropout, LoRALinear
 from minilora.targets import below, find_targets, from_pattern, saved_modules
@@ -57,25 +58,13 @@ class LoRAConfig:
     def __post_init__(self):
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = (self.layers_to_transform,)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = (self.modules_to_save,)
         for name in ("target_modules", "modules_to_save", "layers_to_transform"):
             if isinstance(getattr(self, name), (list, set, frozenset)):
                 setattr(self, name, tuple(sorted(getattr(self, name))))
         self.modules_to_save = self.modules_to_save or ()
-        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
-        for name, value in ranks.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"LoRAConfig: {name} must be a whole number of at least 1, got {value!r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise UserError(
-                f"LoRAConfig: lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}"
-            )
-        for name, choices in {
-            "bias": ("none", "lora_only", "all"),
-            "init_lora_weights": (True, False, "gaussian"),
-        }.items():
-            if getattr(self, name) not in choices:
-                listed = ", ".join(map(str, choices))
-                raise UserError(f"LoRAConfig: {name} must be one of {listed}; got {getattr(self, name)!r}")
+        check_values(self)
 
     def layer_options(self, name: str) -> dict:
         """The arguments of LoRALinear for the layer called `name`, patterns applied."""

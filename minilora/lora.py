@@ -39,23 +39,28 @@ class InputDropout(nn.Module):
     """Dropout on the input of the low-rank path only, drawn once for all projections that read the same x.
 
     q_proj and v_proj of one attention layer share this module and are called with the same tensor: the second
-    call finds the first one's result on the tensor. It lives exactly as long as x does, and nothing is kept
-    twice.
+    finds the first one's result on the tensor, where it lives as long as x does, and nothing is kept twice.
+    A layer that reads the same tensor again begins another pass (the next step, a checkpoint's recomputation)
+    and draws anew.
     """
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+    def forward(self, x: Tensor, reader: nn.Module) -> Tensor:
+        """x (..., in) -> dropout(x), the same tensor for every other `reader` of this x in one pass."""
+        if not self.training or not self.p:
             return x
-        if torch.compiler.is_compiling():
+        own_leaf = x.is_leaf and x.requires_grad  # its dropout points back to it: stored there, a cycle
+        if torch.compiler.is_compiling() or x.is_inference() or own_leaf:
             return fused.input_dropout(x, self.p)
-        owner = (self, x._version)
-        if getattr(x, "_lora_dropout", (None,))[0] != owner:
-            x._lora_dropout = (owner, fused.input_dropout(x, self.p))
-        return x._lora_dropout[1]
+        state = (id(self), x._version, torch.is_grad_enabled())
+        drawn, dropped, readers = getattr(x, "_lora_dropout", (None, x, ()))
+        if drawn != state or id(reader) in readers:
+            dropped, readers = fused.input_dropout(x, self.p), ()
+        x._lora_dropout = (state, dropped, (*readers, id(reader)))
+        return dropped
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -101,7 +106,7 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A = nn.Linear(self.in_features, r, bias=False, **kind)  # (r, in)
         self.lora_B = nn.Linear(r, self.out_features, bias=False, **kind)  # (out, r)
-        self.lora_dropout = InputDropout(lora_dropout) if lora_dropout else nn.Identity()
+        self.lora_dropout = InputDropout(lora_dropout)
         self.reset_lora_parameters(init_lora_weights)
         self.lora_magnitude_vector = nn.Parameter(self._row_norms()) if use_dora else None  # m (out,)
         self.train(base_layer.training)
@@ -129,7 +134,7 @@ class LoRALinear(nn.Module):
         """x (..., in) -> (..., out)."""
         if not self.enabled:
             return self.base_layer(x)
-        dropped = self.lora_dropout(x)
+        dropped = self.lora_dropout(x, self)
         if self.lora_magnitude_vector is not None:
             return self._dora_forward(x, dropped)
         base = self.base_layer
@@ -141,10 +146,11 @@ class LoRALinear(nn.Module):
         """b + (m / |V|) V x, written as the base output plus a correction so that dropout meets only the
         correction.
         """
-        gain = (self.lora_magnitude_vector / self._row_norms()).to(x.dtype)  # (out,)
-        base = F.linear(dropped, self.base_layer.weight)  # without bias: DoRA scales W, not b
-        low_rank = self.lora_B(self.lora_A(dropped)) * self.scaling
-        return self.base_layer(x) + (gain - 1) * base + gain * low_rank
+        gain = self.lora_magnitude_vector / self._row_norms()  # (out,)
+        W, A, B = (layer.weight.to(x.dtype) for layer in (self.base_layer, self.lora_A, self.lora_B))
+        base = F.linear(dropped, W)  # without bias: DoRA scales W, not b
+        low_rank = F.linear(F.linear(dropped, A), B) * self.scaling
+        return self.base_layer(x) + (gain - 1).to(x.dtype) * base + gain.to(x.dtype) * low_rank
 
     def low_rank_product(self) -> Tensor:
         """s B A, (out, in), in the precision of the adapters."""
@@ -193,6 +199,6 @@ class LoRALinear(nn.Module):
 
 
 if __name__ == "__main__":
-    from minilora.worked_example import main
+    from minilora.worked_example import table
 
-    main()
+    print(table())

@@ -79,9 +79,8 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{directory}: the adapter cannot be read (truncated or damaged?): {error}") from None
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type must be LORA, found {data.get('peft_type') if isinstance(data, dict) else data!r}"
-        )
+        found = data.get("peft_type") if isinstance(data, dict) else data
+        raise UserError(f"{path}: peft_type must be LORA, found {found!r}")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{file}: {name} holds NaN or infinite values; the file is damaged")

@@ -10,15 +10,19 @@ from torch import nn
 
 from minilora.errors import UserError
 
+HEADS = ("head", "heads", "classifier", "score", "fc")  # of timm, torchvision and transformers
+
 
 def find_targets(model: nn.Module, config) -> list[str]:
     """Dotted names of the layers that `config` adapts, in the model's order; UserError where a target finds
     none.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name
+    }
     targets, spared = config.target_modules, saved_modules(model, config)
     if targets == "all-linear":
-        heads = spared + list(getattr(model, "head_modules", ()))
+        heads = spared + list(getattr(model, "head_modules", HEADS))
         found = [n for n in linears if type(linears[n]) is nn.Linear and not any(below(n, h) for h in heads)]
     elif isinstance(targets, str):
         found = [name for name in linears if re.fullmatch(targets, name)]
@@ -34,18 +38,31 @@ def find_targets(model: nn.Module, config) -> list[str]:
         hint = " (one string is a regular expression for the whole name; write a tuple of names)"
         raise UserError(message + hint * (isinstance(targets, str) and targets != "all-linear"))
     for name in found:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
-            raise UserError(
-                f"inject_lora: {name!r} belongs to an nn.MultiheadAttention, which reads the weights of its "
-                "projections instead of calling them: LoRA would have no effect. Target other layers, or use a "
-                "model with separate q_proj, k_proj, v_proj and out_proj, such as those of reference_models."
-            )
-        if any(below(name, head) for head in spared):
-            raise UserError(
-                f"inject_lora: {name!r} is both in target_modules and in modules_to_save; choose one"
-            )
+        _refuse_unadaptable(model, name, spared)
     return found
+
+
+def _refuse_unadaptable(model: nn.Module, name: str, spared: list[str]) -> None:
+    """UserError where LoRA at `name` would have no effect, or would leave out what the layer does beside W x + b."""
+    layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise UserError(
+            f"inject_lora: {name!r} belongs to an nn.MultiheadAttention, which reads the weights of its "
+            "projections instead of calling them: LoRA would have no effect. Target other layers, or use a "
+            "model with separate q_proj, k_proj, v_proj and out_proj, such as those of reference_models."
+        )
+    if type(layer).forward is not nn.Linear.forward:
+        raise UserError(
+            f"inject_lora: {name!r} is a {type(layer).__name__}, which computes something else than W x + b "
+            "(a quantised layer?); LoRA cannot take its place. Target other layers."
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise UserError(
+            f"inject_lora: {name!r} has forward hooks (pruning, weight norm, your own?), which LoRA would not "
+            "call; remove them first, and register your own on the adapted layer."
+        )
+    if any(below(name, head) for head in spared):
+        raise UserError(f"inject_lora: {name!r} is both in target_modules and in modules_to_save; choose one")
 
 
 def matches(name: str, target: str) -> bool:

@@ -1,0 +1,135 @@
+"""Helpers for the tests of the LoRA core: the dense equivalent, one comparison for value and gradient, tiny models."""
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from minilora import LoRALinear, fused
+from minilora.inject import lora_layers
+from reference_models import create_model
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+class readable_form:
+    """Within the `with` block every LoRALinear computes the three-line form instead of the fused one."""
+
+    def __enter__(self):
+        fused.enabled = False
+
+    def __exit__(self, *_):
+        fused.enabled = True
+
+
+def lora_linear(d_in=6, d_out=4, r=2, alpha=3.0, bias=True, dtype=torch.float64, **options) -> LoRALinear:
+    """A LoRALinear whose A and B (and DoRA lengths) are all non-zero, so that no mistake hides behind B = 0."""
+    layer = LoRALinear(
+        nn.Linear(d_in, d_out, bias=bias, dtype=dtype), r, alpha, init_lora_weights=False, **options
+    )
+    if layer.lora_magnitude_vector is not None:
+        with torch.no_grad():
+            layer.lora_magnitude_vector.mul_(torch.rand_like(layer.lora_magnitude_vector) + 0.5)
+    return layer
+
+
+def dense_forward(layer: LoRALinear, x: Tensor) -> Tensor:
+    """The definition: one dense weight W + s B A (with DoRA its rows scaled to length m), written with matmul alone."""
+    W, b = layer.base_layer.weight, layer.base_layer.bias
+    V = W + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight  # (out, in)
+    if layer.lora_magnitude_vector is not None:
+        norm = V.detach().square().sum(1).sqrt()  # DoRA, section 4.3: a constant in backward
+        V = (layer.lora_magnitude_vector / norm)[:, None] * V
+    return x @ V.T + (0 if b is None else b)
+
+
+def value_and_gradients(function, x: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{"y": value, "x": dL/dx, name: dL/dparameter} for a loss that weighs every output differently."""
+    x = x.detach().clone().requires_grad_()
+    y = function(x)
+    loss = (
+        y.double() * torch.linspace(-1, 1, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].view(y.shape)
+    ).sum()
+    inputs = {"x": x, **{name: p for name, p in parameters.items() if p.requires_grad}}
+    return {"y": y.detach()} | dict(
+        zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True)
+    )
+
+
+def assert_equal_value_and_gradients(
+    ours, wanted, x: Tensor, layer: nn.Module, tolerance: float | None = None
+):
+    """Both functions of x give the same value and the same gradients of x and of every trainable parameter.
+
+    Differences are counted in units of the largest number in the comparison, or of 1 where all are smaller.
+    """
+    parameters = dict(layer.named_parameters())
+    a, b = (value_and_gradients(function, x, parameters) for function in (ours, wanted))
+    scale = max([1.0, *(tensor.abs().max().item() for tensor in b.values() if tensor.numel())])
+    for name in b:
+        assert a[name].shape == b[name].shape, name
+        if b[name].numel():
+            error = (a[name].double() - b[name].double()).abs().max().item() / scale
+            assert error <= (tolerance or TOLERANCE[x.dtype]), f"{name} differs by {error:.2e}"
+
+
+def tiny_vit(num_classes: int = 10, depth: int = 2, **overrides) -> nn.Module:
+    """A ViT with 32-pixel pictures and every tensor random, norms and biases included."""
+    sizes = {"image_size": 32, "dim": 24, "heads": 3, "hidden": 48, "depth": depth} | overrides
+    return randomise(create_model("vit-tiny-patch16-224", num_classes, **sizes))
+
+
+def randomise(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=scale)
+            if "norm" in name.lower() and name.endswith("weight"):
+                parameter.add_(1)
+    return model.eval()
+
+
+def randomise_trained(model: nn.Module) -> nn.Module:
+    """Random values in everything that is trained, as after many steps."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * (0.05 if "magnitude" in name else 0.2))
+    return model
+
+
+def train_steps(model: nn.Module, forward, steps: int = 2, lr: float = 0.05) -> list[float]:
+    """AdamW on everything that requires a gradient; `forward(model)` gives logits with labels 0, 1, 2, ..."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        logits = forward(model)
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers."""
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
+    )
+
+
+def adapted(model: nn.Module) -> list[str]:
+    return [name for name, _ in lora_layers(model)]
+
+
+def logits_of(model: nn.Module, *inputs, **named) -> Tensor:
+    """The logits of a model of any library, without gradient."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model(*inputs, **named)
+    return getattr(out, "logits", out)
