@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minilora import LoRAConfig, inject_lora
-from minilora.inject import lora_layers
+from minilora import LoRAConfig, export_adapter, inject_lora, load_adapter
+from minilora.inject import lora_layers, lora_state_dict
 from reference_models import create_model, load_pretrained, save_pretrained
 from reference_models.load import family_module
 from reference_models.names import Entry, to_ours, to_theirs
@@ -40,6 +40,12 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 parameter.copy_(noise * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1.0))
     return model.eval()
+
+
+def chance(seed: int):
+    """choose(list) of a seeded random configuration."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda options: options[int(torch.randint(len(options), (1,), generator=generator))]
 
 
 def pictures(size: int | tuple[int, int], batch: int = 2, seed: int = 1) -> Tensor:
@@ -226,3 +232,24 @@ def assert_keys_of(name: str, listing: str, shared: Path) -> None:
         state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
         written = to_theirs(state, family_module(model.config.family).key_table(model.config, layout))
     assert {key: tuple(tensor.shape) for key, tensor in written.items()} == expected
+
+
+def assert_adapter_travels(model: nn.Module, oracle: nn.Module, layout: str, x: Tensor, folder: Path) -> None:
+    """An adapter that we export works in peft on their model, comes back with the same bits, and so does peft's own."""
+    from peft import PeftModel
+
+    plain = copy.deepcopy(model)
+    again = copy.deepcopy(model)
+    adapted(model).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(1.5)
+    expected = logits_of(model, x)
+    export_adapter(model, folder / "ours", layout)
+    peft = PeftModel.from_pretrained(oracle, str(folder / "ours")).eval()
+    assert distance(logits_of(peft, x), expected) <= 1e-5
+    load_adapter(plain, folder / "ours")
+    trained = lora_state_dict(model)
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in lora_state_dict(plain).items())
+    peft.save_pretrained(folder / "theirs", save_embedding_layers=False)  # else it asks the network
+    load_adapter(again, folder / "theirs")
+    assert distance(logits_of(again.eval(), x), expected) <= 1e-6

@@ -11,12 +11,14 @@ from reference_models.beit_files import resize_bias_table
 from tests.parity import (
     TARGETS,
     adapted,
+    assert_adapter_travels,
     assert_checkpointing_is_exact,
     assert_every_adapter_learns,
     assert_keys_of,
     assert_round_trip,
     assert_same_lora_gradients,
     assert_swaps_are_noticed,
+    chance,
     distance,
     fill,
     logits_of,
@@ -72,6 +74,25 @@ TIMM_CONFIG = {
 @pytest.mark.parametrize("size", [32, 59])  # 59: three pixels over at the edge
 def test_logits_equal_transformers(kind, size, tmp_path):
     oracle, x = hf_beit(size, **KINDS[kind]), pictures(size)
+    model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
+    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_configurations_equal_transformers(seed, tmp_path):
+    choose = chance(seed)
+    heads, size = choose([1, 2, 3, 6]), choose([16, 31, 40, 64])
+    options = {"hidden_size": heads * choose([4, 8, 12]), "num_attention_heads": heads}
+    options |= {"num_hidden_layers": choose([1, 2, 3]), "intermediate_size": choose([20, 64])}
+    options |= {
+        "patch_size": choose([4, 8]),
+        "num_labels": choose([3, 7]),
+        "hidden_act": choose(["gelu", "relu"]),
+    }
+    kinds = ("relative_position_bias", "shared_relative_position_bias", "mean_pooling")
+    options |= {f"use_{kind}": choose([True, False]) for kind in kinds}
+    options |= {"layer_scale_init_value": choose([0.0, 0.1]), "layer_norm_eps": choose([1e-12, 1e-5])}
+    oracle, x = hf_beit(size, **options), pictures(size)
     model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
     assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
 
@@ -132,6 +153,12 @@ def test_lora_gradients_equal_peft(tmp_path):
     model = load_pretrained(write_transformers(oracle, tmp_path))
     targets = dict(zip(TARGETS, ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"), strict=True))
     assert_same_lora_gradients(model, oracle, "transformers5", pictures(32), targets)
+
+
+def test_adapters_travel_to_transformers_and_back(tmp_path):
+    oracle = hf_beit(32, **KINDS["own bias"])
+    model = load_pretrained(write_transformers(oracle, tmp_path / "hf")).eval()
+    assert_adapter_travels(model, oracle, "transformers5", pictures(32), tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from reference_models.swin_files import resize_window_table
 from tests.parity import (
     TARGETS,
     adapted,
+    assert_adapter_travels,
     assert_checkpointing_is_exact,
     assert_every_adapter_learns,
     assert_key_biases,
@@ -21,6 +22,7 @@ from tests.parity import (
     assert_round_trip,
     assert_same_lora_gradients,
     assert_swaps_are_noticed,
+    chance,
     distance,
     fill,
     logits_of,
@@ -90,6 +92,28 @@ def test_logits_equal_transformers(version, size, window, tmp_path):
     assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
     if version == 1:
         assert_key_biases(model, oracle)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_configurations_equal_transformers(version, seed, tmp_path):
+    choose = chance(seed)
+    stages, heads, window = choose([1, 2, 3]), choose([1, 2]), choose([2, 3, 4])
+    options = {"embed_dim": heads * choose([4, 8]), "num_heads": [heads * 2**i for i in range(stages)]}
+    options |= {"depths": [choose([1, 2, 3]) for _ in range(stages)], "patch_size": choose([2, 4])}
+    options |= {
+        "mlp_ratio": choose([1.5, 4.0]),
+        "qkv_bias": choose([True, False]),
+        "hidden_act": choose(["gelu", "relu"]),
+    }
+    if version == 2:
+        options |= {"pretrained_window_sizes": [choose([0, 3, 6]) for _ in range(stages)]}
+    size = options["patch_size"] * window * 2 ** (stages - 1) + choose(
+        [0, 1, 5, 14]
+    )  # no grid below the window
+    oracle, x = hf_swin(version, size, window, **options), pictures(size)
+    model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
+    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -199,6 +223,19 @@ def test_lora_gradients_equal_peft(version, tmp_path):
     model = load_pretrained(write_transformers(oracle, tmp_path))
     targets = dict(zip(TARGETS, PEFT_NAMES[version], strict=True))
     assert_same_lora_gradients(model, oracle, "transformers5", pictures(32), targets)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_adapters_travel_to_transformers_and_back(version, tmp_path):
+    oracle = hf_swin(version)
+    model = load_pretrained(write_transformers(oracle, tmp_path / "hf")).eval()
+    assert_adapter_travels(model, oracle, "transformers5", pictures(32), tmp_path)
+
+
+def test_adapters_travel_to_timm_and_back(tmp_path):
+    oracle, config = timm_swin()
+    model = load_pretrained(write_weights(oracle, tmp_path / "timm", config)).eval()
+    assert_adapter_travels(model, oracle, "timm", pictures(32), tmp_path)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -14,6 +14,7 @@ from reference_models.layers import resize_positions
 from tests.parity import (
     TARGETS,
     adapted,
+    assert_adapter_travels,
     assert_checkpointing_is_exact,
     assert_every_adapter_learns,
     assert_key_biases,
@@ -21,6 +22,7 @@ from tests.parity import (
     assert_round_trip,
     assert_same_lora_gradients,
     assert_swaps_are_noticed,
+    chance,
     distance,
     fill,
     logits_of,
@@ -84,6 +86,20 @@ def test_logits_equal_transformers(size, options, tmp_path):
         assert_key_biases(model, oracle)
 
 
+@pytest.mark.parametrize("kind", ["ViT", "DeiT"])
+@pytest.mark.parametrize("seed", range(5))
+def test_random_configurations_equal_transformers(kind, seed, tmp_path):
+    choose = chance(seed)
+    heads, size = choose([1, 2, 3, 6]), choose([16, 32, 40, 64])
+    options = {"hidden_size": heads * choose([4, 8, 12]), "num_attention_heads": heads}
+    options |= {"num_hidden_layers": choose([1, 2, 3]), "intermediate_size": choose([20, 64])}
+    options |= {"patch_size": choose([4, 8]), "num_labels": choose([3, 7]), "qkv_bias": choose([True, False])}
+    options |= {"layer_norm_eps": choose([1e-12, 1e-5]), "hidden_act": choose(["gelu", "relu", "quick_gelu"])}
+    oracle, x = hf_vit(size, kind, **options), pictures(size)
+    model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
+    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+
+
 @pytest.mark.parametrize("size", [32, 56, (24, 40)])
 def test_logits_equal_timm(size, tmp_path):
     oracle, config = timm_vit(size)
@@ -125,6 +141,15 @@ def test_lora_gradients_equal_peft(tmp_path):
     model = load_pretrained(write_transformers(oracle, tmp_path))
     targets = dict(zip(TARGETS, ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"), strict=True))
     assert_same_lora_gradients(model, oracle, "transformers5", pictures(32), targets)
+
+
+def test_adapters_travel_to_transformers_and_timm_and_back(tmp_path):
+    oracle = hf_vit()
+    model = load_pretrained(write_transformers(oracle, tmp_path / "hf")).eval()
+    assert_adapter_travels(model, oracle, "transformers5", pictures(32), tmp_path)
+    oracle, config = timm_vit()
+    model = load_pretrained(write_weights(oracle, tmp_path / "timm", config)).eval()
+    assert_adapter_travels(model, oracle, "timm", pictures(32), tmp_path)
 
 
 def test_every_adapter_gets_a_gradient():
