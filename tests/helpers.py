@@ -4,9 +4,11 @@ import copy
 import warnings
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from minilora import LoRALinear, fused
+from minilora import LoRAConfig, LoRALinear, fused, inject_lora
 from minilora.inject import lora_layers
 from reference_models import create_model
 
@@ -133,3 +135,33 @@ def logits_of(model: nn.Module, *inputs, **named) -> Tensor:
         warnings.simplefilter("ignore")
         out = model(*inputs, **named)
     return getattr(out, "logits", out)
+
+
+class TwoReaders(nn.Module):
+    """q and v read the same h = relu(x), out reads another tensor: an attention layer in small."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.v, self.out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        h = F.relu(x)
+        return self.out(self.q(h) + self.v(h))
+
+
+def two_readers(p: float = 0.5) -> nn.Module:
+    config = LoRAConfig(r=4, lora_dropout=p, target_modules=("q", "v", "out"), init_lora_weights=False)
+    return inject_lora(TwoReaders(), config)
+
+
+SHAPES = {"(in)": (), "(B, in)": (3,), "(B, T, in)": (2, 5), "(B, H, T, in)": (2, 1, 3), "empty batch": (0,)}
+
+
+@st.composite
+def layer_cases(draw):
+    """Any shape, any rank from 1 to min(in, out), with and without bias, DoRA, rsLoRA."""
+    d_in, d_out = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    r = draw(st.integers(1, min(d_in, d_out)))
+    alpha = draw(st.sampled_from([0.5, 1.0, 3.0, 2.0 * r]))
+    choices = {name: draw(st.booleans()) for name in ("bias", "use_dora", "use_rslora")}
+    return (d_in, d_out, r, alpha), choices, draw(st.sampled_from(list(SHAPES)))

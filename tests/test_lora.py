@@ -10,44 +10,32 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from minilora import LoRAConfig, LoRALinear, inject_lora, merge_lora
 from minilora.inject import lora_layers
 from tests.helpers import (
+    SHAPES,
     TOLERANCE,
+    TwoReaders,
     assert_equal_value_and_gradients,
     dense_forward,
+    layer_cases,
     lora_linear,
     readable_form,
     same_bits,
     snapshot,
     tiny_vit,
     train_steps,
+    two_readers,
 )
-
-SHAPES = {"(in)": (), "(B, in)": (3,), "(B, T, in)": (2, 5), "(B, H, T, in)": (2, 1, 3), "empty batch": (0,)}
-
-
-@st.composite
-def layers(draw):
-    """Any shape, any rank from 1 to min(in, out), with and without bias, DoRA, rsLoRA."""
-    d_in, d_out = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    r = draw(st.integers(1, min(d_in, d_out)))
-    alpha = draw(st.sampled_from([0.5, 1.0, 3.0, 2.0 * r]))
-    choices = {name: draw(st.booleans()) for name in ("bias", "use_dora", "use_rslora")}
-    return (d_in, d_out, r, alpha), choices, draw(st.sampled_from(list(SHAPES)))
-
 
 # ---- the equation
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
-@given(layers())
+@given(layer_cases())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_y_equals_x_times_W_plus_s_B_A_transposed_in_value_and_gradient(dtype, case):
     sizes, options, shape = case
@@ -203,23 +191,6 @@ def test_with_dropout_the_gradient_is_that_of_the_very_mask_of_the_forward(dora)
     assert_equal_value_and_gradients(layer, wanted, torch.randn(3, 6, dtype=torch.float64), layer)
 
 
-class TwoReaders(nn.Module):
-    """q and v read the same h = relu(x), out reads another tensor: an attention layer in small."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.v, self.out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
-
-    def forward(self, x):
-        h = F.relu(x)
-        return self.out(self.q(h) + self.v(h))
-
-
-def two_readers(p: float = 0.5) -> nn.Module:
-    config = LoRAConfig(r=4, lora_dropout=p, target_modules=("q", "v", "out"), init_lora_weights=False)
-    return inject_lora(TwoReaders(), config)
-
-
 def masks_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each layer's dropout gave in one forward pass."""
     seen, original = {}, type(model.q.lora_dropout).forward
@@ -259,97 +230,11 @@ def test_a_pass_without_gradient_leaves_nothing_that_a_pass_with_gradient_would_
     assert model.v.lora_dropout(x, model.v).requires_grad
 
 
-# ---- two forms of one equation
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(layers())
-def test_the_fused_form_equals_the_readable_form(case):
-    sizes, options, shape = case
-    layer = lora_linear(*sizes, **options)
-
-    def readable(x):
-        with readable_form():
-            return layer(x)
-
-    assert_equal_value_and_gradients(
-        layer, readable, torch.randn(*SHAPES[shape], sizes[0], dtype=torch.float64), layer
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_the_fused_form_equals_the_readable_form_under_autocast(dtype, dora):
-    layer = lora_linear(32, 16, 4, dtype=torch.float32, use_dora=dora)
-
-    def cast(x, readable=False):
-        with torch.autocast("cpu", dtype=dtype):
-            if not readable:
-                return layer(x)
-            with readable_form():
-                return layer(x)
-
-    x = torch.randn(3, 32)
-    assert_equal_value_and_gradients(cast, lambda x: cast(x, True), x, layer, TOLERANCE[dtype])
-    assert_equal_value_and_gradients(cast, lambda x: dense_forward(layer, x), x, layer, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_gradcheck_agrees_with_finite_differences(dora):
-    layer = lora_linear(4, 3, use_dora=dora)
-    trained = [layer.lora_A.weight, layer.lora_B.weight]
-    if dora:  # the norm is held constant in backward, so only x and m have the gradient of the value
-        trained = [layer.lora_magnitude_vector]
-    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *trained))
-
-
-def saved_bytes(function, model: nn.Module) -> tuple[list[tuple], int]:
-    """Shapes and total bytes of the distinct activations that a forward keeps for backward; parameters not counted."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (tuple(tensor.shape), storage.nbytes(), storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sorted(shape for shape, _, _ in kept.values()), sum(size for _, size, _ in kept.values())
-
-
-def test_without_dropout_backward_keeps_x_and_the_low_rank_product_and_nothing_else():
-    layer = LoRALinear(nn.Linear(64, 32), 4, 8)
-    x = torch.randn(10, 64)
-    assert saved_bytes(lambda: layer(x), layer) == ([(10, 4), (10, 64)], 4 * (10 * 4 + 10 * 64))
-
-
-def test_with_dropout_two_siblings_keep_one_mask_byte_per_entry_and_one_dropped_x_together():
-    model = inject_lora(TwoReaders(), LoRAConfig(r=4, lora_dropout=0.05, target_modules=("q", "v")))
-    h = torch.randn(10, 64, requires_grad=True) * 1
-    shapes, size = saved_bytes(lambda: (model.q(h), model.v(h)), model)
-    assert shapes == [(10, 4), (10, 4), (10, 64), (10, 64)]  # h of q, h of v, dropped x, mask
-    assert size == 4 * (2 * 10 * 4 + 10 * 64) + 10 * 64
-
-
-@pytest.mark.parametrize("need_x", [False, True], ids=["x is data", "x needs a gradient"])
-def test_backward_multiplies_gB_gA_x_and_h_only_and_W_only_for_an_x_that_needs_it(need_x):
-    N, d_in, d_out, r = 10, 64, 32, 4
-    layer = LoRALinear(nn.Linear(d_in, d_out), r, 8)
-    y = layer(torch.randn(N, d_in, requires_grad=need_x))
-    with FlopCounterMode(display=False) as counter:
-        y.sum().backward()
-    gB, dA, dB = N * d_out * r, N * r * d_in, N * r * d_out
-    dx = N * d_out * d_in  # g W; the counter does not see the addmm_ of s gB A, done in place
-    assert counter.get_total_flops() == 2 * (gB + dA + dB + need_x * dx)
-
-
 # ---- merging
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(layers())
+@given(layer_cases())
 def test_merged_is_a_plain_linear_with_the_same_output_and_leaves_W_alone(case):
     sizes, options, shape = case
     layer = lora_linear(*sizes, **options).eval()

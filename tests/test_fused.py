@@ -1,0 +1,102 @@
+"""The fused form of the LoRA equation beside the readable one: same value, same gradients, less kept and computed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from minilora import LoRAConfig, LoRALinear, inject_lora
+from tests.helpers import (
+    SHAPES,
+    TOLERANCE,
+    TwoReaders,
+    assert_equal_value_and_gradients,
+    dense_forward,
+    layer_cases,
+    lora_linear,
+    readable_form,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(layer_cases())
+def test_the_fused_form_equals_the_readable_form(case):
+    sizes, options, shape = case
+    layer = lora_linear(*sizes, **options)
+
+    def readable(x):
+        with readable_form():
+            return layer(x)
+
+    assert_equal_value_and_gradients(
+        layer, readable, torch.randn(*SHAPES[shape], sizes[0], dtype=torch.float64), layer
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_the_fused_form_equals_the_readable_form_under_autocast(dtype, dora):
+    layer = lora_linear(32, 16, 4, dtype=torch.float32, use_dora=dora)
+
+    def cast(x, readable=False):
+        with torch.autocast("cpu", dtype=dtype):
+            if not readable:
+                return layer(x)
+            with readable_form():
+                return layer(x)
+
+    x = torch.randn(3, 32)
+    assert_equal_value_and_gradients(cast, lambda x: cast(x, True), x, layer, TOLERANCE[dtype])
+    assert_equal_value_and_gradients(cast, lambda x: dense_forward(layer, x), x, layer, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_gradcheck_agrees_with_finite_differences(dora):
+    layer = lora_linear(4, 3, use_dora=dora)
+    trained = [layer.lora_A.weight, layer.lora_B.weight]
+    if dora:  # the norm is held constant in backward, so only x and m have the gradient of the value
+        trained = [layer.lora_magnitude_vector]
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *trained))
+
+
+def saved_bytes(function, model: nn.Module) -> tuple[list[tuple], int]:
+    """Shapes and total bytes of the distinct activations that a forward keeps for backward; parameters not counted."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (tuple(tensor.shape), storage.nbytes(), storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sorted(shape for shape, _, _ in kept.values()), sum(size for _, size, _ in kept.values())
+
+
+def test_without_dropout_backward_keeps_x_and_the_low_rank_product_and_nothing_else():
+    layer = LoRALinear(nn.Linear(64, 32), 4, 8)
+    x = torch.randn(10, 64)
+    assert saved_bytes(lambda: layer(x), layer) == ([(10, 4), (10, 64)], 4 * (10 * 4 + 10 * 64))
+
+
+def test_with_dropout_two_siblings_keep_one_mask_byte_per_entry_and_one_dropped_x_together():
+    model = inject_lora(TwoReaders(), LoRAConfig(r=4, lora_dropout=0.05, target_modules=("q", "v")))
+    h = torch.randn(10, 64, requires_grad=True) * 1
+    shapes, size = saved_bytes(lambda: (model.q(h), model.v(h)), model)
+    assert shapes == [(10, 4), (10, 4), (10, 64), (10, 64)]  # h of q, h of v, dropped x, mask
+    assert size == 4 * (2 * 10 * 4 + 10 * 64) + 10 * 64
+
+
+@pytest.mark.parametrize("need_x", [False, True], ids=["x is data", "x needs a gradient"])
+def test_backward_multiplies_gB_gA_x_and_h_only_and_W_only_for_an_x_that_needs_it(need_x):
+    N, d_in, d_out, r = 10, 64, 32, 4
+    layer = LoRALinear(nn.Linear(d_in, d_out), r, 8)
+    y = layer(torch.randn(N, d_in, requires_grad=need_x))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    gB, dA, dB = N * d_out * r, N * r * d_in, N * r * d_out
+    dx = N * d_out * d_in  # g W; the counter does not see the addmm_ of s gB A, done in place
+    assert counter.get_total_flops() == 2 * (gB + dA + dB + need_x * dx)
