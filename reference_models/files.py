@@ -33,7 +33,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         files = _shards(file)
     state: dict[str, Tensor] = {}
     for one in files:
-        state.update(_read_bin(one) if one.suffix in (".bin", ".pt", ".pth") else _read_safetensors(one))
+        state.update(_read_bin(one) if one.suffix in (".bin", ".pt", ".pth") else read_safetensors(one))
     for key, tensor in state.items():
         if tensor.is_floating_point():
             if not torch.isfinite(tensor).all():
@@ -67,7 +67,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -105,14 +105,14 @@ def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: s
     documents = preprocess_to_json(model.preprocess, layout, data)
     tensors = {key: tensor.contiguous().cpu().clone() for key, tensor in state.items()}
     name = "open_clip_model.safetensors" if layout == "open_clip" else "model.safetensors"
-    _replace(directory / name, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    replace_file(directory / name, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
     for name, document in documents.items():
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-        _replace(directory / name, lambda tmp, text=text: Path(tmp).write_text(text, encoding="utf-8"))
+        replace_file(directory / name, lambda tmp, text=text: Path(tmp).write_text(text, encoding="utf-8"))
     return directory
 
 
-def _replace(path: Path, write) -> None:
+def replace_file(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(str(temporary))

@@ -1,0 +1,189 @@
+"""Rename an adapter between the module names of transformers 4 and 5, which PEFT itself refuses to load.
+
+    python -m reference_models.names convert SRC DST --layout transformers5
+
+SRC and DST are directories with adapter_config.json and adapter_model.safetensors. Only names change: the tensors
+keep their bits. The names come from the families' key tables; which family an adapter belongs to is read from its
+tensors' names. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import save_file
+
+from reference_models.errors import ModelError
+from reference_models.files import read_safetensors, replace_file
+from reference_models.jsonfile import read_json
+
+LAYOUTS = ("transformers4", "transformers5")
+PREFIX = "base_model.model."
+# what an adapter adds to a module's name: lora_A.weight, lora_magnitude_vector, the trained bias of its base layer
+ADDED = re.compile(r"^(?P<module>.*?)(?P<added>\.(?:lora_|base_layer\.).*)$")
+
+
+class Rule(NamedTuple):
+    """Names that match `source` become `target`, its "{}" filled with the layers' numbers in order."""
+
+    source: re.Pattern
+    target: str
+
+
+@functools.cache
+def rules_for(family: str, source: str, target: str) -> list[Rule]:
+    """One rule for every module and parameter of a family, for any number of layers, without the family's prefix."""
+    from reference_models.load import config_for, family_module
+
+    module = family_module(family)
+    config, prefix = config_for(module.names()[0]), module.layouts[source][0]
+    new = {entry.ours: entry.theirs for entry in module.key_table(config, target)}
+    pairs = {}
+    for entry in module.key_table(config, source):
+        if entry.ours in new:
+            names = [name.removeprefix(prefix) for name in (entry.theirs, new[entry.ours])]
+            pairs[tuple(_folded(name) for name in names)] = None
+            owners = [name.rpartition(".")[0] for name in names]
+            pairs[tuple(_folded(name) for name in owners)] = None
+    rules = []
+    for old, fresh in pairs:
+        if old and fresh:
+            core = re.escape(old).replace("<>", r"(\d+)")
+            rules.append(Rule(re.compile(rf"(?P<lead>(?:.*\.)?){core}"), fresh.replace("<>", "{}")))
+    return rules
+
+
+def _folded(name: str) -> str:
+    return ".".join("<>" if part.isdigit() else part for part in name.split("."))
+
+
+def renamer(family: str, source: str, target: str) -> Callable[[str], str | None]:
+    """A function from a module's or tensor's name to its new name, or None where the family has no such name."""
+    rules = rules_for(family, source, target)
+
+    def rename(name: str) -> str | None:
+        split = ADDED.match(name)
+        module, added = (split["module"], split["added"]) if split else (name, "")
+        found = [(rule, match) for rule in rules if (match := rule.source.fullmatch(module))]
+        if not found:
+            return None
+        rule, match = min(found, key=lambda pair: len(pair[1]["lead"]))  # the most of the name
+        return match["lead"] + rule.target.format(*match.groups()[1:]) + added
+
+    return rename
+
+
+def families() -> list[str]:
+    from reference_models.load import FAMILIES, family_module
+
+    return [name for name in FAMILIES if set(LAYOUTS) <= set(family_module(name).layouts)]
+
+
+def find_names(tensors: list[str], config: dict, layout: str, family: str | None = None) -> dict[str, str]:
+    """{old name: new name} for the tensors of an adapter. ModelError where no family fits, or several differ."""
+    other = LAYOUTS[1 - LAYOUTS.index(layout)]
+    hint = ((config.get("auto_mapping") or {}).get("base_model_class") or "").lower()
+    found, named = {}, {}
+    for candidate in [family] if family else families():
+        for source in (other, layout):  # an adapter that already has the names keeps them
+            rename = renamer(candidate, source, layout)
+            names = {name: rename(name) for name in tensors}
+            if all(names.values()):
+                found.setdefault(candidate, names)
+                if hint.startswith(candidate) or any(f"{candidate}." in name for name in tensors):
+                    named.setdefault(candidate, names)
+    answers = list((named or found).values())
+    if not answers:
+        raise ModelError(
+            f"{tensors[0]}: no {family or 'model'} of transformers has such names; the families are "
+            f"{', '.join(families())}"
+        )
+    if any(answer != answers[0] for answer in answers):
+        raise ModelError(f"the names fit {' and '.join(named or found)}; say which with --family")
+    return answers[0]
+
+
+def convert(source: str | Path, target: str | Path, layout: str, family: str | None = None) -> int:
+    """Write the adapter of `source` under the names of `layout` to `target`; how many tensors were renamed.
+
+    layout: "transformers4" or "transformers5". Raises ModelError for other layouts, unreadable files and names
+    that belong to no family.
+    """
+    if layout not in LAYOUTS:
+        raise ModelError(
+            f"layout {layout!r}: names are converted between {' and '.join(LAYOUTS)}; for others load the adapter "
+            "into its model and use evaluate.py --export-adapter"
+        )
+    source, target = Path(source), Path(target)
+    config = read_json(source / "adapter_config.json")
+    tensors = read_safetensors(source / "adapter_model.safetensors")
+    if strange := [name for name in tensors if not name.startswith(PREFIX)] or not tensors:
+        what = strange[0] if tensors else "no tensors"
+        raise ModelError(f"{source / 'adapter_model.safetensors'}: {what}: not an adapter in PEFT's layout")
+    names = find_names([name.removeprefix(PREFIX) for name in tensors], config, layout, family)
+    renamed = {PREFIX + names[name.removeprefix(PREFIX)]: tensor for name, tensor in tensors.items()}
+    text = json.dumps(_renamed_config(config, names), indent=2, sort_keys=True) + "\n"
+    target.mkdir(parents=True, exist_ok=True)
+    weights = target / "adapter_model.safetensors"
+    replace_file(weights, lambda tmp: save_file(renamed, tmp, metadata={"format": "pt"}))
+    replace_file(target / "adapter_config.json", lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
+    return sum(old != new for old, new in names.items())
+
+
+def _renamed_config(config: dict, names: dict[str, str]) -> dict:
+    """adapter_config.json for the new names. Layers are told by their full names, which every rule of PEFT takes."""
+    modules = {}  # adapted layers, old name: new name
+    for old, new in names.items():
+        if ".lora_" in old:
+            modules[ADDED.match(old)["module"]] = ADDED.match(new)["module"]
+    if all(old == new for old, new in names.items()):
+        return config
+    result = {**config, "target_modules": list(modules.values())}
+    result |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+    for key in ("rank_pattern", "alpha_pattern"):
+        result[key] = {
+            re.escape(new): value
+            for pattern, value in (config.get(key) or {}).items()
+            for old, new in modules.items()
+            if re.fullmatch(rf"(.*\.)?({pattern})", old)
+        }
+    result["modules_to_save"] = _saved_modules(config.get("modules_to_save"), names)
+    return result
+
+
+def _saved_modules(saved: list[str] | None, names: dict[str, str]) -> list[str] | None:
+    """modules_to_save, where a name changed as the full new names of the modules that it meant."""
+    result = []
+    for name in saved or []:
+        owners = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
+        meant = {old: new for old, new in owners.items() if old == name or old.endswith(f".{name}")}
+        same = all(new == name or new.endswith(f".{name}") for new in meant.values())
+        result += [name] if same else sorted(meant.values())
+    return result or saved
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m reference_models.names", description=__doc__.split("\n")[0]
+    )
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "convert", help="rename the tensors of an adapter"
+    )
+    command.add_argument("source", metavar="SRC", help="directory of the adapter")
+    command.add_argument("target", metavar="DST", help="directory to write")
+    command.add_argument("--layout", required=True, help=" or ".join(LAYOUTS))
+    command.add_argument("--family", choices=families(), help="where the names fit several families")
+    args = parser.parse_args(arguments)
+    try:
+        count = convert(args.source, args.target, args.layout, args.family)
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(
+        f"{args.target}: {count} tensors renamed" if count else f"{args.target}: the names were right already"
+    )
