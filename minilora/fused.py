@@ -14,7 +14,6 @@ with g = dL/dy and h = x' A^T:
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 enabled = True  # False: always the readable form. torch.compile also takes that one and fuses it by itself.
@@ -63,16 +62,18 @@ class FusedLoRALinear(torch.autograd.Function):
         y = F.linear(x.reshape(rows.shape), weight, bias)  # (N, out)
         h = rows @ A.T  # (N, r)
         y.addmm_(h, B.T, alpha=scaling)  # y = y + s * h B^T, in place
-        ctx.save_for_backward(rows, h, weight, A, B)
+        ctx.save_for_backward(dropped, h, weight, A, B)
         ctx.scaling, ctx.shared, ctx.shape = scaling, dropped is x, x.shape
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        rows, h, weight, A, B = ctx.saved_tensors
+        dropped, h, weight, A, B = ctx.saved_tensors
         need_x, need_dropped, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])  # (N, out)
+        rows = dropped.reshape(-1, dropped.shape[-1])  # (N, in)
+        if torch.is_grad_enabled():
+            h = rows @ A.T  # create_graph=True: the saved h is outside the graph of x and A
         gB = (g @ B).mul_(ctx.scaling)  # (N, r)
         dx = d_dropped = None
         if need_x:
@@ -112,7 +113,6 @@ class _MaskedScale(torch.autograd.Function):
         return mask.to(x.dtype).mul_(ctx.scale).mul_(x)  # x * mask would mix types, five times slower
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         return mask.to(grad.dtype).mul_(ctx.scale).mul_(grad), None

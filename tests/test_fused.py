@@ -61,6 +61,19 @@ def test_gradcheck_agrees_with_finite_differences(dora):
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *trained))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_second_derivatives_are_those_of_the_readable_form(p):
+    layer = lora_linear(4, 3, lora_dropout=p)
+    trained = [layer.lora_A.weight, layer.lora_B.weight]
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def function(x, *_):
+        torch.manual_seed(3)
+        return layer(x).sin()
+
+    assert torch.autograd.gradgradcheck(function, (x, *trained))
+
+
 def saved_bytes(function, model: nn.Module) -> tuple[list[tuple], int]:
     """Shapes and total bytes of the distinct activations that a forward keeps for backward; parameters not counted."""
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -80,6 +93,12 @@ def test_without_dropout_backward_keeps_x_and_the_low_rank_product_and_nothing_e
     layer = LoRALinear(nn.Linear(64, 32), 4, 8)
     x = torch.randn(10, 64)
     assert saved_bytes(lambda: layer(x), layer) == ([(10, 4), (10, 64)], 4 * (10 * 4 + 10 * 64))
+
+
+def test_of_an_x_that_is_not_contiguous_no_copy_is_kept():
+    layer = LoRALinear(nn.Linear(64, 32), 4, 8)
+    x = torch.randn(64, 5, 10).permute(2, 1, 0)  # (10, 5, 64)
+    assert saved_bytes(lambda: layer(x), layer)[1] == 4 * (50 * 4 + 50 * 64)
 
 
 def test_with_dropout_two_siblings_keep_one_mask_byte_per_entry_and_one_dropped_x_together():
