@@ -2,7 +2,7 @@
 
 Two classification tasks that share no shape and no colour:
   source  48 classes, 6 colours x 8 shapes: what the bundled nano ViT was trained on (python -m minilora.pretrain)
-  target   8 classes, 8 other shapes in 6 other colours: what `train.py` fine-tunes it for
+  target   8 classes, 8 other shapes in 6 other colours, turned a little further: what `train.py` fine-tunes it for
 Picture i of a set depends only on (seed, set, i).
 """
 
@@ -114,12 +114,12 @@ def finish(canvas: np.ndarray, rng: np.random.Generator, noise: float = 6.0) -> 
     return np.clip(canvas + noise * grain, 0, 255).astype(np.uint8)
 
 
-def single(shape: str, colour: str, rng: np.random.Generator) -> np.ndarray:
-    """One large shape near the middle of a dark ground: (48, 48, 3) uint8."""
+def single(shape: str, colour: str, rng: np.random.Generator, tilt: float) -> np.ndarray:
+    """One large shape near the middle of a dark ground, turned by up to `tilt` radians: (48, 48, 3) uint8."""
     radius = rng.uniform(13, 17)
     x, y = SIZE / 2 + rng.uniform(-3, 3, 2)
     canvas = background(rng)
-    canvas = paint(canvas, outline_mask(shape, x, y, radius, rng.uniform(-0.1, 0.1)), colour, rng)
+    canvas = paint(canvas, outline_mask(shape, x, y, radius, rng.uniform(-tilt, tilt)), colour, rng)
     return finish(canvas, rng)
 
 
@@ -139,9 +139,9 @@ class ShapesSplit(Split):
         rng = picture_rng(self.seed, self.task, self.part, number)
         if self.task == "source":
             colour, shape = divmod(number % 48, 8)
-            return single(SOURCE_SHAPES[shape], tuple(SOURCE_COLOURS)[colour], rng)
+            return single(SOURCE_SHAPES[shape], tuple(SOURCE_COLOURS)[colour], rng, tilt=0.1)
         colour = tuple(TARGET_COLOURS)[rng.integers(len(TARGET_COLOURS))]
-        return single(TARGET_SHAPES[number % 8], colour, rng)
+        return single(TARGET_SHAPES[number % 8], colour, rng, tilt=0.2)
 
     def load(self, i: int) -> Image.Image:
         return Image.fromarray(self.pixels(i))
