@@ -211,7 +211,10 @@ class CLIP(nn.Module):
     """
 
     head_modules = ("visual_projection", "text_projection", "logit_scale")
-    layouts = ("transformers5", "transformers4", "open_clip")
+    layouts = (
+        "transformers5",
+        "transformers4",
+    )  # of adapters: open_clip reads its projections, never calls them
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

@@ -154,9 +154,10 @@ def config_from_json(data: dict) -> CLIPConfig | None:
         return _from_open_clip(data["model_cfg"])
     if data.get("model_type") != "clip":
         return None
-    # files of 2022 and before write the nested tables under these names too
-    vision = {**(data.get("vision_config_dict") or {}), **(data.get("vision_config") or {})}
-    text = {**(data.get("text_config_dict") or {}), **(data.get("text_config") or {})}
+    # where files of 2022 have the table under a second name too, that one counts, its gaps the defaults
+    vision, text = (
+        data.get(f"{tower}_config_dict") or data.get(f"{tower}_config") or {} for tower in ("vision", "text")
+    )
     towers = {}
     for ours, (theirs, vision_default, text_default) in FIELDS.items():
         towers[f"vision_{ours}"] = vision.get(theirs, vision_default)

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.clip import pack_choices
+from reference_models.clip_files import FIELDS, config_for, config_from_json
+from reference_models.names import to_ours
 from tests.text_parity import (
     adapted_pairs,
     check_lora_gradients,
@@ -123,27 +125,25 @@ def test_transformers_and_open_clip_files_of_one_model_agree(tmp_path):
         assert distance(logits, theirs.get_logits(images, ids)[0]) <= 1e-5
 
 
-def test_partial_nested_configuration_takes_the_class_defaults(tmp_path):
-    theirs = hf_oracle()
+@pytest.mark.parametrize("second", [False, True])
+def test_partial_nested_configuration_takes_the_class_defaults(second, tmp_path):
     data = {
         "model_type": "clip",
         "text_config": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
         "vision_config": {"patch_size": 14, "hidden_act": "gelu"},
     }
+    if second:  # files of 2022 say it twice, and not always the same
+        data["text_config_dict"] = {"hidden_act": "gelu", "eos_token_id": 2}
+        data["vision_config_dict"] = {"hidden_size": 1024, "num_attention_heads": 16}
     (tmp_path / "config.json").write_text(json.dumps(data))
     full = transformers.CLIPConfig.from_pretrained(tmp_path)
-    from reference_models.clip_files import config_from_json
-
     config = config_from_json(data)
     for tower, oracle in (("vision", full.vision_config), ("text", full.text_config)):
-        assert getattr(config, f"{tower}_dim") == oracle.hidden_size
-        assert getattr(config, f"{tower}_act") == oracle.hidden_act
-        assert getattr(config, f"{tower}_heads") == oracle.num_attention_heads
-        assert getattr(config, f"{tower}_hidden") == oracle.intermediate_size
-        assert getattr(config, f"{tower}_eps") == oracle.layer_norm_eps
+        for ours, (theirs, *_) in FIELDS.items():
+            assert getattr(config, f"{tower}_{ours}") == getattr(oracle, theirs), (tower, ours)
     assert (config.vocab_size, config.context) == (49408, 77)
+    assert config.patch_size == full.vision_config.patch_size
     assert config.eos_token_id == full.text_config.eos_token_id
-    assert theirs.config.model_type == "clip"
 
 
 @pytest.mark.parametrize("layout", ["transformers4", "open_clip"])
@@ -231,8 +231,6 @@ def test_lora_gradients_equal_pefts():
     theirs = hf_oracle("gelu")
     ours = create_model("clip-nano", **SMALL, eos_token_id=EOS)
     table, state = ours.key_table("transformers5"), theirs.state_dict()
-    from reference_models.names import to_ours
-
     ours.load_state_dict(to_ours(state, table)[0])
     names = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     wrapped = get_peft_model(theirs, LoraConfig(r=3, lora_alpha=6, target_modules=list(names)))
@@ -312,8 +310,6 @@ def test_key_tables_cover_the_listed_checkpoints(shared):
 
 
 def test_reads_the_listed_configurations(shared):
-    from reference_models.clip_files import config_for, config_from_json
-
     for file, name in (
         ("hf_clip_vit_base_patch32__CLIPModel", "clip-vit-b-32-quickgelu"),
         ("hf_clip_vit_l14_laion2B__CLIPModel", "clip-vit-l-14"),
