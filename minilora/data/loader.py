@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from minilora.data.folder import Split
 from minilora.data.images import BadImage
@@ -60,7 +60,10 @@ def in_order(n: int, batch_size: int) -> list[list[int]]:
 
 
 class Pictures:
-    """Decoded pictures of a split by index, kept in memory while there is room, each a BadImage if broken."""
+    """Decoded pictures of a split by index, kept in memory while there is room; BadImage if one is broken.
+
+    Workers keep nothing: they end with the epoch, in which they see every picture once.
+    """
 
     def __init__(self, split: Split, cache_bytes: int = CACHE_BYTES):
         self.split, self.room = split, cache_bytes
@@ -71,7 +74,7 @@ class Pictures:
             return self.kept[i]
         image = self.split.load(i)
         size = 3 * image.width * image.height
-        if size <= self.room:
+        if size <= self.room and get_worker_info() is None:
             self.kept[i], self.room = image, self.room - size
         return image
 
