@@ -49,7 +49,6 @@ def linear_layers(table) -> list[Layer]:
 
 
 # ---- ours -> theirs
-# --------------------------------------------------------------------------------------------------
 
 
 def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
@@ -171,7 +170,6 @@ def _plain_number(value: float) -> float | int:
 
 
 # ---- theirs -> ours
-# --------------------------------------------------------------------------------------------------
 
 
 def adapter_to_ours(
@@ -223,16 +221,10 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
         options = config.layer_options(theirs)
         root = math.sqrt(options["r"]) if config.use_rslora else options["r"]
         parts = _split(layers[theirs], theirs, tensors)
-        if (
-            config.bias == "all" and f"{theirs}.base_layer.bias" in tensors
-        ):
-            biases = tensors[f"{theirs}.base_layer.bias"].chunk(len(layers[theirs].ours))
-            plain = {
-                f"{n}.bias": bias
-                for n, bias in zip(layers[theirs].ours, biases, strict=True)
-                if n not in parts
-            }
-            result |= plain
+        if config.bias == "all" and f"{theirs}.base_layer.bias" in tensors:
+            names = layers[theirs].ours
+            biases = zip(names, tensors[f"{theirs}.base_layer.bias"].chunk(len(names)), strict=True)
+            result |= {f"{name}.bias": bias for name, bias in biases if name not in parts}
         for ours, part in parts.items():
             result |= {f"{ours}.{key}": value for key, value in part.items()}
             ranks[ours], scalings[ours] = part["lora_A.weight"].shape[0], options["lora_alpha"] / root

@@ -50,9 +50,9 @@ def value_and_gradients(function, x: Tensor, parameters: dict[str, Tensor]) -> d
     """{"y": value, "x": dL/dx, name: dL/dparameter} for a loss that weighs every output differently."""
     x = x.detach().clone().requires_grad_()
     y = function(x)
-    loss = (
-        y.double() * torch.linspace(-1, 1, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].view(y.shape)
-    ).sum()
+    n = y.numel()
+    weights = torch.linspace(-1, 1, max(n, 1), dtype=torch.float64, device=x.device)[:n]
+    loss = (y.double() * weights.view(y.shape)).sum()
     inputs = {"x": x, **{name: p for name, p in parameters.items() if p.requires_grad}}
     return {"y": y.detach()} | dict(
         zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True)

@@ -34,19 +34,22 @@ def test_the_fused_form_equals_the_readable_form(case):
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_the_fused_form_equals_the_readable_form_under_autocast(dtype, dora):
-    layer = lora_linear(32, 16, 4, dtype=torch.float32, use_dora=dora)
+def test_the_fused_form_equals_the_readable_form_under_autocast(device, dtype, dora):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    layer = lora_linear(32, 16, 4, dtype=torch.float32, use_dora=dora).to(device)
 
     def cast(x, readable=False):
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device, dtype=dtype):
             if not readable:
                 return layer(x)
             with readable_form():
                 return layer(x)
 
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 32, device=device)
     assert_equal_value_and_gradients(cast, lambda x: cast(x, True), x, layer, TOLERANCE[dtype])
     assert_equal_value_and_gradients(cast, lambda x: dense_forward(layer, x), x, layer, TOLERANCE[dtype])
 
