@@ -16,6 +16,7 @@ SCHEDULES = ("linear", "cosine", "plateau", "constant")
 BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
 DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 5e-3}  # where --lr is not given, by --mode
+DEFAULT_TARGETS = {task: ("q_proj", "v_proj") for task in TASKS} | {"choice": ("q_proj", "v_proj", "out_proj")}
 LR_BY_MODE = ", ".join(f"{mode} {lr:g}" for mode, lr in DEFAULT_LR.items())
 
 
@@ -80,8 +81,8 @@ class Config:
     lora_r: Any = flag(M, 8, "rank of the update", int, low=1, high=65536, towers=True)
     lora_alpha: Any = flag(M, 16.0, "the update is scaled by alpha / r", float, above=0, towers=True)
     lora_dropout: float = flag(M, 0.0, "dropout of the update's input", float, low=0, below=1)
-    target_modules: Any = flag(M, ("q_proj", "v_proj"), "layers to adapt, see --list-targets; or all-linear",
-        many=True)
+    target_modules: Any = flag(M, None, "layers to adapt, see --list-targets; or all-linear", many=True,
+        shown="q_proj v_proj; choice: out_proj too")
     layers: Any = flag(M, None, "blocks to adapt, such as 0 1 or 8-11", many=True, meta="N", shown="all")
     train_norms: bool = flag(M, False, "train the normalisation layers too", bool)
     train_bias: str = flag(M, "none", "train biases: of the adapted layers, or all", choices=BIASES)

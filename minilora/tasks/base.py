@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minilora.adapter import load_adapter
 from minilora.atomic import write_json
 from minilora.errors import UserError
-from minilora.flags import DEFAULT_LR, Config
+from minilora.flags import DEFAULT_LR, DEFAULT_TARGETS, Config
 from minilora.inject import LoRAConfig, cast_frozen, inject_lora, mark_only_lora_as_trainable, merge_lora
 from minilora.values import option
 from reference_models import load_pretrained
@@ -91,8 +91,9 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def resolve(config: Config, default_model: Any) -> None:
-    """Fill in what depends on other flags: the model, the learning rate, absolute paths."""
+    """Fill in what depends on other flags: the model, its targets, the learning rate, absolute paths."""
     config.model = config.model or default_model
+    config.target_modules = config.target_modules or DEFAULT_TARGETS[config.task]
     config.lr = config.lr or DEFAULT_LR[config.mode]
     for name in ("data_dir", "adapter", "teacher", "tokenizer"):
         if getattr(config, name):
@@ -209,7 +210,7 @@ def lora_config(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
         r=Config.lora_r if isinstance(config.lora_r, dict) else config.lora_r,
         lora_alpha=Config.lora_alpha if isinstance(config.lora_alpha, dict) else config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=config.target_modules or DEFAULT_TARGETS[config.task],
         modules_to_save=heads,
         layers_to_transform=config.layers,
         use_rslora=config.use_rslora,
@@ -250,7 +251,7 @@ def _same_adapter(found: LoRAConfig, config: Config) -> None:
     }
     for flag, key in names.items():
         wanted, value = getattr(config, flag), getattr(found, key)
-        given = wanted != getattr(Config, flag)
+        given = wanted != (DEFAULT_TARGETS[config.task] if flag == "target_modules" else getattr(Config, flag))
         if given and (set(wanted) != set(value) if isinstance(wanted, tuple) else wanted != value):
             raise UserError(
                 f"{option(flag)} {wanted}: the adapter {config.adapter} has {key} {value}; leave the flag out"
