@@ -76,6 +76,11 @@ def test_layers_to_transform_chooses_by_the_last_number_in_the_name(layers, want
     assert found == [f"blocks.{i}.attn.q_proj" for i in wanted]
 
 
+def test_of_two_numbers_in_a_name_the_last_one_is_the_layer():
+    names = ("stages.0.blocks.0.q", "stages.0.blocks.1.q", "stages.1.blocks.0.q")
+    assert targets(named(*names), ("q",), layers_to_transform=(1,)) == ["stages.0.blocks.1.q"]
+
+
 def test_rank_and_alpha_patterns_hold_for_the_names_that_they_match():
     model = tiny_vit()
     patterns = {
