@@ -171,7 +171,7 @@ def test_help_fits_100_columns_and_names_every_flag():
 
 def test_help_shows_defaults():
     text = train_parser().format_help()
-    assert "[8]" in text and "[q_proj v_proj]" in text and "lora 0.00" in text
+    assert "[8]" in text and "[q_proj v_proj;" in text and "lora 0.00" in text
 
 
 def test_tables_have_a_help_of_one_line_for_every_flag():

@@ -1,0 +1,133 @@
+"""From questions to batches: the texts of all choices as token ids, made once; pictures as they come.
+
+A picture that several questions of a batch are about is in the batch once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from minilora.data.choices import ChoiceSplit
+from minilora.data.images import BadImage
+from minilora.data.loader import Pictures, mix, seeded_cpu
+from minilora.data.transforms import build_transform
+
+WORTH_SHARING = (
+    0.75  # of the tokens are left when the choices share their beginning: then it is faster to do so
+)
+
+
+class Tokens:
+    """Ragged token ids of N questions with C choices each, in one array. `tokens[i]` is a list of C rows."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], choices: int):
+        self.choices = choices
+        self.starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+        self.flat = np.fromiter((i for row in rows for i in row), np.int32, self.starts[-1])
+
+    def __getitem__(self, i: int) -> list[np.ndarray]:
+        first = i * self.choices
+        return [self.flat[self.starts[k] : self.starts[k + 1]] for k in range(first, first + self.choices)]
+
+
+class ChoiceDataset(Dataset):
+    """`dataset[i]` is question i, `dataset[(epoch, i)]` with its picture augmented for that epoch.
+
+    An item: image (3, S, S) float32 normalised, tokens (C rows), label (place of the right choice, -1 unknown), index,
+    picture, valid. A broken picture raises BadImage (bad_data "error") or is zeros with valid False (bad_data "skip").
+    """
+
+    def __init__(
+        self,
+        split: ChoiceSplit,
+        tokens: Tokens,
+        preprocess: dict,
+        augment: str = "none",
+        seed: int = 0,
+        bad_data: str = "error",
+    ):
+        self.split, self.tokens, self.seed, self.bad_data = split, tokens, seed, bad_data
+        self.pictures, self.size = Pictures(split.pictures), preprocess["image_size"]
+        self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
+        self.last: tuple[object, Tensor | None] = (None, None)  # neighbours often ask about the same picture
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, i = key if isinstance(key, tuple) else (None, key)
+        question = self.split[i]
+        image = self.image(epoch, question.picture)
+        valid = image is not None
+        return {
+            "image": image if valid else torch.zeros(3, self.size, self.size),
+            "tokens": self.tokens[i],
+            "label": question.answer,
+            "index": i,
+            "picture": question.picture,
+            "valid": valid,
+        }
+
+    def image(self, epoch: int | None, number: int) -> Tensor | None:
+        """Picture `number` as the model wants it, None where it is broken and that is allowed."""
+        if self.last[0] != (epoch, number):
+            self.last = (epoch, number), self._image(epoch, number)
+        return self.last[1]
+
+    def _image(self, epoch: int | None, number: int) -> Tensor | None:
+        try:
+            picture = self.pictures[number]
+        except BadImage:
+            if self.bad_data == "error":
+                raise
+            return None
+        if epoch is None:
+            return self.plain(picture)
+        with seeded_cpu(mix(self.seed, epoch, number)):  # by picture: its questions see the same crop
+            return self.augmented(picture)
+
+
+def collate_choices(items: Sequence[dict], pad_id: int) -> dict:
+    """Items -> batch. B questions, U different pictures, C choices, T tokens of the longest text.
+
+    image (U, 3, S, S), picture (B,) rows of image, input_ids (B, C, T), label, index (B,) int64, valid (B,) bool,
+    share: whether it pays to encode what a question's choices have in common once.
+    """
+    rows: dict[int, int] = {}
+    for item in items:
+        rows.setdefault(item["picture"], len(rows))
+    images = {item["picture"]: item["image"] for item in items}
+    texts = [item["tokens"] for item in items]
+    ids = np.full((len(texts), len(texts[0]), max(len(t) for text in texts for t in text)), pad_id, np.int64)
+    for b, text in enumerate(texts):
+        for c, tokens in enumerate(text):
+            ids[b, c, : len(tokens)] = tokens
+    return {
+        "image": torch.stack([images[number] for number in rows]),
+        "picture": torch.tensor([rows[item["picture"]] for item in items]),
+        "input_ids": torch.from_numpy(ids),
+        "share": shared_size(texts) <= WORTH_SHARING * ids[0].size,
+        **{key: torch.tensor([item[key] for item in items]) for key in ("label", "index", "valid")},
+    }
+
+
+def shared_size(texts: Sequence[Sequence[np.ndarray]]) -> int:
+    """Tokens of the largest question when its choices' common beginning is written once."""
+    largest = 0
+    for text in texts:
+        short = min(len(tokens) for tokens in text) - 1  # the end token stands apart
+        heads = np.stack([tokens[:short] for tokens in text])
+        common = int((heads == heads[0]).all(0).cumprod().sum())
+        largest = max(largest, common + sum(len(tokens) - common for tokens in text))
+    return largest
+
+
+def choice_collate(pad_id: int) -> Callable[[Sequence[dict]], dict]:
+    """`collate_choices` for one tokenizer, fit to be sent to a worker."""
+    return partial(collate_choices, pad_id=pad_id)

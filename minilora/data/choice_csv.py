@@ -1,0 +1,113 @@
+"""Multiple choice from csv tables, as the SCPC 2025 competition has them (and any table with such columns).
+
+    ID,img_path,Question,A,B,C,D,answer          a letter as answer; test.csv has no such column
+    TRAIN_000,./train_input_images/TRAIN_000.jpg,"What, if anything, is on the table?",...,B
+
+A folder with train.csv, val.csv, test.csv, or one table, which a `split` column may divide. The columns A, B, C ... are
+the choices, 2 to 26 of them; a column `type` gives the type of the question. Paths are relative to the table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minilora.data.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
+from minilora.data.folder import Sample, Split
+from minilora.data.tables import FILE_COLUMNS, SPLIT_COLUMN, SPLIT_NAMES, contained, find_tables, read_rows
+from minilora.errors import UserError
+
+PARTS = ("train", "val", "test")
+TYPES = ("type", "question_type")
+
+
+def read_choice_tables(path: Path) -> ChoiceSplits:
+    """The questions of the table `path`, or of the tables in the folder `path`.
+
+    Rows without an answer column are a test set (answer -1); a table alone that has one is for training. Raises
+    UserError with file and line for whatever is wrong.
+    """
+    tables = {part: table for part, table in find_tables(path).items() if not _is_sample(table)}
+    if not tables:
+        raise UserError(f"{path}: no csv file in this folder")
+    parts: dict[str, ChoiceSplit] = {}
+    for name, table in tables.items():
+        questions, own_parts, pictures = read_choices(table)
+        if name == "all" and questions[0].answer < 0:
+            name = "test"
+        elif name in ("train", "val") and questions[0].answer < 0:
+            raise UserError(
+                f"{table}: no answer column; without answers there is nothing to learn (test.csv?)"
+            )
+        for part in dict.fromkeys(own_parts) if name == "all" else [name]:
+            rows = (q for q, own in zip(questions, own_parts, strict=True) if name != "all" or own == part)
+            parts[part] = ChoiceSplit(rows, pictures)
+    return ChoiceSplits(*(parts.get(part) for part in PARTS), "scpc")
+
+
+def _is_sample(table: Path) -> bool:
+    return table.stem.lower() == "sample_submission"
+
+
+def read_choices(table: Path) -> tuple[list[Question], list[str], Split]:
+    """(questions in the table's order, the part of each, their pictures) of one csv."""
+    header, rows = read_rows(table)
+    lower = {name.lower(): name for name in header}
+    image, answer = next((lower[n] for n in FILE_COLUMNS if n in lower), None), lower.get("answer")
+    letters = _letters(header, table)
+    for name, column in (("ID", lower.get("id")), ("img_path", image), ("Question", lower.get("question"))):
+        if column is None:
+            raise UserError(f"{table}: the column {name} is missing; the header has {', '.join(header)}")
+    if not rows:
+        raise UserError(f"{table}: no rows below the header")
+    kind = next((lower[name] for name in TYPES if name in lower), None)
+    pictures: dict[str, int] = {}
+    lines: dict[str, int] = {}
+    questions, parts = [], []
+    for line, row in rows:
+        where = f"{table}, line {line}"
+        key, text = row[lower["id"]], row[lower["question"]]
+        if key in lines or not key:
+            raise UserError(
+                f"{where}: ID {key!r} " + (f"is already on line {lines[key]}" if key else "is empty")
+            )
+        lines[key] = line
+        choices = tuple(row[letter] for letter in letters)
+        check_choices(choices, where)
+        number = pictures.setdefault(contained(row[image], where), len(pictures))
+        place = _place(row[answer], letters, where) if answer else -1
+        questions.append(Question(key, number, text, choices, place, row[kind] if kind else ""))
+        parts.append(_part(row[lower[SPLIT_COLUMN]], where) if SPLIT_COLUMN in lower else "train")
+    return questions, parts, Split((Sample(path, -1) for path in pictures), table.parent)
+
+
+def _letters(header: list[str], table: Path) -> str:
+    """The choice columns, A to the last one."""
+    found = [name for name in header if len(name) == 1 and name in LETTERS]
+    letters = LETTERS[: len(found)]
+    if sorted(found) != list(letters):
+        gap = next(letter for letter in LETTERS if letter not in found)
+        raise UserError(
+            f"{table}: there is a column {max(found)} but no column {gap}; choices are A, B, C ..."
+        )
+    if not 2 <= len(found) or "AA" in header:
+        count = "more than 26" if "AA" in header else len(found)
+        raise UserError(
+            f"{table}: {count} choice columns; a question needs 2 to {len(LETTERS)}, named A, B, C ... (the header has "
+            f"{', '.join(header)})"
+        )
+    return letters
+
+
+def _place(answer: str, letters: str, where: str) -> int:
+    place = letters.find(answer.upper()) if len(answer) == 1 else -1
+    if place < 0:
+        raise UserError(
+            f"{where}: the answer {answer!r} is none of the letters {letters[0]} to {letters[-1]}"
+        )
+    return place
+
+
+def _part(name: str, where: str) -> str:
+    if name.lower() not in SPLIT_NAMES:
+        raise UserError(f"{where}: split is {name!r}; expected one of {', '.join(SPLIT_NAMES)}")
+    return SPLIT_NAMES[name.lower()]

@@ -1,0 +1,229 @@
+"""Multiple choice with CLIP: the picture is compared with one sentence for each choice.
+
+v   = normalise(visual_projection(vision(picture)))               (B, e)
+t_c = normalise(text_projection(text(sentence of choice c)))      (B, C, e)
+logits_c = exp(logit_scale) * v . t_c                             (B, C)
+loss = cross entropy with label smoothing over the choices of a question
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minilora.atomic import write_json
+from minilora.data.choice_batches import ChoiceDataset, choice_collate
+from minilora.data.choices import LETTERS, ChoiceSplit, ChoiceSplits, load_choices
+from minilora.data.loader import epoch_order, in_order, make_loader, train_keys
+from minilora.errors import UserError
+from minilora.flags import Config
+from minilora.tasks import base
+from minilora.tasks.choice_text import Texts, check_tokenizer, find_tokenizer, text_sizes
+from minilora.tasks.classify import Predictions
+from minilora.training import distributed
+from reference_models.tokenizers import Tokenizer
+
+DEFAULT_MODEL = "clip-nano"
+share_prefix: bool | None = (
+    None  # what a question's choices share at the front: None: encoded once where that is faster
+)
+
+
+def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
+    """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
+    base.resolve(config, DEFAULT_MODEL)
+    if config.teacher:
+        raise UserError("--teacher does not apply to --task choice")
+    splits = open_data(config)
+    model, record, tokenizer = load_clip(config)
+    base.make_trainable(model, config, model.head_modules if config.mode == "linear" else ())
+    if config.compile:  # the loss calls the towers, never the whole
+        model.vision.compile()
+        model.text.compile()
+    return Choice(config, model, record, tokenizer, splits, torch.device(device))
+
+
+def open_data(config: Config, require_train: bool = True) -> ChoiceSplits:
+    """The questions of --data-dir, or the generated ones."""
+    check = config.bad_data == "error"
+    sizes = config.val_split, config.subset, config.seed
+    return load_choices(config.data_dir, config.data_format, *sizes, check, require_train)
+
+
+def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
+    """(model, record of its weights, tokenizer) of a configuration; UserError where it is no CLIP."""
+    for flag in ("lora_r", "lora_alpha"):
+        if isinstance(getattr(config, flag), dict) and config.mode != "lora":
+            base.one_value(config, flag)
+    name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
+    tokenizer = find_tokenizer(config)
+    sizes = text_sizes(config, tokenizer) if is_clip_name(name) else {}
+    model, record = base.load_base(name, weights, config.seed, None, config.image_size, **sizes)
+    if not hasattr(model, "text_projection"):
+        raise UserError(
+            f"--model {name} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32"
+        )
+    check_tokenizer(model, tokenizer)
+    return model, record, tokenizer
+
+
+def is_clip_name(name: str) -> bool:
+    return name.startswith("clip-")
+
+
+def logits_of(model: nn.Module, batch: dict) -> Tensor:
+    """A batch of questions, or features that were computed before, -> logits (B, C), float32."""
+    if "text_features" in batch:
+        pooled, texts = batch["image_features"], batch["text_features"]
+    else:
+        pooled, texts = model.vision(batch["image"])[batch["picture"]], pooled_texts(model, batch)
+    image, text = model.visual_projection(pooled), model.text_projection(texts)  # (B, e), (B, C, e)
+    with torch.autocast(image.device.type, enabled=False):  # 100 times a cosine has no room in half precision
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        return model.logit_scale.exp() * torch.einsum("be,bce->bc", image, text)
+
+
+def pooled_texts(model: nn.Module, batch: dict) -> Tensor:
+    """input_ids (B, C, T) -> the text tower's end tokens (B, C, d)."""
+    ids = batch["input_ids"]
+    if batch["share"] if share_prefix is None else share_prefix:
+        return model.text.pooled_choices(ids)
+    return model.text(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: Iterable[dict], device: torch.device) -> Predictions:
+    """The probabilities of the choices of every question in `loader`, in its order."""
+    parts = []
+    for batch in loader:
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        probabilities = logits_of(model, inputs).softmax(-1).cpu().numpy()
+        parts.append((probabilities, batch["label"].numpy(), batch["valid"].numpy()))
+    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]:
+    """{type of question: share of right answers} over the scored rows; {} where no question has a type."""
+    rows: dict[str, list[bool]] = {}
+    right = found.probabilities.argmax(1) == found.labels
+    for i in np.flatnonzero(found.scored):
+        rows.setdefault(split[i].kind, []).append(bool(right[i]))
+    return {kind: sum(r) / len(r) for kind, r in sorted(rows.items())} if set(rows) - {""} else {}
+
+
+class Choice:
+    """The task that the Trainer trains; base.Task says what each method is for."""
+
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        record: dict,
+        tokenizer: Tokenizer,
+        splits: ChoiceSplits,
+        device: torch.device,
+    ):
+        self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
+        self.mode, self.preprocess, self.tokenizer = config.mode, model.preprocess, tokenizer
+        self.workers = base.choose_workers(config, device) if config.data_dir else config.workers or 0
+        self.amp = base.choose_amp(config, device)
+        self.texts = Texts(tokenizer, config, model.config.context)
+        parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+        self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
+        self.labels = list(LETTERS[: len(splits.train[0].choices)])
+        self.features: dict[str, dict[str, Tensor]] = {}
+
+    def dataset(self, split: ChoiceSplit, part: str) -> ChoiceDataset:
+        augment = self.config.augment if part == "train" else "none"
+        tokens = self.texts.of_split(split)
+        return ChoiceDataset(split, tokens, self.preprocess, augment, self.config.seed, self.config.bad_data)
+
+    def train_batches(self, epoch: int) -> list[list[int]]:
+        return epoch_order(len(self.data["train"]), self.config.batch_size, self.config.seed, epoch)
+
+    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
+        if self.config.cache_features:
+            return self.cached("train", batches)
+        return self.loader("train", train_keys(batches, epoch))
+
+    def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
+        pin, collate = self.device.type == "cuda", choice_collate(self.tokenizer.pad_id)
+        return make_loader(self.data[part], batches, self.workers, pin, collate)
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = logits_of(model, batch)  # (B, C)
+        labels = batch["label"].where(batch["valid"], -100)  # cross_entropy leaves -100 out
+        count = batch["valid"].sum()
+        total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
+        correct = ((logits.argmax(-1) == labels) & batch["valid"]).sum()
+        return total / count.clamp(min=1), {"correct": correct, "count": count}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return self.scores(self.predictions(model, "val"), "val")
+
+    def test(self, model: nn.Module) -> dict[str, float] | None:
+        if "test" not in self.data or all(question.answer < 0 for question in self.splits.test):
+            return None
+        with base.autocast(self.device, self.amp):
+            return self.scores(self.predictions(model.eval(), "test"), "test")
+
+    def scores(self, found: Predictions, part: str) -> dict:
+        by_type = accuracy_by_type(found, self.data[part].split)
+        return found.scores() | ({"by_type": by_type} if by_type else {})
+
+    def predictions(self, model: nn.Module, part: str) -> Predictions:
+        """Every row of a part once; with several processes each does a share and all get the whole."""
+        batches = in_order(len(self.data[part]), 2 * self.config.batch_size)
+        mine = batches[distributed.rank() :: distributed.world_size()]
+        load = self.cached if self.config.cache_features else self.loader
+        shares = distributed.gather_objects(predict(model, load(part, mine), self.device) if mine else None)
+        order = [
+            row for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for row in batch
+        ]
+        columns = zip(*((s.probabilities, s.labels, s.valid) for s in shares if s is not None), strict=True)
+        back = np.argsort(order)
+        return Predictions(*(np.concatenate(column)[back] for column in columns))
+
+    def cached(self, part: str, batches: list[list[int]]) -> Iterable[dict]:
+        """The same batches with the frozen towers' features in the place of pictures and texts."""
+        if part not in self.features:
+            self.features[part] = self.encode(part)
+        kept = self.features[part]
+        return ({key: column[rows] for key, column in kept.items()} for rows in batches)
+
+    @torch.no_grad()
+    def encode(self, part: str) -> dict[str, Tensor]:
+        """Every question of a part through the towers, once: image_features (N, d), text_features (N, C, d) ..."""
+        training, rows = self.model.training, []
+        self.model.to(self.device).eval()
+        for batch in self.loader(part, in_order(len(self.data[part]), 2 * self.config.batch_size)):
+            ids = {"input_ids": batch["input_ids"].to(self.device), "share": batch["share"]}
+            with base.autocast(self.device, self.amp):
+                image = self.model.vision(batch["image"].to(self.device)).float().cpu()[batch["picture"]]
+                text = pooled_texts(self.model, ids).float().cpu()
+            known = {key: batch[key] for key in ("label", "index", "valid")}
+            rows.append({"image_features": image, "text_features": text, **known})
+        self.model.train(training)
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+    def describe(self, batch: dict) -> str:
+        split = self.data["train"].split
+        files = list(dict.fromkeys(split.path(i) for i in batch["index"].tolist()))
+        return ", ".join(files[:8]) + f" and {len(files) - 8} more" * (len(files) > 8)
+
+    def data_lines(self) -> list[str]:
+        where = self.config.data_dir or "generated shapes"
+        counts = ", ".join(f"{len(data)} {part}" for part, data in self.data.items())
+        return [f"data: {where}: {counts} questions with {len(self.labels)} choices", *self.texts.note()]
+
+    def write_files(self, run_dir: Path) -> None:
+        write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.labels})
+        write_json(run_dir / "preprocess.json", self.preprocess)
+        self.tokenizer.save(run_dir)
+        if self.mode == "full":
+            base.write_model_config(self.model, self.labels, run_dir)
