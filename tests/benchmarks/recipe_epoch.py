@@ -1,0 +1,89 @@
+"""R3's recipe end to end, one epoch with LoRA and dropout .05: train.py's own parts beside peft +
+transformers + torchvision.
+
+    python -m tests.benchmarks.recipe_epoch --save           # needs the real photos, tests/conftest.py says
+    where
+
+Both read the same 1,200 JPEG files, resize to 224, augment by random resized crop and flip, and train batches
+of 32 with AdamW; wall time from the first file to the last step, whole epochs alternating.
+"""
+
+import time
+
+import torch
+from torch.nn import functional as F
+
+from minilora.inject import LoRAConfig, inject_lora
+from reference_models import load_pretrained
+from tests.benchmarks.common import parser, prepare, ratio, report, told
+from tests.benchmarks.real_photos import peer, weights
+from tests.conftest import shared_folder
+
+BATCH = 32
+
+
+def ours() -> float:
+    """Seconds of one epoch with minilora's data set, loader and model."""
+    from minilora.data.loader import PictureDataset, epoch_order, make_loader, train_keys
+    from minilora.data.sets import load_classification
+
+    model = load_pretrained("vit-tiny-patch16-224", weights(), num_classes=10)
+    inject_lora(model, LoRAConfig(8, 16, 0.05, modules_to_save=("head",)))
+    start = time.perf_counter()
+    split = load_classification(shared_folder() / "imagewoof224", "folder").train
+    data = PictureDataset(split, model.preprocess, "basic", seed=0)
+    batches = train_keys(epoch_order(len(data), BATCH, 0, 0), 0)
+    run(model, ((batch["image"], batch["label"]) for batch in make_loader(data, batches)))
+    return time.perf_counter() - start
+
+
+def peers() -> float:
+    """The same with torchvision's ImageFolder and transforms, transformers and peft."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    plain = load_pretrained("vit-tiny-patch16-224", weights(), num_classes=10)
+    settings = plain.preprocess
+    model = peer(plain)
+    start = time.perf_counter()
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(224, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(settings["mean"], settings["std"]),
+        ]
+    )
+    data = ImageFolder(shared_folder() / "imagewoof224" / "train", transform)
+    run(model, torch.utils.data.DataLoader(data, BATCH, shuffle=True))
+    return time.perf_counter() - start
+
+
+def run(model, batches) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-4)
+    model.train()
+    for images, labels in batches:
+        output = model(images)
+        loss = F.cross_entropy(getattr(output, "logits", output), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def main() -> None:
+    flags = parser(__doc__.splitlines()[0])
+    flags.set_defaults(rounds=3)
+    arguments = flags.parse_args()
+    header = prepare(arguments)
+    seconds = {"ours": [], "peers": []}
+    for index in range(arguments.rounds):
+        for name, epoch in (("ours", ours), ("peers", peers))[:: 1 if index % 2 else -1]:
+            seconds[name].append(epoch())
+    row = {name: f"{sorted(values)[len(values) // 2]:.0f} s" for name, values in seconds.items()}
+    row["peers / ours"] = told(ratio(seconds["peers"], seconds["ours"]))
+    report("recipe_epoch", header, [row], arguments.save, seconds)
+
+
+if __name__ == "__main__":
+    main()
