@@ -27,6 +27,7 @@ from minilora.inject import merge_lora
 from minilora.report.page import write_report
 from minilora.report.spectrum import format_spectrum, full_updates, lora_updates, spectrum, spectrum_figure
 from minilora.report.tables import comparison_table
+from minilora.report.vqa_metric import write_results as write_vqa_results
 from minilora.tasks import load_run, run_module
 from minilora.tasks.base import choose_device
 from minilora.tasks.results import attention_figures, report_data, run_row
@@ -101,7 +102,10 @@ def score(runs: list[Run], options: EvalConfig) -> None:
     first = evaluations[0]
     if options.predictions:
         write_csv(options.predictions, first.header, first.rows)
-    if options.submission:
+    if options.submission and first.results is not None:
+        write_vqa_results(options.submission, first.results)
+        print(f"wrote {options.submission}: {len(first.results)} answers")
+    elif options.submission:
         write_csv(options.submission, *first.submission)
     if options.report:
         write_report(report_data(runs, evaluations, options), options.report)

@@ -15,7 +15,7 @@ AMP = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "plateau", "constant")
 BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
-DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 5e-3}  # where --lr is not given, by --mode
+DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 1e-2}  # where --lr is not given, by --mode
 DEFAULT_TARGETS = {task: ("q_proj", "v_proj") for task in TASKS} | {"choice": ("q_proj", "v_proj", "out_proj")}
 LR_BY_MODE = ", ".join(f"{mode} {lr:g}" for mode, lr in DEFAULT_LR.items())
 
@@ -106,6 +106,8 @@ class Config:
     augment: str = flag(I, "none", "basic: random crop and flip; rand: RandAugment too", choices=("none",
         "basic", "rand"))
     val_split: float = flag(I, 0.1, "share of train held out where there is no val/", float, above=0, below=1)
+    split_by: str = flag(I, "image", "what --val-split holds out: pictures with their questions, or questions",
+        choices=("image", "question"), tasks=("vqa",))
     subset: float = flag(I, 1.0, "train on a share, or (above 1) on a number of pictures", float, above=0)
     seed: int = flag(I, 0, "for data order, augmentation, new weights, dropout", int, low=0, high=2**31)
     workers: int = flag(I, None, "processes that read pictures", int, low=0, high=64,
@@ -114,7 +116,7 @@ class Config:
         "skip"))
 
     num_answers: int = flag(T, 1000, "classes: the K most frequent answers", int, low=2, tasks=("vqa",))
-    fusion: str = flag(T, "concat", "how picture and question meet", choices=("concat", "product"),
+    fusion: str = flag(T, "product", "how picture and question meet", choices=("concat", "product"),
         tasks=("vqa",))
     max_length: int = flag(T, None, "longest text in tokens", int, low=4, tasks=TEXT, shown="the model's")
     group_by_image: bool = flag(T, False, "questions of one picture share a batch and its encoding", bool,

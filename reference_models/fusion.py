@@ -91,7 +91,7 @@ class TwoTower(nn.Module):
     """Pictures (N, 3, H, W) and questions (B, T) -> logits (B, num_classes).
 
     image_index (B,) says which picture each question is about, so that a picture with several questions is
-    encoded once; None: question i is about picture i. Features of frozen towers may be given instead of their
+    encoded once; None: question i is about picture i. text_index does the same for a text that comes again. Features of frozen towers may be given instead of their
     inputs: image_features (N, dv), text_features (B, dt), as `encode_image` and `encode_text` return them.
     """
 
@@ -148,6 +148,7 @@ class TwoTower(nn.Module):
         image_index: Tensor | None = None,
         image_features: Tensor | None = None,
         text_features: Tensor | None = None,
+        text_index: Tensor | None = None,
     ) -> Tensor:
         if image_features is None:
             image_features = self.encode_image(images)  # (N, dv)
@@ -155,6 +156,8 @@ class TwoTower(nn.Module):
             text_features = self.encode_text(input_ids, attention_mask, token_type_ids)  # (B, dt)
         if image_index is not None:
             image_features = image_features[image_index]  # (B, dv)
+        if text_index is not None:
+            text_features = text_features[text_index]  # (B, dt)
         return self.head(self.fusion(image_features, text_features))
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Evaluation:
 
     scores: {"accuracy", "precision", "recall", "f1", "loss"} as fractions, None where nothing has a label.
     text: what evaluate.py prints. header, rows: predictions.csv, one row per input in its order.
-    submission: header and rows for a competition. metrics, vqa, examples ...: what report.page.ReportData takes.
+    submission: header and rows for a competition; results: {question_id: answer}, for VQA's. metrics, vqa, examples ...: what report.page.ReportData takes.
     """
 
     scores: dict[str, float] | None
@@ -53,6 +53,7 @@ class Evaluation:
     unsure: Sequence[Example] = ()
     examples: Sequence[Example] = ()
     samples: dict[str, list] = field(default_factory=dict)
+    results: dict[int, str] | None = None
 
 
 @dataclass
@@ -121,15 +122,23 @@ def restore_base(
 ) -> tuple[nn.Module, dict]:
     """The base model that the run started from, and the record of what was found."""
     source = weights or recorded.get("weights") or config.weights
-    if source and source not in (base.RANDOM, base.BUNDLED) and not source.startswith("hf:"):
-        if not os.path.exists(source):
-            raise UserError(f"the base weights {source} are gone; say where they are now with --weights")
     name = source if "/" in config.model and not os.path.isdir(config.model) else config.model
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        torch.random.fork_rng(devices=[]),
-    ):  # "a new head": it is replaced
+    with restoring([source]):
         return base.load_base(name, source, config.seed, classes, config.image_size)
+
+
+@contextlib.contextmanager
+def restoring(sources: Iterable[str | None]):
+    """For making a base model again: quiet ("a new head" is replaced at once), no random number taken from the program.
+
+    Raises UserError where one of its weight files is gone.
+    """
+    for source in sources:
+        known = source is None or source in (base.RANDOM, base.BUNDLED) or source.startswith("hf:")
+        if not known and not os.path.exists(source):
+            raise UserError(f"the base weights {source} are gone; say where they are now with --weights")
+    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def latency(

@@ -1,0 +1,116 @@
+"""The two towers of a question answerer: which models, from which weights, and the tokenizer of the text tower."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.errors import UserError
+from minilora.flags import Config
+from minilora.tasks import base
+from reference_models.fusion import TwoTower
+from reference_models.load import bundled_weights, config_for
+from reference_models.tokenizers import NAMES as TOKENIZER_FILES
+from reference_models.tokenizers import Tokenizer, load_tokenizer
+
+TOWERS = ("vision", "text")
+DEFAULT_MODEL = {"vision": "vit-nano-patch8-48", "text": "bert-nano"}
+
+
+def tower_names(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
+    """({tower: model name}, settings of the picture tower) from --model vision=A text=B, or from a pair's name."""
+    if isinstance(config.model, dict):
+        return DEFAULT_MODEL | config.model, {}
+    pair = None if os.path.isdir(config.model) else config_for(config.model)
+    if getattr(pair, "family", None) != "fusion":
+        raise UserError(
+            f"--model {config.model}: --task vqa needs two towers, such as vision=vit-base-patch16-224 text=bert-base"
+        )
+    pooler = {"pooler": True} if getattr(pair.vision, "pooler", False) else {}
+    return {tower: getattr(pair, tower).name for tower in TOWERS}, pooler
+
+
+def tower_weights(config: Config, given: str | dict | None = None) -> dict[str, str | None]:
+    """{tower: weights} from --weights; `given` (where they are now) wins. One word for both may be none or bundled."""
+    weights = given or config.weights
+    if isinstance(weights, dict):
+        return dict.fromkeys(TOWERS) | weights
+    if weights not in (None, base.RANDOM, base.BUNDLED):
+        raise UserError(
+            f"--weights {weights}: which tower is it for? Write vision={weights} or text={weights}"
+        )
+    return dict.fromkeys(TOWERS, weights)
+
+
+def load_towers(
+    config: Config, answers: int, weights: dict[str, str | None]
+) -> tuple[TwoTower, dict[str, dict]]:
+    """(the model with a random head, {"weights": {tower: ...}, "sha256": {tower: ...}}); random parts from the seed."""
+    names, settings = tower_names(config)
+    loaded = {
+        "vision": base.load_base(
+            names["vision"], weights["vision"], config.seed, None, config.image_size, **settings
+        ),
+        "text": base.load_base(names["text"], weights["text"], config.seed),
+    }
+    record = {key: {tower: loaded[tower][1][key] for tower in TOWERS} for key in ("weights", "sha256")}
+    vision, text = (tower_of(loaded[tower][0], tower) for tower in TOWERS)
+    torch.manual_seed(config.seed)
+    return TwoTower(vision, text, answers, fusion=config.fusion), record
+
+
+def tower_of(model: nn.Module, tower: str) -> nn.Module:
+    """The model itself, or one tower of a CLIP."""
+    part = getattr(model, tower, model)
+    if tower == "vision" and not hasattr(part, "preprocess"):
+        part.preprocess = model.preprocess
+    return part
+
+
+def open_tokenizer(config: Config, weights: dict[str, str | None]) -> Tokenizer:
+    """--tokenizer, or what lies beside the text tower's weights."""
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    name = tower_names(config)[0]["text"]
+    source = weights["text"] if weights["text"] not in (None, base.RANDOM, base.BUNDLED) else None
+    source = source or (name if os.path.isdir(name) else bundled_weights(name))
+    folder = beside(source)
+    if folder is None:
+        where = f"beside {source}" if source else f"for {name}"
+        raise UserError(f"--tokenizer is missing: no vocabulary {where}; give vocab.txt or tokenizer.json")
+    return load_tokenizer(folder)
+
+
+def beside(source: str | Path | None) -> Path | None:
+    """The folder of a checkpoint if a tokenizer lies in it."""
+    if source is None:
+        return None
+    if str(source).startswith("hf:"):
+        from reference_models.hub import resolve
+
+        source = resolve(str(source))
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int:
+    """The longest text in tokens; UserError where the text tower cannot read so many, or this vocabulary."""
+    config = model.text.config
+    longest = getattr(config, "max_positions", tokenizer.max_length)
+    if wanted and wanted > longest:
+        raise UserError(f"--max-length {wanted}: {config.name} reads at most {longest} tokens")
+    size = getattr(config, "vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"--tokenizer has {tokenizer.vocab_size} tokens, but {config.name} knows {size}; name its own vocabulary"
+        )
+    return min(wanted or tokenizer.max_length, longest)
+
+
+def frozen_towers(model: TwoTower) -> tuple[str, ...]:
+    """The towers in which nothing is trained."""
+    return tuple(
+        tower for tower in TOWERS if not any(p.requires_grad for p in getattr(model, tower).parameters())
+    )
