@@ -32,7 +32,12 @@ def _module(name: str, task: str):
 
 def build_task(config: Config, device: str = "cpu"):
     """Model and data for training, as `config` says; fills in what the configuration left open (model, lr)."""
-    return _module(config.task, config.task).build(config, device)
+    task = _module(config.task, config.task).build(config, device)
+    if config.teacher:
+        from minilora.tasks.teacher import Teacher
+
+        task.teacher = Teacher(task, device)
+    return task
 
 
 def load_run(path: str | Path, device: str = "cpu", weights: str | dict | None = None):

@@ -39,6 +39,7 @@ class Task(Protocol):
     base: dict[str, Any]  # {"weights": ..., "sha256": ...}, for config.toml
     labels: list[str]  # classes or answers
     workers: int  # processes that read pictures
+    teacher: Any  # None, or with --teacher what `loss` asks for its share: teacher.added(loss, logits, batch, counted)
 
     def train_batches(self, epoch: int) -> list[list[int]]:
         """The whole epoch as batches of item numbers, a function of (seed, epoch) alone."""

@@ -20,6 +20,7 @@ from minilora.data.sets import load_classification
 from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.tasks import base
+from minilora.tasks.teacher import Teacher, teacher_names
 from minilora.training import distributed
 
 DEFAULT_MODEL = "vit-nano-patch8-48"
@@ -29,9 +30,9 @@ FORMATS = ("auto", "folder", "csv", "shapes")
 def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
     """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
     base.resolve(config, DEFAULT_MODEL)
-    if config.teacher:
-        raise UserError("--teacher does not apply to --task classify")
     splits = open_data(config)
+    if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
+        splits = open_data(config, names["keys"])
     name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
     classes = len(splits.classes)
     model, record = base.load_base(name, weights, config.seed, classes, config.image_size)
@@ -114,6 +115,7 @@ class Classify:
     """The task that the Trainer trains; base.Task says what each method is for."""
 
     metric = "accuracy"
+    teacher: Teacher | None = None
 
     def __init__(self, config: Config, model: nn.Module, record: dict, splits: Splits, device: torch.device):
         self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
@@ -145,7 +147,10 @@ class Classify:
         count = batch["valid"].sum()
         total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
         correct = ((logits.argmax(-1) == labels) & batch["valid"]).sum()
-        return total / count.clamp(min=1), {"correct": correct, "count": count}
+        mean = total / count.clamp(min=1)
+        if self.teacher:
+            mean = self.teacher.added(mean, logits, batch, batch["valid"])
+        return mean, {"correct": correct, "count": count}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.predictions(model, "val").scores()

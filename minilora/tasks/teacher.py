@@ -1,0 +1,136 @@
+"""--teacher RUN: the share of the loss that comes from a finished run's answers to the same examples.
+
+The teacher sees the student's very picture, crop and flip included: normalised as the teacher was trained, and
+resized if its pictures have another size. Without augmentation an example's answer never changes, so all of them are
+computed before the first step, in a fixed order (a resumed run finds the same bits), and looked up afterwards.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minilora.compress.distill import distillation_loss
+from minilora.config import read_run_config
+from minilora.data.loader import in_order
+from minilora.errors import UserError
+from minilora.flags import Config
+from minilora.inject import merge_lora
+from minilora.tasks import base
+from minilora.tasks.run import open_run
+
+CACHE_BYTES = 1 << 29  # the most that kept answers may take; larger sets are asked anew in every epoch
+
+
+def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] | None:
+    """{"labels", "keys"} of the teacher's classes or answers, which its student gets; None without --teacher.
+
+    keys: what the student's own data would make its classes. UserError if the teacher is of another task, does not
+    know one of them, or knows more than --num-answers.
+    """
+    if config.teacher is None:
+        return None
+    path = Path(config.teacher)
+    taught, _ = read_run_config(path)
+    if taught.task != config.task:
+        raise UserError(
+            f"--teacher {path} is a run of --task {taught.task}; this one is --task {config.task}"
+        )
+    names = base.read_json(path / "labels.json")
+    kinds = "answers" if config.task == "vqa" else "classes"
+    if unknown := [key for key in keys if key not in set(names["keys"])]:
+        told = ", ".join(map(repr, unknown[:5])) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
+        raise UserError(f"--teacher {path} was trained on other {kinds}: it does not know {told}")
+    if config.task == "vqa" and config.num_answers < len(names["keys"]):
+        raise UserError(
+            f"--teacher {path} has {len(names['keys'])} answers, but --num-answers is {config.num_answers}; a student "
+            "has the answers of its teacher"
+        )
+    return names
+
+
+class Teacher:
+    """A finished run in eval mode, its LoRA merged, nothing trained; `task.teacher` in the task's own loss."""
+
+    def __init__(self, task: Any, device: str | torch.device):
+        config = task.config
+        if config.cache_features:
+            raise UserError(
+                "--teacher needs the pictures that --cache-features leaves out; use one of the two"
+            )
+        self.task, self.config, self.run = task, config, open_run(Path(config.teacher), device)
+        merge_lora(self.run.model).eval().requires_grad_(False)
+        self.check_text()
+        self.kept: Tensor | None = None  # (N, K) once they are computed
+
+    def check_text(self) -> None:
+        """UserError where student and teacher read different token ids, or the teacher not so many of them."""
+        mine, theirs = getattr(self.task, "tokenizer", None), getattr(self.run, "tokenizer", None)
+        if mine is None or theirs is None:
+            return
+        if (mine.kind, mine.vocab) != (theirs.kind, theirs.vocab):
+            raise UserError(
+                f"--teacher {self.run.path} reads other tokens than this model ({theirs.kind}, {len(theirs.vocab)} "
+                f"tokens; here {mine.kind}, {len(mine.vocab)}); give both one vocabulary: --tokenizer {self.run.path}"
+            )
+        longest = getattr(getattr(self.run.model, "text", None), "config", None)
+        longest = getattr(longest, "max_positions", None)
+        if longest and self.task.limit > longest:
+            raise UserError(
+                f"--teacher {self.run.path} reads at most {longest} tokens; use --max-length {longest}"
+            )
+
+    def added(self, hard: Tensor, student: Tensor, batch: dict, counted: Tensor) -> Tensor:
+        """The task's own loss () and the teacher's share; student (B, K) logits, counted (B,) rows of the loss."""
+        options = self.config.distill_alpha, self.config.distill_temperature, self.config.distill_t2
+        return distillation_loss(hard, student, self.logits(batch), counted, *options)
+
+    def logits(self, batch: dict) -> Tensor:
+        """The teacher's answer to a batch of training examples, (B, K)."""
+        if self.config.augment != "none":
+            return self.answer(batch)
+        if self.kept is None:
+            self.kept = self.answer_all()
+        return self.kept[batch["index"]] if len(self.kept) else self.answer(batch)
+
+    @torch.no_grad()
+    def answer(self, batch: dict) -> Tensor:
+        return self.run.logits(batch | {"image": self.picture(batch["image"])})
+
+    def picture(self, image: Tensor) -> Tensor:
+        """The student's normalised pictures (N, 3, S, S) as the teacher wants them."""
+        here, there = self.task.preprocess, self.run.preprocess
+        if (here["mean"], here["std"]) != (there["mean"], there["std"]):
+            mean, std, mean_there, std_there = (
+                image.new_tensor(side[key])[:, None, None]
+                for side in (here, there)
+                for key in ("mean", "std")
+            )
+            image = (image * std + mean - mean_there) / std_there
+        size = there["image_size"]
+        if image.shape[-1] != size:
+            image = F.interpolate(
+                image, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+            )
+        return image
+
+    def answer_all(self) -> Tensor:
+        """(N, K) answers to every training example, by its number; (0,) where they would take too much memory."""
+        task = self.task
+        numbers = sorted(i for batch in task.train_batches(0) for i in batch)
+        size = 2 * self.config.batch_size
+        batches = [[numbers[i] for i in rows] for rows in in_order(len(numbers), size)]
+        kept = torch.empty(0)
+        for batch in task.train_loader(0, batches):
+            batch = {k: v.to(task.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            with base.autocast(task.device, task.amp):
+                logits = self.answer(batch).float()
+            if not len(kept):
+                if 4 * (numbers[-1] + 1) * logits.shape[1] > CACHE_BYTES:
+                    return kept
+                kept = torch.zeros(numbers[-1] + 1, logits.shape[1], device=logits.device)
+            kept[batch["index"]] = logits
+        return kept
