@@ -18,7 +18,7 @@ import torch
 
 from minilora import cli
 from minilora.adapter import export_adapter
-from minilora.atomic import atomic_write
+from minilora.atomic import atomic_write, write_json
 from minilora.config import Parser
 from minilora.errors import UserError
 from minilora.flags import Config
@@ -31,7 +31,7 @@ from minilora.report.vqa_metric import write_results as write_vqa_results
 from minilora.tasks import load_run, run_module
 from minilora.tasks.base import choose_device
 from minilora.tasks.results import attention_figures, report_data, run_row
-from minilora.tasks.run import Run, latency
+from minilora.tasks.run import Evaluation, Run, latency
 from minilora.values import option
 from reference_models import ModelError, save_pretrained
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score_base_model(options: EvalConfig, device: torch.device) -> int:
     """Zero-shot: the base model's own head, or prompts."""
-    if options.model is None or options.data_dir is None:
+    if options.model is None or (options.data_dir is None and options.data_format != "shapes"):
         raise UserError("name a run directory, or a base model with --model, --weights and --data-dir")
     names = (
         "task",
@@ -102,11 +102,8 @@ def score(runs: list[Run], options: EvalConfig) -> None:
     first = evaluations[0]
     if options.predictions:
         write_csv(options.predictions, first.header, first.rows)
-    if options.submission and first.results is not None:
-        write_vqa_results(options.submission, first.results)
-        print(f"wrote {options.submission}: {len(first.results)} answers")
-    elif options.submission:
-        write_csv(options.submission, *first.submission)
+    if options.submission:
+        write_submission(options.submission, first)
     if options.report:
         write_report(report_data(runs, evaluations, options), options.report)
         print(f"wrote {options.report}")
@@ -149,7 +146,21 @@ def export(run: Run, options: EvalConfig) -> None:
     if options.merge_to:
         run.model.labels = run.labels
         save_pretrained(merge_lora(run.model), options.merge_to, layout=options.layout)
+        if run.task == "choice":
+            run.tokenizer.save(options.merge_to)
         print(f"wrote {options.merge_to}")
+
+
+def write_submission(path: str, evaluation: Evaluation) -> None:
+    """What the data set's own toolkit reads, where it has one, else a table. Visual7W's is written to a .json file."""
+    answers = evaluation.results
+    if isinstance(answers, dict):
+        write_vqa_results(path, answers)
+    elif answers is not None and path.endswith(".json"):
+        write_json(Path(path), answers)
+    else:
+        return write_csv(path, *evaluation.submission)
+    print(f"wrote {path}: {len(answers)} answers")
 
 
 def write_csv(path: str, header: list[str], rows: list[list]) -> None:

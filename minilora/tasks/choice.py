@@ -55,12 +55,9 @@ def open_data(config: Config, require_train: bool = True) -> ChoiceSplits:
 
 def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     """(model, record of its weights, tokenizer) of a configuration; UserError where it is no CLIP."""
-    for flag in ("lora_r", "lora_alpha"):
-        if isinstance(getattr(config, flag), dict) and config.mode != "lora":
-            base.one_value(config, flag)
     name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
     tokenizer = find_tokenizer(config)
-    sizes = text_sizes(config, tokenizer) if is_clip_name(name) else {}
+    sizes = text_sizes(name, weights, tokenizer)
     model, record = base.load_base(name, weights, config.seed, None, config.image_size, **sizes)
     if not hasattr(model, "text_projection"):
         raise UserError(
@@ -68,10 +65,6 @@ def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
         )
     check_tokenizer(model, tokenizer)
     return model, record, tokenizer
-
-
-def is_clip_name(name: str) -> bool:
-    return name.startswith("clip-")
 
 
 def logits_of(model: nn.Module, batch: dict) -> Tensor:

@@ -5,7 +5,6 @@ text_c = prompt with {question} and {choice} filled in, for every choice c
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from minilora.data.choices import ChoiceSplit
 from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.tasks import base
-from reference_models import ModelError
+from minilora.tasks.vqa_model import beside
 from reference_models.load import bundled_weights
 from reference_models.tokenizers import Tokenizer, load_tokenizer
 
@@ -25,28 +24,19 @@ def find_tokenizer(config: Config) -> Tokenizer:
     """--tokenizer, else what lies beside the weights; UserError where there is none."""
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
-    name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
-    if weights is not None and weights.startswith("hf:"):
-        from reference_models.hub import resolve
-
-        folder = resolve(weights)
-    elif weights in (None, base.BUNDLED, base.RANDOM):
-        folder = Path(name) if os.path.isdir(name) else bundled_weights(name)
-    else:
-        folder = Path(weights) if os.path.isdir(weights) else Path(weights).parent
-    try:
-        if folder is not None:
-            return load_tokenizer(folder)
-    except ModelError as error:
-        if "no tokenizer here" not in str(error):
-            raise
-    where = f"beside the weights ({folder})" if folder is not None else f"of {name} that is bundled"
-    raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder")
+    name, source = base.one_value(config, "model"), base.one_value(config, "weights")
+    if source in (None, base.BUNDLED, base.RANDOM):
+        source = name if os.path.isdir(name) else bundled_weights(name)
+    folder = beside(source)
+    if folder is None:
+        where = f"beside {source}" if source else f"bundled for {name}"
+        raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder")
+    return load_tokenizer(folder)
 
 
-def text_sizes(config: Config, tokenizer: Tokenizer) -> dict[str, int]:
+def text_sizes(name: str, weights: str | None, tokenizer: Tokenizer) -> dict[str, int]:
     """Settings of a text tower with random weights, so that it fits the tokenizer; {} for a tower with weights."""
-    if base.one_value(config, "weights") != base.RANDOM:
+    if weights != base.RANDOM or not name.startswith("clip-"):
         return {}
     return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
 

@@ -211,7 +211,8 @@ def class_samples(split: Split, labels: Sequence[str], valid: np.ndarray, each: 
 
 
 def zero_shot(config: Config, options: Any, device: torch.device) -> str:
-    """A base model with its own head on a labelled folder: top-1 over all its classes, and among the folder's.
+    """A base model with its own head on a labelled folder: top-1 over all its classes, and among the folder's. A CLIP
+    has sentences in the head's place, one for each class.
 
     Which class of the head a folder means: `imagenet_index` in classes.json, or the checkpoint's own class names.
     """
@@ -219,7 +220,11 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     model, _ = base.load_base(name, base.one_value(config, "weights"), config.seed, None, config.image_size)
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
-    split = choose_part(splits, options.split, whole=not has_parts(config.data_dir))
+    split = choose_part(splits, options.split, whole=config.data_dir is not None and not has_parts(config.data_dir))
+    if hasattr(model, "text_projection"):
+        from minilora.tasks.clip_prompts import zero_shot_line
+
+        return zero_shot_line(model, config, split, splits.classes, options, device)
     columns = np.array(head_columns(model, splits, name))  # (K,): where the folder's classes are in the head
     found = predict_split(model, split, model.preprocess, options, device)
     rows = np.flatnonzero(found.scored)

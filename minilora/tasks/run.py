@@ -38,7 +38,8 @@ class Evaluation:
 
     scores: {"accuracy", "precision", "recall", "f1", "loss"} as fractions, None where nothing has a label.
     text: what evaluate.py prints. header, rows: predictions.csv, one row per input in its order.
-    submission: header and rows for a competition; results: {question_id: answer}, for VQA's. metrics, vqa, examples ...: what report.page.ReportData takes.
+    submission: header and rows for a competition; results: {question_id: answer}, for VQA's. metrics, vqa, examples
+    ...: what report.page.ReportData takes.
     """
 
     scores: dict[str, float] | None
@@ -53,7 +54,7 @@ class Evaluation:
     unsure: Sequence[Example] = ()
     examples: Sequence[Example] = ()
     samples: dict[str, list] = field(default_factory=dict)
-    results: dict[int, str] | None = None
+    results: dict[int, str] | list[dict] | None = None
 
 
 @dataclass
