@@ -1,0 +1,57 @@
+"""What compression is measured by: bytes of the stored weights, bytes when zipped, and time of a forward pass."""
+
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+
+class Size(NamedTuple):
+    """Parameters, those that are not zero, and bytes of the safetensors file as it is and zipped (deflate)."""
+
+    parameters: int
+    nonzero: int
+    stored: int
+    zipped: int
+
+
+def model_size(model: nn.Module) -> Size:
+    """The size of a model, every tensor of its state dictionary stored."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
+    }
+    parameters = list(model.parameters())
+    content = save(tensors, metadata={"format": "pt"})
+    return Size(
+        sum(p.numel() for p in parameters),
+        sum(int(torch.count_nonzero(p)) for p in parameters),
+        len(content),
+        len(zlib.compress(content, 6)),  # the level of zip and of Python's zipfile
+    )
+
+
+def median_seconds(
+    calls: dict[str, Callable[[], object]], rounds: int = 9, warmup: int = 2, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each call. The calls take turns, so that a busy minute of the machine hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(warmup + rounds):
+        for name, call in calls.items():
+            start = _now(device)
+            call()
+            if number >= warmup:
+                times[name].append(_now(device) - start)
+            else:
+                _now(device)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()

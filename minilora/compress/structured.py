@@ -1,0 +1,131 @@
+"""Structured pruning: remove whole MLP units, so that what is left is a smaller dense model that really is faster.
+
+Unit j of fc2(act(fc1(x))) is row j of fc1 and column j of fc2. Over data, its contribution a_j w_j (activation times
+column) has a mean, which moves into fc2's bias, and a rest of power Var(a_j) |w_j|^2, which is lost: the units with
+the smallest rest go. Without data the score is |row j| |column j|.
+
+    small = remove_mlp_units(model, 0.5, lambda: model(images))
+    save_pretrained(small, "small")        # an ordinary checkpoint; then train.py --model small: LoRA recovers
+
+All MLPs of a tower lose the same share, so the configuration still says everything: hidden = fewer.
+Removing units by what they contribute: Molchanov et al. 2017, arXiv:1611.06440. Shapes: d width, h hidden units.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from minilora.compress.prune import check_sparsity
+from minilora.errors import UserError
+from minilora.inject import merge_lora
+
+HIDDEN = ("hidden", "vision_hidden", "text_hidden")  # fields of a configuration that count MLP units
+
+
+def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object] | None = None) -> nn.Module:
+    """Take away the share `sparsity` of the units of every MLP, in place; LoRA is merged first. Returns the model.
+
+    run: passes some data through the model, for scores and bias correction. `model.config` and those of its towers
+    say the new sizes, so save_pretrained and load_pretrained work as ever. Raises UserError for a share outside
+    [0, 1) and for a model without MLPs of a configurable size.
+    """
+    check_sparsity(sparsity)
+    mlps = mlp_layers(merge_lora(model))
+    configs = {module: smaller_config(module.config, sparsity) for module in configured(model)}
+    if not mlps or configs[model] == model.config and units_kept(10**6, sparsity) != 10**6:
+        raise UserError(
+            f"{type(model).__name__} has no MLP units to remove; prune it with a scope of single weights"
+        )
+    activity = measure_units(mlps, run) if run is not None else {}
+    for name, mlp in mlps.items():
+        shrink_mlp(mlp, units_kept(mlp.fc1.out_features, sparsity), *activity.get(name, ()))
+    for module, config in configs.items():
+        module.config = config
+    return model
+
+
+def mlp_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: module} of every fc2(act(fc1(x)))."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "fc1", None), nn.Linear)
+        and isinstance(getattr(module, "fc2", None), nn.Linear)
+    }
+
+
+def units_kept(hidden: int, sparsity: float) -> int:
+    """How many of `hidden` units stay, at least one."""
+    return max(1, hidden - round(sparsity * hidden))
+
+
+def configured(model: nn.Module) -> list[nn.Module]:
+    """The model and its towers: modules with a configuration."""
+    return [module for module in model.modules() if is_dataclass(getattr(module, "config", None))]
+
+
+def smaller_config(config, sparsity: float):
+    """The configuration with fewer MLP units, also in the towers that it holds."""
+    changes = {}
+    names = {field.name for field in fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if is_dataclass(value):
+            changes[name] = smaller_config(value, sparsity)
+        elif name in HIDDEN and (name != "hidden" or "heads" in names):  # a fusion's hidden layer is no MLP
+            changes[name] = units_kept(value, sparsity)
+    return replace(config, **changes)
+
+
+@torch.no_grad()
+def measure_units(mlps: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (mean (h,), variance (h,))} of the units' activations while `run` passes data through the model."""
+    sums: dict[str, list] = {}
+
+    def listen(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = output.detach().double().flatten(0, -2)  # (tokens, h)
+            old = sums.get(name, [0, 0.0, 0.0])
+            sums[name] = [old[0] + len(rows), old[1] + rows.sum(0), old[2] + rows.square().sum(0)]
+
+        return hook
+
+    hooks = [mlp.act.register_forward_hook(listen(name)) for name, mlp in mlps.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    means = {name: total / n for name, (n, total, _) in sums.items()}
+    return {
+        name: (means[name], (squares / n - means[name] ** 2).clamp(min=0))
+        for name, (n, _, squares) in sums.items()
+    }
+
+
+@torch.no_grad()
+def shrink_mlp(mlp: nn.Module, keep: int, mean: Tensor | None = None, variance: Tensor | None = None) -> None:
+    """Keep the `keep` most important units, in their order; the mean of the others goes into fc2's bias."""
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    columns = fc2.weight.double().norm(dim=0)  # (h,)
+    rest = fc1.weight.double().norm(dim=1) if variance is None else variance.sqrt()  # (h,)
+    kept = (rest * columns).argsort(descending=True, stable=True)[:keep].sort().values
+    gone = torch.ones(fc1.out_features, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    bias = fc2.bias
+    if mean is not None and bias is not None:
+        bias = (bias.double() + fc2.weight[:, gone].double() @ mean[gone]).to(bias.dtype)
+    mlp.fc1 = _linear(fc1.weight[kept], None if fc1.bias is None else fc1.bias[kept], fc1)
+    mlp.fc2 = _linear(fc2.weight[:, kept], bias, fc2)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
+    """A layer with copies of these values, trained or frozen as the one in whose place it comes."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    trained = like.weight.requires_grad
+    layer.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=trained)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=trained)
+    return layer.train(like.training)
