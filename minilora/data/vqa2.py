@@ -54,6 +54,7 @@ class Question:
     answer: str = ""  # the most common one, "" where nobody has answered
     answer_type: str | None = None
     question_type: str | None = None
+    tokens: bytes | None = None  # from shards: its ids as int32
 
     def annotation(self) -> dict:
         """The question's entry in an annotations file, as far as scores need it."""

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from minilora.data.images import BadImage
 from minilora.data.loader import Pictures, make_loader, mix, seeded_cpu
 from minilora.data.transforms import Normalise, build_transform, to_tensor
-from minilora.data.vqa2 import VQAPart
+from minilora.data.vqa2 import Question, VQAPart
 
 BUCKET = 50  # batches whose questions are sorted by length together
 
@@ -30,13 +30,19 @@ class Texts:
     """The distinct texts of N questions as token ids, without padding: `row[i]` is the text of question i."""
 
     def __init__(
-        self, texts: Sequence[str], tokenizer: Callable[..., dict[str, Tensor]], max_length: int | None
+        self,
+        questions: Sequence[Question],
+        tokenizer: Callable[..., dict[str, Tensor]],
+        max_length: int | None,
     ):
-        self.number: dict[str, int] = {}
-        self.row = np.array(
-            [self.number.setdefault(text, len(self.number)) for text in texts], dtype=np.int64
-        )
-        distinct, self.ids, self.pad = list(self.number), [], tokenizer.pad_id
+        number: dict[str, int] = {}
+        rows = [number.setdefault(question.text, len(number)) for question in questions]
+        self.row, self.pad = np.array(rows, dtype=np.int64), tokenizer.pad_id
+        stored = {row: question.tokens for row, question in zip(rows, questions, strict=True)}
+        if None not in stored.values():  # from shards
+            self.ids = [np.frombuffer(stored[row], dtype=np.int32) for row in range(len(number))]
+            return
+        distinct, self.ids = list(number), []
         for start in range(0, len(distinct), 1024):
             some = tokenizer(distinct[start : start + 1024], max_length=max_length)
             lengths = some["attention_mask"].sum(1).tolist()
@@ -54,7 +60,7 @@ class Texts:
         ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
         for k, row in enumerate(rows):
-            ids[k, : len(self.ids[row])] = torch.from_numpy(self.ids[row]).long()
+            ids[k, : len(self.ids[row])] = torch.from_numpy(self.ids[row].astype(np.int64))
             mask[k, : len(self.ids[row])] = 1
         return {"input_ids": ids, "attention_mask": mask}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.atomic import write_json
+from minilora.data.shards import check_shards
 from minilora.data.vqa2 import VQAPart
 from minilora.data.vqa_batches import (
     Texts,
@@ -50,7 +51,7 @@ def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
     answers = choose_answers(splits.train.questions, config.num_answers)
     weights = tower_weights(config)
     model, record = load_towers(config, len(answers.labels), weights)
-    tokenizer = open_tokenizer(config, weights)
+    tokenizer = open_tokenizer(config, weights, splits.stored and config.data_dir)
     model.labels = answers.labels
     base.make_trainable(model, config, model.head_modules)
     return VQA(config, model, record, splits, answers, tokenizer, torch.device(device))
@@ -144,6 +145,8 @@ class VQA:
         self.workers = base.choose_workers(config, device) if config.data_dir else config.workers or 0
         self.amp = base.choose_amp(config, device)
         self.limit = text_limit(model, tokenizer, config.max_length)
+        if splits.stored:
+            check_shards(splits.stored, self.preprocess, self.limit, config.data_dir)
         self.asked = len(splits.train.questions)
         self.soft = SoftTargets(answers) if config.soft_targets else None
         splits.train = splits.train.only(lambda i, question: self.learnable(question))
@@ -156,7 +159,7 @@ class VQA:
 
     def dataset(self, part: VQAPart, name: str) -> VQADataset:
         config = self.config
-        texts = Texts([question.text for question in part.questions], self.tokenizer, self.limit)
+        texts = Texts(part.questions, self.tokenizer, self.limit)
         labels = self.answers.classes(part.questions)
         augment = config.augment if name == "train" else "none"
         return VQADataset(part, texts, labels, self.preprocess, augment, config.seed, config.bad_data)

@@ -69,8 +69,15 @@ def tower_of(model: nn.Module, tower: str) -> nn.Module:
     return part
 
 
-def open_tokenizer(config: Config, weights: dict[str, str | None]) -> Tokenizer:
-    """--tokenizer, or what lies beside the text tower's weights."""
+def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str | None = None) -> Tokenizer:
+    """That of the shards; --tokenizer, or what lies beside the text tower's weights."""
+    if shards:
+        stored = load_tokenizer(shards)
+        if config.tokenizer and load_tokenizer(config.tokenizer).vocab != stored.vocab:
+            raise UserError(
+                f"--tokenizer {config.tokenizer} is not that of the shards in {shards}; leave it out"
+            )
+        return stored
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     name = tower_names(config)[0]["text"]

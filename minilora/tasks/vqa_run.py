@@ -141,7 +141,7 @@ class VQARun(Run):
 
     def dataset(self, part: VQAPart, bad_data: str) -> VQADataset:
         limit = text_limit(self.model, self.tokenizer, self.config.max_length)
-        texts = Texts([question.text for question in part.questions], self.tokenizer, limit)
+        texts = Texts(part.questions, self.tokenizer, limit)
         return VQADataset(
             part, texts, self.answers.classes(part.questions), self.preprocess, bad_data=bad_data
         )
