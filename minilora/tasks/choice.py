@@ -23,6 +23,7 @@ from minilora.flags import Config
 from minilora.tasks import base
 from minilora.tasks.choice_text import Texts, check_tokenizer, find_tokenizer, text_sizes
 from minilora.tasks.classify import Predictions
+from minilora.tasks.teacher import Teacher, teacher_names
 from minilora.training import distributed
 from reference_models.tokenizers import Tokenizer
 
@@ -35,9 +36,8 @@ share_prefix: bool | None = (
 def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
     """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
     base.resolve(config, DEFAULT_MODEL)
-    if config.teacher:
-        raise UserError("--teacher does not apply to --task choice")
     splits = open_data(config)
+    teacher_names(config, LETTERS[: len(splits.train[0].choices)])
     model, record, tokenizer = load_clip(config)
     base.make_trainable(model, config, model.head_modules if config.mode == "linear" else ())
     if config.compile:  # the loss calls the towers, never the whole
@@ -111,6 +111,7 @@ class Choice:
     """The task that the Trainer trains; base.Task says what each method is for."""
 
     metric = "accuracy"
+    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -154,7 +155,10 @@ class Choice:
         count = batch["valid"].sum()
         total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
         correct = ((logits.argmax(-1) == labels) & batch["valid"]).sum()
-        return total / count.clamp(min=1), {"correct": correct, "count": count}
+        mean = total / count.clamp(min=1)
+        if self.teacher:
+            mean = self.teacher.added(mean, logits, batch, batch["valid"])
+        return mean, {"correct": correct, "count": count}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.scores(self.predictions(model, "val"), "val")

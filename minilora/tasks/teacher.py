@@ -29,7 +29,7 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
     """{"labels", "keys"} of the teacher's classes or answers, which its student gets; None without --teacher.
 
     keys: what the student's own data would make its classes. UserError if the teacher is of another task, does not
-    know one of them, or knows more than --num-answers.
+    know one of them (but for a --subset of the teacher's data), or knows more than --num-answers.
     """
     if config.teacher is None:
         return None
@@ -41,7 +41,10 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
         )
     names = base.read_json(path / "labels.json")
     kinds = "answers" if config.task == "vqa" else "classes"
-    if unknown := [key for key in keys if key not in set(names["keys"])]:
+    part_of_it = (
+        config.data_dir == taught.data_dir and config.subset != taught.subset
+    )  # rarer answers come to its top
+    if not part_of_it and (unknown := [key for key in keys if key not in set(names["keys"])]):
         told = ", ".join(map(repr, unknown[:5])) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
         raise UserError(f"--teacher {path} was trained on other {kinds}: it does not know {told}")
     if config.task == "vqa" and config.num_answers < len(names["keys"]):
@@ -76,9 +79,11 @@ class Teacher:
                 f"--teacher {self.run.path} reads other tokens than this model ({theirs.kind}, {len(theirs.vocab)} "
                 f"tokens; here {mine.kind}, {len(mine.vocab)}); give both one vocabulary: --tokenizer {self.run.path}"
             )
-        longest = getattr(getattr(self.run.model, "text", None), "config", None)
-        longest = getattr(longest, "max_positions", None)
-        if longest and self.task.limit > longest:
+        if self.config.prompt != self.run.config.prompt:
+            here, there = self.config.prompt, self.run.config.prompt
+            raise UserError(f"--teacher {self.run.path} was trained with --prompt {there!r}, not {here!r}")
+        longest, limit = text_length(self.run.model), getattr(self.task, "limit", None)
+        if longest and limit and limit > longest:
             raise UserError(
                 f"--teacher {self.run.path} reads at most {longest} tokens; use --max-length {longest}"
             )
@@ -134,3 +139,9 @@ class Teacher:
                 kept = torch.zeros(numbers[-1] + 1, logits.shape[1], device=logits.device)
             kept[batch["index"]] = logits
         return kept
+
+
+def text_length(model: torch.nn.Module) -> int | None:
+    """The longest text that a model can read, in tokens; None where nothing limits it."""
+    config = getattr(getattr(model, "text", None), "config", None)
+    return getattr(config, "max_positions", None) or getattr(model.config, "context", None)

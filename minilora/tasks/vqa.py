@@ -28,10 +28,10 @@ from minilora.data.vqa_batches import (
     vqa_loader,
 )
 from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
-from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.report.vqa_metric import score_vqa
 from minilora.tasks import base
+from minilora.tasks.teacher import Teacher, teacher_names
 from minilora.tasks.vqa_features import FeatureCache
 from minilora.tasks.vqa_model import DEFAULT_MODEL, load_towers, open_tokenizer, text_limit, tower_weights
 from minilora.tasks.vqa_targets import SoftTargets
@@ -45,10 +45,10 @@ TOP = 5  # answers that are kept for each question
 def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
     """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
     base.resolve(config, DEFAULT_MODEL)
-    if config.teacher:
-        raise UserError("--teacher does not apply to this model of --task vqa")
     splits = open_data(config)
     answers = choose_answers(splits.train.questions, config.num_answers)
+    if names := teacher_names(config, answers.keys):
+        answers = Answers(names["labels"], names["keys"])
     weights = tower_weights(config)
     model, record = load_towers(config, len(answers.labels), weights)
     tokenizer = open_tokenizer(config, weights, splits.stored and config.data_dir)
@@ -128,6 +128,7 @@ class VQA:
     """The task that the Trainer trains; base.Task says what each method is for."""
 
     metric = "accuracy"
+    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -188,7 +189,10 @@ class VQA:
         rows = row_losses(logits, batch, self.config.smoothing).where(counts, 0.0)
         count = counts.sum()
         correct = ((logits.argmax(-1) == batch["label"]) & counts).sum()
-        return rows.sum() / count.clamp(min=1), {"correct": correct, "count": count}
+        mean = rows.sum() / count.clamp(min=1)
+        if self.teacher:
+            mean = self.teacher.added(mean, logits, batch, counts)
+        return mean, {"correct": correct, "count": count}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.scores(model, "val")

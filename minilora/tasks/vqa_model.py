@@ -16,6 +16,7 @@ from reference_models.tokenizers import NAMES as TOKENIZER_FILES
 from reference_models.tokenizers import Tokenizer, load_tokenizer
 
 TOWERS = ("vision", "text")
+STUDENTS_TEXT = "bert-nano"  # whose vocabulary a student reads where nothing is said
 DEFAULT_MODEL = {"vision": "vit-nano-patch8-48", "text": "bert-nano"}
 
 
@@ -44,10 +45,28 @@ def tower_weights(config: Config, given: str | dict | None = None) -> dict[str, 
     return dict.fromkeys(TOWERS, weights)
 
 
+def is_student(config: Config) -> bool:
+    """Whether --model is the small student, one model and not a pair of towers."""
+    named = isinstance(config.model, str) and not os.path.isdir(config.model)
+    return named and getattr(config_for(config.model), "family", None) == "student"
+
+
+def load_student(config: Config, answers: int) -> tuple[nn.Module, dict[str, dict]]:
+    """A student with random weights; UserError for a fusion that it does not have."""
+    if config.fusion != "product" or config.weights not in (None, base.RANDOM):
+        raise UserError(
+            f"--model {config.model} starts from random weights and joins its towers by --fusion product"
+        )
+    model, record = base.load_base(config.model, base.RANDOM, config.seed, answers, config.image_size)
+    return model, {key: dict.fromkeys(TOWERS, value) for key, value in record.items()}
+
+
 def load_towers(
     config: Config, answers: int, weights: dict[str, str | None]
 ) -> tuple[TwoTower, dict[str, dict]]:
     """(the model with a random head, {"weights": {tower: ...}, "sha256": {tower: ...}}); random parts from the seed."""
+    if is_student(config):
+        return load_student(config, answers)
     names, settings = tower_names(config)
     loaded = {
         "vision": base.load_base(
@@ -70,7 +89,7 @@ def tower_of(model: nn.Module, tower: str) -> nn.Module:
 
 
 def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str | None = None) -> Tokenizer:
-    """That of the shards; --tokenizer, or what lies beside the text tower's weights."""
+    """That of the shards; --tokenizer, or what lies beside the text tower's weights; a student has its teacher's."""
     if shards:
         stored = load_tokenizer(shards)
         if config.tokenizer and load_tokenizer(config.tokenizer).vocab != stored.vocab:
@@ -80,8 +99,9 @@ def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str |
         return stored
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
-    name = tower_names(config)[0]["text"]
+    name = STUDENTS_TEXT if is_student(config) else tower_names(config)[0]["text"]
     source = weights["text"] if weights["text"] not in (None, base.RANDOM, base.BUNDLED) else None
+    source = source or (config.teacher if is_student(config) else None)
     source = source or (name if os.path.isdir(name) else bundled_weights(name))
     folder = beside(source)
     if folder is None:
