@@ -89,12 +89,9 @@ def _letters(header: list[str], table: Path) -> str:
         raise UserError(
             f"{table}: there is a column {max(found)} but no column {gap}; choices are A, B, C ..."
         )
-    if not 2 <= len(found) or "AA" in header:
-        count = "more than 26" if "AA" in header else len(found)
-        raise UserError(
-            f"{table}: {count} choice columns; a question needs 2 to {len(LETTERS)}, named A, B, C ... (the header has "
-            f"{', '.join(header)})"
-        )
+    if len(found) < 2 or "AA" in header:
+        count = "more than 26 choice columns" if "AA" in header else f"{len(found)} choice column"
+        raise UserError(f"{table}: {count}; a question needs 2 to {len(LETTERS)}, named A, B, C ...")
     return letters
 
 
