@@ -29,7 +29,14 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
     """How the model will be trained, in one line."""
     line = f"mode {config.mode}: {config.opt} lr {config.lr:g} {config.sched}, batch {config.batch_size}"
     line += f" x {config.grad_accum_steps}" * (config.grad_accum_steps > 1)
-    return f"{line}, epochs {config.epochs}, {options.amp} on {device}"
+    line += f", epochs {config.epochs}, {options.amp} on {device}"
+    if config.teacher:
+        square = f", times {config.distill_temperature**2:g}" * config.distill_t2
+        line += (
+            f"; labels {config.distill_alpha:g}, the rest from {Path(config.teacher).name} at temperature "
+        )
+        line += f"{config.distill_temperature:g}{square}"
+    return line
 
 
 def result_line(result: dict, test: dict | None, metric: str) -> str:
@@ -145,10 +152,20 @@ def report_data(runs: list[Run], evaluations: list[Evaluation], options: Any) ->
 def attention_figures(runs: list[Run], options: Any) -> list[Figure]:
     """Attention of the base model and of each run over the same pictures; [] where a model has no attention maps."""
     run = runs[0]
-    if not options.attention or not hasattr(getattr(run.model, "vision", run.model), "attention_maps"):
+    if not options.attention:
         return []
     batch = run.batch(options.attention, options)
     models = {"base": run.base_model(options.weights)} if run.config.mode != "full" else {}
     models |= {f"{r.config.mode} {r.name}" if len(runs) > 1 else r.config.mode: r.model for r in runs}
+    models = {name: model for name, model in models.items() if has_attention(model, run.pictures(batch)[:1])}
+    if not models:
+        return []
     image = attention_figure(models, run.pictures(batch), per_head=options.per_head, titles=run.titles(batch))
     return [Figure("Attention", image, HOW_TO_READ)]
+
+
+@torch.no_grad()
+def has_attention(model: torch.nn.Module, picture: torch.Tensor) -> bool:
+    """Whether a model has attention maps; a convolutional one says that it has none."""
+    tower = getattr(model, "vision", model)
+    return hasattr(tower, "attention_maps") and len(tower.attention_maps(picture)) > 0

@@ -21,6 +21,7 @@ from minilora.flags import Config
 from minilora.inject import merge_lora
 from minilora.tasks import base
 from minilora.tasks.run import open_run
+from minilora.tasks.runfiles import read_labels
 
 CACHE_BYTES = 1 << 29  # the most that kept answers may take; larger sets are asked anew in every epoch
 
@@ -39,7 +40,7 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
         raise UserError(
             f"--teacher {path} is a run of --task {taught.task}; this one is --task {config.task}"
         )
-    names = base.read_json(path / "labels.json")
+    names = dict(zip(("labels", "keys"), read_labels(path), strict=True))
     kinds = "answers" if config.task == "vqa" else "classes"
     part_of_it = (
         config.data_dir == taught.data_dir and config.subset != taught.subset
@@ -70,7 +71,7 @@ class Teacher:
         self.kept: Tensor | None = None  # (N, K) once they are computed
 
     def check_text(self) -> None:
-        """UserError where student and teacher read different token ids, or the teacher not so many of them."""
+        """UserError where student and teacher read different token ids, or different prompts."""
         mine, theirs = getattr(self.task, "tokenizer", None), getattr(self.run, "tokenizer", None)
         if mine is None or theirs is None:
             return
@@ -82,11 +83,6 @@ class Teacher:
         if self.config.prompt != self.run.config.prompt:
             here, there = self.config.prompt, self.run.config.prompt
             raise UserError(f"--teacher {self.run.path} was trained with --prompt {there!r}, not {here!r}")
-        longest, limit = text_length(self.run.model), getattr(self.task, "limit", None)
-        if longest and limit and limit > longest:
-            raise UserError(
-                f"--teacher {self.run.path} reads at most {longest} tokens; use --max-length {longest}"
-            )
 
     def added(self, hard: Tensor, student: Tensor, batch: dict, counted: Tensor) -> Tensor:
         """The task's own loss () and the teacher's share; student (B, K) logits, counted (B,) rows of the loss."""
@@ -103,6 +99,11 @@ class Teacher:
 
     @torch.no_grad()
     def answer(self, batch: dict) -> Tensor:
+        tokens, longest = batch.get("input_ids", torch.empty(0)).shape[-1], text_length(self.run.model)
+        if longest and tokens > longest:
+            raise UserError(
+                f"--teacher {self.run.path} reads at most {longest} tokens; use --max-length {longest}"
+            )
         return self.run.logits(batch | {"image": self.picture(batch["image"])})
 
     def picture(self, image: Tensor) -> Tensor:
