@@ -82,7 +82,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path}: refused, it holds more than tensors or is damaged: {reason}") from None
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):

@@ -28,22 +28,23 @@ def read_metrics(source: str | Path | Records) -> list[dict]:
     path, records = Path(source), []
     if not path.is_file():
         return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return [record for record in records if isinstance(record, dict)]
 
 
 def curve(records: Records, key: str) -> tuple[list[float], list[float]]:
     """(epochs, values) of `key`; lines without it, and values that are not finite, are left out."""
-    points = [
-        (float(record.get("epoch", number + 1)), float(record[key]))
-        for number, record in enumerate(records)
-        if isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
-    ]
+    points = [(record.get("epoch", number), record.get(key)) for number, record in enumerate(records, 1)]
+    points = [(float(x), float(y)) for x, y in points if _finite(x) and _finite(y)]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
 
 
 def curves_figure(runs: Mapping[str, str | Path | Records], path: str | Path) -> bool:

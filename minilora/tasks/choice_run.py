@@ -27,7 +27,8 @@ from minilora.tasks import base
 from minilora.tasks.choice import accuracy_by_type, load_clip, logits_of, open_data, predict
 from minilora.tasks.choice_text import Texts, check_tokenizer, text_sizes
 from minilora.tasks.classify import Predictions
-from minilora.tasks.run import Evaluation, Run, read_summary, restoring
+from minilora.tasks.run import Evaluation, Run, restoring
+from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
 from reference_models import load_pretrained
 from reference_models.tokenizers import Tokenizer, load_tokenizer
 
@@ -38,7 +39,7 @@ def load(
     path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None
 ) -> "ChoiceRun":
     """The run in `path` as a ChoiceRun."""
-    names = base.read_json(path / "labels.json")
+    labels, keys = read_labels(path)
     tokenizer = load_tokenizer(path)
     if config.mode == "full":
         model = load_pretrained(path)
@@ -48,8 +49,8 @@ def load(
         load_adapter(model, path)
     model = model.to(device).eval()
     check_tokenizer(model, tokenizer)
-    preprocess = model.preprocess = base.read_json(path / "preprocess.json")
-    known = names["labels"], names["keys"], device, read_summary(path)
+    preprocess = model.preprocess = read_preprocess(path, model)
+    known = labels, keys, device, read_summary(path)
     return ChoiceRun(path, config, model, recorded, preprocess, *known, tokenizer)
 
 

@@ -23,7 +23,8 @@ from minilora.report.metrics import classification_metrics, format_metrics
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.tasks import base
 from minilora.tasks.classify import Predictions, open_data, predict
-from minilora.tasks.run import Evaluation, Run, read_summary, restore_base, restore_single
+from minilora.tasks.run import Evaluation, Run, restore_base, restore_single
+from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
 
 PARTS = ("train", "val", "test")
 SHOWN = 12  # pictures of a kind on the report page
@@ -33,10 +34,9 @@ def load(
     path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None
 ) -> "ClassifyRun":
     """The run in `path` as a ClassifyRun."""
-    names = base.read_json(path / "labels.json")
-    labels, keys = names["labels"], names["keys"]
+    labels, keys = read_labels(path)
     model = restore_single(path, config, recorded, weights, len(labels)).to(device).eval()
-    preprocess = model.preprocess = base.read_json(path / "preprocess.json")
+    preprocess = model.preprocess = read_preprocess(path, model)
     return ClassifyRun(path, config, model, recorded, preprocess, labels, keys, device, read_summary(path))
 
 

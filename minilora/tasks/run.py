@@ -102,11 +102,6 @@ def open_run(path: Path, device: str | torch.device = "cpu", weights: str | dict
     return run_module(config.task).load(path, config, recorded, torch.device(device), weights)
 
 
-def read_summary(path: Path) -> dict:
-    """summary.json, {} for a run that has not ended."""
-    return base.read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
-
-
 def restore_single(
     path: Path, config: Config, recorded: dict, weights: str | None, classes: int
 ) -> nn.Module:

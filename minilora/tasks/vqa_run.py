@@ -25,7 +25,8 @@ from minilora.report.samples import Example
 from minilora.report.tables import text_table
 from minilora.report.vqa_metric import format_vqa
 from minilora.tasks import base
-from minilora.tasks.run import Evaluation, Run, read_summary, restoring
+from minilora.tasks.run import Evaluation, Run, restoring
+from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
 from minilora.tasks.vqa import Predictions, logits_of, open_data, predict, probabilities, score
 from minilora.tasks.vqa_features import grey_batches
 from minilora.tasks.vqa_model import load_towers, text_limit, tower_weights
@@ -39,10 +40,9 @@ def load(
     path: Path, config: Config, recorded: dict, device: torch.device, weights: str | dict | None
 ) -> "VQARun":
     """The run in `path` as a VQARun."""
-    names = base.read_json(path / "labels.json")
-    answers = Answers(names["labels"], names["keys"])
+    answers = Answers(*read_labels(path))
     model = restore(path, config, recorded, weights, len(answers.labels)).to(device).eval()
-    preprocess = model.preprocess = base.read_json(path / "preprocess.json")
+    preprocess = model.preprocess = read_preprocess(path, model)
     shared = (preprocess, answers.labels, answers.keys, device, read_summary(path))
     return VQARun(path, config, model, recorded, *shared, answers, load_tokenizer(path))
 

@@ -71,7 +71,7 @@ def why_invalid(directory: Path) -> str | None:
             return f"its files do not agree with {MANIFEST}"
         if json.loads((directory / "state.json").read_text())["step"] != step_of(directory):
             return "it was renamed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"it cannot be read: {error}"
     return None
 

@@ -40,8 +40,20 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict) -> "TrainState":
-        names = cls.__dataclass_fields__
-        return cls(**{n: values[n] for n in names if n != "plateau"}, plateau=Plateau(**values["plateau"]))
+        """The state of which asdict() made `values`. ValueError, KeyError or TypeError where they are something else."""
+        own = {name: values[name] for name in cls.__dataclass_fields__}
+        now = cls(**own | {"plateau": Plateau(**values["plateau"])})
+        counts = (now.step, now.epoch, now.position, now.overflows, now.skipped, now.plateau.bad_epochs)
+        counts += (now.plateau.patience,)
+        numbers = (now.lr, now.seconds, now.plateau.factor, now.plateau.best or 0.0, *now.sums, *counts)
+        rows = [*now.history, *([now.best] if now.best is not None else [])]
+        if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts) or len(now.sums) != 4:
+            raise ValueError("a count is no count")
+        if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
+            raise ValueError("a number is no number")
+        if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+            raise ValueError("the epochs have no rows")
+        return now
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -123,6 +135,8 @@ def load_optimizer_tensors(
     for name, tensor in saved.items():
         parameter_name, key = name.rsplit(".", 1)
         parameter = parameters[parameter_name]
+        if tensor.dim() and tensor.shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}")
         optimizer.state[parameter][key] = tensor.to(parameter.device)
 
 
@@ -159,8 +173,17 @@ def unpack(
     scaler: torch.amp.GradScaler,
     where: str,
 ) -> tuple[TrainState, dict[str, Tensor]]:
-    """Puts pack()'s answer back into model, optimizer and scaler; returns (state, best tensors)."""
+    """Puts pack()'s answer back into model, optimizer and scaler; returns (state, best tensors).
+
+    UserError where the checkpoint is of another model, or holds what no run writes.
+    """
     load_model_tensors(model, without_prefix("model", tensors), where)
-    load_optimizer_tensors(model, optimizer, without_prefix("optim", tensors))
-    scaler.load_state_dict(values["scaler"])
-    return TrainState.from_json(values), without_prefix("best", tensors)
+    try:
+        load_optimizer_tensors(model, optimizer, without_prefix("optim", tensors))
+        scaler.load_state_dict(values["scaler"])
+        return TrainState.from_json(values), without_prefix("best", tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{where} holds what this run cannot have written ({type(error).__name__}: {told}); use --resume never"
+        ) from None
