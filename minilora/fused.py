@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minilora.gemm import product
+
 enabled = True  # False: always the readable form. torch.compile also takes that one and fuses it by itself.
 
 
@@ -59,8 +61,8 @@ class FusedLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropped, weight, bias, A, B, scaling):
         rows = dropped.reshape(-1, dropped.shape[-1])  # (N, in)
-        y = F.linear(x.reshape(rows.shape), weight, bias)  # (N, out)
-        h = rows @ A.T  # (N, r)
+        y = product(x.reshape(rows.shape), weight, bias)  # (N, out)
+        h = product(rows, A)  # (N, r)
         y.addmm_(h, B.T, alpha=scaling)  # y = y + s * h B^T, in place
         ctx.save_for_backward(dropped, h, weight, A, B)
         ctx.scaling, ctx.shared, ctx.shape = scaling, dropped is x, x.shape
@@ -72,20 +74,26 @@ class FusedLoRALinear(torch.autograd.Function):
         need_x, need_dropped, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])  # (N, out)
         rows = dropped.reshape(-1, dropped.shape[-1])  # (N, in)
-        if torch.is_grad_enabled():
-            h = rows @ A.T  # create_graph=True: the saved h is outside the graph of x and A
-        gB = (g @ B).mul_(ctx.scaling)  # (N, r)
+        multiply = multiply_fast
+        if torch.is_grad_enabled():  # create_graph=True: the saved h is outside the graph of x and A
+            h, multiply = rows @ A.T, torch.matmul
+        gB = multiply(g, B).mul_(ctx.scaling)  # (N, r)
         dx = d_dropped = None
         if need_x:
-            dx = g @ weight  # (N, in)
+            dx = multiply(g, weight)  # (N, in)
             if ctx.shared:
                 dx.addmm_(gB, A)  # dx = g W + s * (g B) A, in place
             dx = dx.view(ctx.shape)
         if need_dropped and not ctx.shared:
-            d_dropped = (gB @ A).view(ctx.shape)
+            d_dropped = multiply(gB, A).view(ctx.shape)
         dA = gB.T @ rows if need_A else None  # (r, in)
         dB = (g.T @ h).mul_(ctx.scaling) if need_B else None  # (out, r)
         return dx, d_dropped, None, g.sum(0) if need_bias else None, dA, dB, None
+
+
+def multiply_fast(g: Tensor, weight: Tensor) -> Tensor:
+    """g W for g (N, out), W (out, in)."""
+    return product(g, weight.T)
 
 
 def input_dropout(x: Tensor, p: float) -> Tensor:

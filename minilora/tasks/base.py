@@ -20,6 +20,7 @@ from minilora.adapter import load_adapter
 from minilora.atomic import write_json
 from minilora.errors import UserError
 from minilora.flags import DEFAULT_LR, DEFAULT_TARGETS, Config
+from minilora.gemm import speed_up
 from minilora.inject import LoRAConfig, cast_frozen, inject_lora, mark_only_lora_as_trainable, merge_lora
 from minilora.values import option
 from reference_models import load_pretrained
@@ -239,7 +240,7 @@ def make_trainable(model: nn.Module, config: Config, heads: tuple[str, ...]) -> 
         cast_frozen(model, DTYPES[config.base_dtype])
     if config.grad_checkpointing:
         set_grad_checkpointing(model)
-    return model
+    return speed_up(model)
 
 
 def _same_adapter(found: LoRAConfig, config: Config) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minilora import fused
+from minilora.gemm import speed_up
 from minilora.inject import LoRAConfig, cast_frozen, inject_lora
 from reference_models import create_model, save_pretrained
 
@@ -101,6 +102,7 @@ class Case:
         base: str = "fp32",
         pooled: bool = True,
         r: int = 8,
+        fast: bool = True,
     ) -> Callable:
         model = copy.deepcopy(self.plain).to(self.device).train()
         set_pooled(model, pooled)
@@ -116,7 +118,7 @@ class Case:
                 ),
             )
             cast_frozen(model, DTYPES[base])
-        return self.step(model, amp)
+        return self.step(speed_up(model) if fast else model, amp)
 
     def peft(self, dropout: float = 0.0, amp: str = "fp32", mode: str = "lora", r: int = 8) -> Callable:
         model = self.transformers_model().to(self.device).train()

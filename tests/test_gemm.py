@@ -1,0 +1,107 @@
+"""oneDNN's products in place of MKL's, and every other speed switch, change rounding and nothing else."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minilora import fused, gemm
+from minilora.inject import LoRAConfig, inject_lora
+from reference_models import create_model, layers
+
+needs_onednn = pytest.mark.skipif(not gemm.available, reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """oneDNN on whatever the processor, also for the small tensors of a test."""
+    monkeypatch.setattr(gemm, "onednn", True)
+    monkeypatch.setattr(gemm, "FEWEST_ROWS", 1)
+
+
+def gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_(True)
+    y = layer(x)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return [
+        y.detach(),
+        *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [x, *trained]),
+    ]
+
+
+@needs_onednn
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (3, 0, 12)])
+def test_fast_linear_equals_nn_linear_in_value_and_gradients(onednn, trained, bias, shape):
+    plain = nn.Linear(12, 20, bias=bias).requires_grad_(trained)
+    fast = gemm.speed_up(nn.Sequential(copy.deepcopy(plain)))[0]
+    assert type(fast) is gemm.FastLinear
+    x = torch.randn(shape)
+    for a, b in zip(gradients(fast, x), gradients(plain, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_a_frozen_fast_linear_keeps_no_input_for_backward(onednn):
+    layer = gemm.speed_up(nn.Sequential(nn.Linear(12, 20).requires_grad_(False)))[0]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        layer(torch.randn(4, 12, requires_grad=True))
+    assert kept == [layer.weight.data_ptr()]
+
+
+@needs_onednn
+def test_slow_down_gives_plain_linears_back(onednn):
+    model = gemm.slow_down(gemm.speed_up(create_model("vit-nano-patch8-48", 4)))
+    assert not any(isinstance(module, gemm.FastLinear) for module in model.modules())
+
+
+@needs_onednn
+def test_second_derivatives_of_a_fast_linear(onednn):
+    layer = gemm.speed_up(nn.Sequential(nn.Linear(3, 2)))
+    x = torch.randn(4, 3, requires_grad=True)
+    first = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), x)[0]
+    plain = gemm.slow_down(copy.deepcopy(layer))
+    expected = torch.autograd.grad(plain(x).pow(3).sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(second, torch.autograd.grad(expected.sum(), x)[0], rtol=1e-4, atol=1e-5)
+
+
+def losses(switch, steps: int = 20) -> torch.Tensor:
+    """The losses of a short LoRA training of the nano ViT, float32, dropout 0, switches set by `switch(model)`."""
+    torch.manual_seed(0)
+    model = create_model("vit-nano-patch8-48", 4)
+    inject_lora(model, LoRAConfig(modules_to_save=("head",), init_lora_weights=False))
+    switch(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    images, labels = torch.randn(16, 3, 48, 48), torch.arange(16) % 4
+    result = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        result.append(loss.detach())
+    return torch.stack(result)
+
+
+SWITCHES = {
+    "fused product": lambda patch, model: patch.setattr(fused, "enabled", False),
+    "fused attention": lambda patch, model: patch.setattr(layers, "fused_attention", False),
+    "pooled last block": lambda patch, model: patch.setattr(model, "pooled_last_block", False),
+    "gradient checkpointing": lambda patch, model: patch.setattr(model, "grad_checkpointing", True),
+    "oneDNN": lambda patch, model: patch.setattr(gemm, "onednn", gemm.available) or gemm.speed_up(model),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_no_switch_changes_the_losses_of_20_steps(name, monkeypatch):
+    monkeypatch.setattr(gemm, "onednn", False)
+    expected = losses(lambda model: None)
+    monkeypatch.setattr(gemm, "FEWEST_ROWS", 1)
+    with monkeypatch.context() as patch:
+        changed = losses(lambda model: SWITCHES[name](patch, model))
+    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-5)
