@@ -13,6 +13,7 @@ import time
 import torch
 from torch.nn import functional as F
 
+from minilora.gemm import speed_up
 from minilora.inject import LoRAConfig, inject_lora
 from reference_models import load_pretrained
 from tests.benchmarks.common import parser, prepare, ratio, report, told
@@ -28,7 +29,7 @@ def ours() -> float:
     from minilora.data.sets import load_classification
 
     model = load_pretrained("vit-tiny-patch16-224", weights(), num_classes=10)
-    inject_lora(model, LoRAConfig(8, 16, 0.05, modules_to_save=("head",)))
+    speed_up(inject_lora(model, LoRAConfig(8, 16, 0.05, modules_to_save=("head",))))
     start = time.perf_counter()
     split = load_classification(shared_folder() / "imagewoof224", "folder").train
     data = PictureDataset(split, model.preprocess, "basic", seed=0)
