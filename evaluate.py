@@ -5,6 +5,7 @@ python evaluate.py RUN --data-dir photos --predictions out.csv               als
 python evaluate.py RUN --image dog.jpg
 python evaluate.py RUN1 RUN2 RUN3 --report comparison.html                   mean and spread over seeds
 python evaluate.py RUN --merge-to DIR --layout transformers                  a model that transformers loads
+python evaluate.py RUN --prune 0.5 --prune-scope units --merge-to DIR         a smaller and faster model
 python evaluate.py --model vit-tiny-patch16-224 --weights FILE --data-dir photos      a base model, untrained
 """
 
@@ -30,6 +31,7 @@ from minilora.report.tables import comparison_table
 from minilora.report.vqa_metric import write_results as write_vqa_results
 from minilora.tasks import load_run, run_module
 from minilora.tasks.base import choose_device
+from minilora.tasks.compression import check_pruning, compression_report
 from minilora.tasks.results import attention_figures, report_data, run_row
 from minilora.tasks.run import Evaluation, Run, latency
 from minilora.values import option
@@ -52,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"the runs are of different tasks: {', '.join(f'{r.name} {r.task}' for r in runs)}")
     if options.image:
         return answer(runs[0], options)
+    check_pruning(runs, options, typed)
     score(runs, options)
     extras(runs, options)
+    if options.prune is not None:
+        table, runs = compression_report(runs, options)
+        print(table)
     if options.merge_to or options.export_adapter:
         export(runs[0], options)
     return 0

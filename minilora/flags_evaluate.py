@@ -5,7 +5,7 @@ from typing import Any
 
 from minilora.flags import AMP, FORMATS, LAYOUTS, TASKS, flag
 
-D, O, P, X, B = "data", "output", "one picture", "export", "a base model, without a run"
+D, O, C, P, X, B = "data", "output", "compression", "one picture", "export", "a base model, without a run"
 
 
 # fmt: off
@@ -30,6 +30,11 @@ class EvalConfig:
     per_head: bool = flag(O, False, "attention maps of each head too", bool)
     spectrum: bool = flag(O, False, "what the updates are like: norms, singular values, rank", bool)
     latency: bool = flag(O, False, "seconds per forward pass, batch 1 and 32", bool)
+
+    prune: float = flag(C, None, "set this share of weights to zero, show sizes side by side", float, low=0, below=1)
+    prune_scope: str = flag(C, "backbone", "which weights; units: whole MLP units, really smaller and faster",
+        choices=("conv", "backbone", "all", "units"))
+    prune_epochs: int = flag(C, 0, "learn on for N epochs while pruning; with units: LoRA, then merged", int, low=0)
 
     image: Any = flag(P, None, "answers for these pictures", many=True, meta="FILE")
     question: str = flag(P, None, "the question about --image", meta="TEXT", tasks=("vqa", "choice"))

@@ -1,5 +1,6 @@
 """Pruning: exact zeros that stay, the schedule, scopes, and smaller models that say what the large ones said."""
 
+import re
 import zipfile
 
 import pytest
@@ -13,7 +14,11 @@ from minilora.compress.prune import Pruner, magnitude_mask, polynomial_sparsity,
 from minilora.compress.structured import mlp_layers, remove_mlp_units, units_kept
 from minilora.errors import RunError, UserError
 from minilora.inject import LoRAConfig, inject_lora, merge_lora
+from minilora.tasks import load_run
 from reference_models import create_model, load_pretrained, save_pretrained
+from tests.cli_data import QUICK, program, write_photos
+
+evaluate = program("evaluate")
 
 NANO = "vit-nano-patch8-48"
 
@@ -221,7 +226,78 @@ def test_both_towers_of_a_pair_shrink_and_say_so(tmp_path):
 
 def test_medians_of_calls_that_take_turns():
     order = []
-    times = median_seconds(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = median_seconds(calls, rounds=3, at_least=0)
+    assert (
+        order == ["a", "a", "b", "b"] + ["a", "b"] * 3
+        and set(times) == {"a", "b"}
+        and min(times.values()) > 0
     )
-    assert order == ["a", "b"] * 4 and set(times) == {"a", "b"} and min(times.values()) >= 0
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def runs(photos, tmp_path_factory):
+    """A LoRA run of the nano ViT, and a run of a MobileNet, each of a few steps."""
+    folder, words = tmp_path_factory.mktemp("runs"), ["--data-dir", str(photos), "--max-steps", "2"]
+    train = program("train").main
+    assert train([*QUICK, *words, "--output", str(folder / "vit")]) == 0
+    mobile = ["--model", "mobilenet-v2-35", "--weights", "none", "--image-size", "32", "--batch-size", "4"]
+    assert train([*mobile, *words, "--mode", "full", "--output", str(folder / "mobile")]) == 0
+    return folder
+
+
+def table_of(printed: str) -> dict[str, list[str]]:
+    """{model: its cells} of the comparison table that evaluate.py prints last."""
+    lines = printed.partition("\nmodel ")[2].splitlines()[2:]
+    return {re.split(r"\s{2,}", line)[0]: re.split(r"\s{2,}", line)[1:] for line in lines if "  " in line}
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_evaluate_prunes_convolutions_shows_sizes_and_writes_the_model(runs, tmp_path, capsys, epochs):
+    words = [str(runs / "mobile"), "--prune", "0.8", "--prune-scope", "conv", "--prune-epochs", str(epochs)]
+    assert evaluate.main([*words, "--merge-to", str(tmp_path), "--layout", "torchvision"]) == 0
+    table = table_of(capsys.readouterr().out)
+    whole, pruned = table["mobile"], table["mobile, 0.8 of conv pruned"]
+    assert whole[0] == pruned[0] and whole[2] == pruned[2] and float(pruned[3]) < 0.6 * float(whole[3])
+    saved = load_file(tmp_path / "model.safetensors")
+    kernels = [tensor for tensor in saved.values() if tensor.dim() == 4]
+    assert len(kernels) == 52
+    assert all(zeros(kernel) == round(0.8 * kernel.numel()) for kernel in kernels)
+
+
+def test_evaluate_removes_units_recovers_through_lora_and_train_goes_on_from_there(
+    runs, photos, tmp_path, capsys
+):
+    words = [str(runs / "vit"), "--prune", "0.5", "--prune-scope", "units", "--prune-epochs", "1"]
+    assert evaluate.main([*words, "--merge-to", str(tmp_path / "small"), "--layout", "minilora"]) == 0
+    table = table_of(capsys.readouterr().out)
+    whole, small = table["vit"], table["vit, 0.5 of units pruned"]
+    gone = int(whole[0].replace(",", "")) - int(small[0].replace(",", ""))
+    assert gone == 4 * 256 * (2 * 128 + 1) and float(small[2]) < 0.75 * float(whole[2])
+    back = load_pretrained(tmp_path / "small")
+    assert back.config.hidden == 256 and back.labels == ["class_0", "class_1", "class_2"]
+    words = ["--model", str(tmp_path / "small"), "--data-dir", str(photos), "--max-steps", "1"]
+    assert program("train").main([*words, "--output", str(tmp_path / "run")]) == 0
+    run = load_run(tmp_path / "run")
+    assert run.model.config.hidden == 256 and run.model.head.weight.shape == (3, 128)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prune", "1"], "--prune must be"),
+        (["--prune", "-0.1"], "--prune must be"),
+        (["--prune-scope", "conv"], "--prune-scope needs --prune"),
+        (["--prune", "0.5", "--prune-scope", "conv"], "'conv' matches nothing in VisionTransformer"),
+        (["--prune", "0.5", "--export-adapter", "x"], "a pruned model has its adapter merged"),
+    ],
+)
+def test_evaluate_says_what_is_wrong_before_it_computes(runs, words, message, capsys):
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(runs / "vit"), *words])
+    assert capsys.readouterr().out == ""

@@ -1,5 +1,6 @@
 """What compression is measured by: bytes of the stored weights, bytes when zipped, and time of a forward pass."""
 
+import math
 import statistics
 import time
 import zlib
@@ -36,19 +37,25 @@ def model_size(model: nn.Module) -> Size:
 
 
 def median_seconds(
-    calls: dict[str, Callable[[], object]], rounds: int = 9, warmup: int = 2, device: str = "cpu"
+    calls: dict[str, Callable[[], object]], rounds: int = 9, device: str = "cpu", at_least: float = 0.02
 ) -> dict[str, float]:
-    """Median seconds of each call. The calls take turns, so that a busy minute of the machine hits all of them."""
+    """Median seconds of each call, after two to warm up. The calls take turns, so that a busy minute of the machine
+    hits all of them; short ones are repeated for `at_least` seconds and averaged, so that no single pause decides.
+    """
+    repeats = {name: max(1, math.ceil(at_least / _seconds(call, 2, device))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(warmup + rounds):
+    for _ in range(rounds):
         for name, call in calls.items():
-            start = _now(device)
-            call()
-            if number >= warmup:
-                times[name].append(_now(device) - start)
-            else:
-                _now(device)
+            times[name].append(_seconds(call, repeats[name], device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds of one call, the mean of `repeats`."""
+    start = _now(device)
+    for _ in range(repeats):
+        call()
+    return max(_now(device) - start, 1e-9) / repeats
 
 
 def _now(device: str) -> float:

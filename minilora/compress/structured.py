@@ -31,13 +31,9 @@ def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object
     say the new sizes, so save_pretrained and load_pretrained work as ever. Raises UserError for a share outside
     [0, 1) and for a model without MLPs of a configurable size.
     """
-    check_sparsity(sparsity)
+    check_units(model, sparsity)
     mlps = mlp_layers(merge_lora(model))
     configs = {module: smaller_config(module.config, sparsity) for module in configured(model)}
-    if not mlps or configs[model] == model.config and units_kept(10**6, sparsity) != 10**6:
-        raise UserError(
-            f"{type(model).__name__} has no MLP units to remove; prune it with a scope of single weights"
-        )
     activity = measure_units(mlps, run) if run is not None else {}
     for name, mlp in mlps.items():
         shrink_mlp(mlp, units_kept(mlp.fc1.out_features, sparsity), *activity.get(name, ()))
@@ -46,13 +42,20 @@ def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object
     return model
 
 
+def check_units(model: nn.Module, sparsity: float) -> None:
+    """UserError for a share outside [0, 1), and for a model whose configuration does not count MLP units."""
+    check_sparsity(sparsity)
+    if smaller_config(model.config, 0.5) == model.config:
+        name = type(model).__name__
+        raise UserError(f"{name} has no MLP units to remove; prune it with a scope of single weights")
+
+
 def mlp_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{name: module} of every fc2(act(fc1(x)))."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "fc1", None), nn.Linear)
-        and isinstance(getattr(module, "fc2", None), nn.Linear)
+        if hasattr(module, "fc1") and hasattr(module, "fc2")
     }
 
 

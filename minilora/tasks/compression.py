@@ -1,0 +1,160 @@
+"""evaluate.py RUN --prune S --prune-scope P: a run's model made smaller, and all sizes side by side.
+
+Scopes of single weights (conv, backbone, all) leave a model that only a compressed file shows to be smaller; the scope
+units removes whole MLP units and leaves a model that is smaller and faster. With --prune-epochs the model learns on:
+all of it, masks kept and sparsity growing from .50, or with units through LoRA, which is merged afterwards.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.compress.measure import median_seconds, model_size
+from minilora.compress.prune import Pruner, scope_tensors
+from minilora.compress.structured import check_units, remove_mlp_units
+from minilora.errors import UserError
+from minilora.flags import DEFAULT_LR
+from minilora.inject import LoRAConfig, inject_lora, merge_lora
+from minilora.report.tables import text_table
+from minilora.tasks import base, build_task
+from minilora.tasks.run import Run
+from minilora.training.trainer import to_device
+from minilora.values import option
+
+UNITS = "units"
+LATENCY_BATCHES = (1, 64)
+CALIBRATION = 64  # training examples that tell which units matter
+COLUMNS = ("model", "parameters", "not zero", "MB", "MB zipped", "ms at 1", "ms at 64", "accuracy %")
+
+
+def check_pruning(runs: Sequence[Run], options: Any, typed: Iterable[str]) -> None:
+    """UserError before anything is computed: flags that need --prune, a scope that matches nothing in a run."""
+    if options.prune is None:
+        if flags := [name for name in ("prune_scope", "prune_epochs") if name in typed]:
+            raise UserError(f"{option(flags[0])} needs --prune, the share of weights to remove")
+        return
+    if options.export_adapter:
+        raise UserError(
+            "--export-adapter: a pruned model has its adapter merged; use --merge-to, or leave --prune out"
+        )
+    for run in runs:
+        if options.prune_scope == UNITS:
+            check_units(run.model, options.prune)
+        else:
+            scope_tensors(run.model, options.prune_scope)
+
+
+def pruned_run(run: Run, options: Any) -> Run:
+    """A copy of the run with its LoRA merged and its model pruned as --prune, --prune-scope and --prune-epochs say."""
+    sparsity, scope, epochs = options.prune, options.prune_scope, options.prune_epochs
+    model = merge_lora(copy.deepcopy(run.model))
+    small = replace(run, model=model)
+    if scope == UNITS:
+        batch = run.batch(CALIBRATION, replace(options, data_dir=None, split="train"))
+        remove_mlp_units(model, sparsity, lambda: small.logits(batch))
+        if epochs:
+            inject_lora(model, LoRAConfig(target_modules="all-linear", modules_to_save=model.head_modules))
+            learn_on(run, model, epochs, DEFAULT_LR["lora"])
+    elif epochs:
+        learn_on(run, model.requires_grad_(True), epochs, DEFAULT_LR["full"], scope, sparsity)
+    else:
+        Pruner(model, scope, sparsity).check()
+    merge_lora(model).eval().requires_grad_(False)
+    return small
+
+
+def learn_on(
+    run: Run, model: nn.Module, epochs: int, lr: float, scope: str | None = None, sparsity: float = 0.0
+) -> None:
+    """Train what of `model` is trainable on the run's own data: Adam, cosine. With a scope it is pruned meanwhile.
+
+    The sparsity reaches its end after half of the steps, so that the other half can repair what that did.
+    """
+    task = build_task(replace(run.config, teacher=None, adapter=None, cache_features=False), run.device)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+    steps = epochs * len(task.train_batches(0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))
+    )
+    pruner = Pruner(model, scope, sparsity, steps=steps // 2) if scope else None
+    if pruner:
+        pruner.attach(optimizer)
+    model.train()
+    for epoch in range(epochs):
+        for number, batch in enumerate(task.train_loader(epoch, task.train_batches(epoch))):
+            torch.manual_seed(run.config.seed + epoch * steps + number)  # for dropout
+            with base.autocast(run.device, task.amp):
+                loss, _ = task.loss(model, to_device(batch, run.device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    if pruner:
+        pruner.finish()
+
+
+def compression_rows(runs: Sequence[Run], names: Sequence[str], options: Any, rounds: int = 9) -> list[dict]:
+    """A row for each run: counts, bytes, median seconds of a forward pass at batch 1 and 64, accuracy.
+
+    The models take turns while they are timed.
+    """
+    models = [merge_lora(copy.deepcopy(run.model)).eval() for run in runs]
+    plain = [replace(run, model=model) for run, model in zip(runs, models, strict=True)]
+    seconds = {}
+    for size in LATENCY_BATCHES:
+        batches = [run.batch(size, options) for run in plain]
+        calls = {
+            str(i): forward(run, batch) for i, (run, batch) in enumerate(zip(plain, batches, strict=True))
+        }
+        seconds[size] = median_seconds(calls, rounds, device=str(plain[0].device))
+    rows = []
+    for i, (name, run) in enumerate(zip(names, plain, strict=True)):
+        scores = run.evaluate(options).scores
+        rows.append(
+            {"model": name, **model_size(run.model)._asdict()}
+            | {"seconds": {size: times[str(i)] for size, times in seconds.items()}}
+            | {"accuracy": scores and scores["accuracy"]}
+        )
+    return rows
+
+
+def forward(run: Run, batch: dict[str, Tensor]):
+    """One forward pass as a function to be timed."""
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        return run.logits(batch)
+
+    return call
+
+
+def compression_cells(rows: Sequence[dict]) -> list[list[str]]:
+    """The cells below COLUMNS."""
+    return [
+        [
+            row["model"],
+            f"{row['parameters']:,}",
+            f"{row['nonzero']:,}",
+            f"{row['stored'] / 1e6:.3f}",
+            f"{row['zipped'] / 1e6:.3f}",
+            *(f"{1000 * row['seconds'][size]:.2f}" for size in LATENCY_BATCHES),
+            "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def compression_report(runs: Sequence[Run], options: Any) -> tuple[str, list[Run]]:
+    """(the table of all runs, each as it is and pruned; the pruned runs)."""
+    pruned = [pruned_run(run, options) for run in runs]
+    what = f"{options.prune:g} of {options.prune_scope} pruned"
+    names = [run.name for run in runs] + [f"{run.name}, {what}" for run in runs]
+    rows = compression_rows([*runs, *pruned], names, options)
+    threads = torch.get_num_threads()
+    note = f"MB: 1e6 bytes of model.safetensors; ms: median of 9 forward passes on {runs[0].device}, {threads} threads"
+    return f"{text_table(COLUMNS, compression_cells(rows))}\n{note}", pruned
