@@ -56,6 +56,7 @@ def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
         own = [p for p in module.parameters(recurse=False)]
         if (
             own
+            and name  # a parameter of the model itself, such as CLIP's logit_scale, is among modules_to_save by name
             and all(p.requires_grad for p in own)
             and ".lora_" not in name
             and not hasattr(module, "base_layer")

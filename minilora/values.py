@@ -10,6 +10,7 @@ from minilora.errors import UserError
 from minilora.flags import Rule
 
 TOWERS = ("vision", "text")
+VERBATIM = ("image", "choices")  # files and texts may hold commas
 
 
 def option(name: str) -> str:
@@ -30,6 +31,8 @@ def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{label} must be true or false, got {value!r}")
         return value
+    if name in VERBATIM:
+        return tuple(_words(label, value))
     if rule.many:
         return _numbers(label, value) if name == "layers" else _names(label, value)
     if not rule.towers:

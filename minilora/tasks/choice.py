@@ -28,9 +28,7 @@ from minilora.training import distributed
 from reference_models.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
-share_prefix: bool | None = (
-    None  # what a question's choices share at the front: None: encoded once where that is faster
-)
+share_prefix: bool | None = None  # encode what a question's choices share once; None: where that is faster
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
@@ -169,9 +167,9 @@ class Choice:
         with base.autocast(self.device, self.amp):
             return self.scores(self.predictions(model.eval(), "test"), "test")
 
-    def scores(self, found: Predictions, part: str) -> dict:
+    def scores(self, found: Predictions, part: str) -> dict[str, float]:
         by_type = accuracy_by_type(found, self.data[part].split)
-        return found.scores() | ({"by_type": by_type} if by_type else {})
+        return found.scores() | {f"accuracy/{kind}": value for kind, value in by_type.items()}
 
     def predictions(self, model: nn.Module, part: str) -> Predictions:
         """Every row of a part once; with several processes each does a share and all get the whole."""
