@@ -1,4 +1,4 @@
-"""The VQA task: shared pictures encoded once, the same numbers grouped or not, cached or not; runs and their answers."""
+"""The VQA task: shared pictures encoded once, the same numbers grouped or not, cached or not; runs and answers."""
 
 import json
 
@@ -223,6 +223,11 @@ def test_train_and_evaluate_leave_what_a_vqa_run_needs(folder, tmp_path, capsys)
         "exact match after normalisation" in out
         and "picture greyed out" in out
         and "out of the vocabulary: 0" in out
+    )
+    page = (run_dir / "report.html").read_text()
+    assert all(
+        words in page
+        for words in ("picture greyed out", "By question type", "Answers", "what is the color of it")
     )
     rows = json.loads(results.read_text())
     assert len(rows) == 18 and set(rows[0]) == {"question_id", "answer"}

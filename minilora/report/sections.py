@@ -88,6 +88,9 @@ def question_types(vqa: Mapping | None) -> str:
     if not vqa:
         return ""
     html = f"<p>{escape(vqa['metric'])}: <b>{vqa['overall']:.2f}</b> on {vqa['count']} questions.</p>"
+    html += "".join(
+        f"<p>{escape(name)}: <b>{value:.2f}</b></p>" for name, value in vqa.get("question_only", {}).items()
+    )
     for key, title in (("by_answer_type", "By answer type"), ("by_question_type", "By question type")):
         rows = sorted(vqa.get(key, {}).items(), key=lambda item: -item[1])
         if rows:
