@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from minilora.compress.distill import distillation_loss, soft_divergence
 from minilora.config import parse_args
 from minilora.errors import UserError
-from minilora.inject import lora_layers
+from minilora.inject import count_parameters, lora_layers
 from minilora.tasks import build_task, load_run
+from minilora.tasks.teacher import teacher_names
+from minilora.tasks.vqa import logits_of
 from tests.cli_data import QUICK, program, write_photos
 
 train = program("train")
@@ -182,3 +184,94 @@ def test_a_teacher_that_does_not_fit_is_named(photos, teacher, tmp_path):
         student_of(photos, teacher, "--mode", "linear", "--cache-features")
     with pytest.raises(UserError, match="--distill-alpha needs --teacher"):
         parse_args(["--distill-alpha", "0.5"])
+
+
+VQA = ["--task", "vqa", "--device", "cpu", "--subset", "12", "--batch-size", "8", "--max-length", "24"]
+STUDENT = [*VQA, "--model", "student-nano", "--mode", "full"]
+
+
+@pytest.fixture(scope="module")
+def vqa_teacher(tmp_path_factory):
+    """Two towers with LoRA after two steps, on generated scenes."""
+    path = tmp_path_factory.mktemp("runs") / "pair"
+    assert train.main([*VQA, "--max-steps", "2", "--output", str(path)]) == 0
+    return path
+
+
+def vqa_student(teacher, *words):
+    return build_task(parse_args([*STUDENT, "--teacher", str(teacher), *words])[0])
+
+
+def test_a_student_of_questions_learns_from_two_towers_and_takes_their_answers(vqa_teacher, tmp_path):
+    task = vqa_student(vqa_teacher, "--distill-alpha", "0.5", "--distill-temperature", "2")
+    run = load_run(vqa_teacher)
+    assert task.labels == run.labels and task.tokenizer.vocab == run.tokenizer.vocab
+    batch = next(iter(task.train_loader(0, task.train_batches(0))))
+    loss, _ = task.loss(task.model.eval(), batch)
+    logits = logits_of(task.model, batch)
+    seen = batch | {"image": (batch["image"] * 0.5 + 0.5 - mean(run)) / std(run)}
+    with torch.no_grad():
+        answers = run.logits(seen)
+    torch.testing.assert_close(loss, by_hand(logits, answers, batch["label"], 0.5, 2.0), rtol=1e-4, atol=1e-5)
+    words = [*STUDENT, "--teacher", str(vqa_teacher), "--max-steps", "1", "--output", str(tmp_path / "run")]
+    assert train.main(words) == 0
+    assert load_run(tmp_path / "run").labels == run.labels
+
+
+def mean(run):
+    return torch.tensor(run.preprocess["mean"])[:, None, None]
+
+
+def std(run):
+    return torch.tensor(run.preprocess["std"])[:, None, None]
+
+
+def test_a_teacher_with_other_answers_or_tokens_is_refused(vqa_teacher, tmp_path):
+    run = load_run(vqa_teacher)
+    other = edited(vqa_teacher, tmp_path / "answers", lambda names: ["cat", *names[1:]])
+    with pytest.raises(UserError, match=f"trained on other answers: it does not know '{run.keys[0]}'"):
+        vqa_student(other)
+    with pytest.raises(UserError, match=f"has {len(run.keys)} answers, but --num-answers is 3"):
+        vqa_student(vqa_teacher, "--num-answers", "3")
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join([*run.tokenizer.tokens, "unheard"]) + "\n")
+    with pytest.raises(UserError, match="reads other tokens than this model"):
+        vqa_student(vqa_teacher, "--tokenizer", str(vocab))
+    with pytest.raises(UserError, match="is a run of --task vqa; this one is --task classify"):
+        build_task(parse_args([*QUICK, "--teacher", str(vqa_teacher)])[0])
+    with pytest.raises(UserError, match="joins its towers by --fusion product"):
+        vqa_student(vqa_teacher, "--fusion", "concat")
+
+
+def test_a_subset_of_the_teachers_data_may_lack_and_rank_answers_otherwise(vqa_teacher):
+    config, _ = parse_args([*STUDENT, "--teacher", str(vqa_teacher)])
+    keys = ["an answer that is rare in the whole"]
+    with pytest.raises(UserError, match="it does not know"):
+        teacher_names(config, keys)
+    config.subset = 6.0
+    assert teacher_names(config, keys)["keys"] == load_run(vqa_teacher).keys
+
+
+def test_answers_too_many_to_keep_are_asked_anew(vqa_teacher, monkeypatch):
+    monkeypatch.setattr("minilora.tasks.teacher.CACHE_BYTES", 100)
+    task = vqa_student(vqa_teacher)
+    batch = next(iter(task.train_loader(0, task.train_batches(0))))
+    assert torch.equal(task.teacher.logits(batch), task.teacher.answer(batch)) and not len(task.teacher.kept)
+
+
+def test_recipe_is_report_5s_student(vqa_teacher):
+    config, _ = parse_args(["--recipe", "vqa-student", "--teacher", str(vqa_teacher)])
+    assert (config.distill_alpha, config.distill_temperature, config.distill_t2) == (0.9, 15.0, False)
+    assert (config.batch_size, config.epochs, config.opt, config.lr) == (64, 10, "adam", 1e-3)
+    words = [
+        "--recipe",
+        "vqa-student",
+        "--subset",
+        "12",
+        "--max-length",
+        "24",
+        "--tokenizer",
+        str(vqa_teacher),
+    ]
+    task = build_task(parse_args(words)[0])
+    assert count_parameters(task.model).trainable == 14_775_626 and len(task.labels) == 10
