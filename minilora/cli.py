@@ -32,5 +32,10 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return code
+
+
+def printable(message: str) -> str:
+    """One line without control characters: names of files and tensors are quoted in it, and these may be anybody's."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
