@@ -11,10 +11,12 @@ from minilora.compress.distill import distillation_loss, soft_divergence
 from minilora.config import parse_args
 from minilora.errors import UserError
 from minilora.inject import count_parameters, lora_layers
-from minilora.tasks import build_task, load_run
+from minilora.tasks import build_task, choice, load_run
 from minilora.tasks.teacher import teacher_names
 from minilora.tasks.vqa import logits_of
+from tests.choice_data import write_clip, write_scpc
 from tests.cli_data import QUICK, program, write_photos
+from tests.vqa_data import write_vqa
 
 train = program("train")
 HARD, SOFT = {"alpha": 0.9, "temperature": 15.0}, {"alpha": 0.25, "temperature": 3.0, "t2": True}
@@ -186,20 +188,31 @@ def test_a_teacher_that_does_not_fit_is_named(photos, teacher, tmp_path):
         parse_args(["--distill-alpha", "0.5"])
 
 
-VQA = ["--task", "vqa", "--device", "cpu", "--subset", "12", "--batch-size", "8", "--max-length", "24"]
+VQA = ["--task", "vqa", "--device", "cpu", "--batch-size", "8", "--max-length", "24"]
 STUDENT = [*VQA, "--model", "student-nano", "--mode", "full"]
 
 
 @pytest.fixture(scope="module")
-def vqa_teacher(tmp_path_factory):
-    """Two towers with LoRA after two steps, on generated scenes."""
+def questions(tmp_path_factory):
+    return write_vqa(tmp_path_factory.mktemp("vqa"), train=6, val=2)
+
+
+@pytest.fixture(scope="module")
+def vqa_teacher(questions, tmp_path_factory):
+    """Two towers with LoRA after two steps."""
     path = tmp_path_factory.mktemp("runs") / "pair"
-    assert train.main([*VQA, "--max-steps", "2", "--output", str(path)]) == 0
+    words = [*VQA, "--data-dir", str(questions), "--max-steps", "2", "--output", str(path)]
+    assert train.main(words) == 0
     return path
 
 
+def student_words(teacher, *words):
+    data = load_run(teacher).config.data_dir
+    return [*STUDENT, "--data-dir", data, "--teacher", str(teacher), *words]
+
+
 def vqa_student(teacher, *words):
-    return build_task(parse_args([*STUDENT, "--teacher", str(teacher), *words])[0])
+    return build_task(parse_args(student_words(teacher, *words))[0])
 
 
 def test_a_student_of_questions_learns_from_two_towers_and_takes_their_answers(vqa_teacher, tmp_path):
@@ -213,8 +226,7 @@ def test_a_student_of_questions_learns_from_two_towers_and_takes_their_answers(v
     with torch.no_grad():
         answers = run.logits(seen)
     torch.testing.assert_close(loss, by_hand(logits, answers, batch["label"], 0.5, 2.0), rtol=1e-4, atol=1e-5)
-    words = [*STUDENT, "--teacher", str(vqa_teacher), "--max-steps", "1", "--output", str(tmp_path / "run")]
-    assert train.main(words) == 0
+    assert train.main(student_words(vqa_teacher, "--max-steps", "1", "--output", str(tmp_path / "run"))) == 0
     assert load_run(tmp_path / "run").labels == run.labels
 
 
@@ -244,7 +256,7 @@ def test_a_teacher_with_other_answers_or_tokens_is_refused(vqa_teacher, tmp_path
 
 
 def test_a_subset_of_the_teachers_data_may_lack_and_rank_answers_otherwise(vqa_teacher):
-    config, _ = parse_args([*STUDENT, "--teacher", str(vqa_teacher)])
+    config, _ = parse_args(student_words(vqa_teacher))
     keys = ["an answer that is rare in the whole"]
     with pytest.raises(UserError, match="it does not know"):
         teacher_names(config, keys)
@@ -259,19 +271,28 @@ def test_answers_too_many_to_keep_are_asked_anew(vqa_teacher, monkeypatch):
     assert torch.equal(task.teacher.logits(batch), task.teacher.answer(batch)) and not len(task.teacher.kept)
 
 
-def test_recipe_is_report_5s_student(vqa_teacher):
+def test_recipe_is_report_5s_student(questions, vqa_teacher):
     config, _ = parse_args(["--recipe", "vqa-student", "--teacher", str(vqa_teacher)])
     assert (config.distill_alpha, config.distill_temperature, config.distill_t2) == (0.9, 15.0, False)
     assert (config.batch_size, config.epochs, config.opt, config.lr) == (64, 10, "adam", 1e-3)
-    words = [
-        "--recipe",
-        "vqa-student",
-        "--subset",
-        "12",
-        "--max-length",
-        "24",
-        "--tokenizer",
-        str(vqa_teacher),
-    ]
-    task = build_task(parse_args(words)[0])
-    assert count_parameters(task.model).trainable == 14_775_626 and len(task.labels) == 10
+    words = ["--recipe", "vqa-student", "--data-dir", str(questions), "--max-length", "24"]
+    task = build_task(parse_args([*words, "--tokenizer", str(vqa_teacher)])[0])
+    task.model.reset_classifier(10)
+    assert count_parameters(task.model).trainable == 14_775_626
+
+
+def test_choices_are_distilled_too(tmp_path):
+    clip, data = write_clip(tmp_path / "clip"), write_scpc(tmp_path / "scpc")
+    words = ["--task", "choice", "--model", str(clip), "--data-dir", str(data), "--batch-size", "4"]
+    words += ["--max-steps", "1", "--device", "cpu"]
+    assert train.main([*words, "--output", str(tmp_path / "teacher")]) == 0
+    words += ["--teacher", str(tmp_path / "teacher")]
+    task = build_task(parse_args([*words, "--distill-alpha", "0.4", "--distill-temperature", "3"])[0])
+    batch = next(iter(task.train_loader(0, task.train_batches(0))))
+    loss, _ = task.loss(task.model.eval(), batch)
+    run = load_run(tmp_path / "teacher")
+    with torch.no_grad():
+        logits, answers = choice.logits_of(task.model, batch), run.logits(batch)
+    torch.testing.assert_close(loss, by_hand(logits, answers, batch["label"], 0.4, 3.0), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="was trained with --prompt None"):
+        build_task(parse_args([*words, "--prompt", "{question} {choice}"])[0])
