@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from reference_models.config_check import check_config, readable
 from reference_models.errors import ModelError
 from reference_models.files import read_weights, write_model_files
 from reference_models.jsonfile import read_json
-from reference_models.layers import ACTIVATIONS
 from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
 
@@ -109,7 +109,8 @@ def load_pretrained(
     folder = path if path.is_dir() else path.parent
     data = _config_file(path)
     wanted = config_for(name_or_dir) if by_name else None
-    config = _described(data, folder, wanted)
+    with readable(folder / "config.json"):
+        config = _described(data, folder, wanted)
     family = family_module(config.family)
     state, files = read_weights(path)
     tensors, layout = _translate(strip_wrappers(state), config, family, files)
@@ -118,10 +119,13 @@ def load_pretrained(
     found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     config = _final(found, wanted, num_classes, image_size, overrides)
     family.adapt(tensors, found, config)
+    tensors = _fitting(config, tensors, found, family, files)
     defaults = _preprocess(config) | family.file_preprocess(path.name)
-    model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
-    model.labels = _labels(data) if _classes(config) and _classes(config) == _classes(found) else None
-    _fill(model, tensors, found, family, files)
+    with readable(folder / "config.json"):
+        model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
+        model.labels = _labels(data) if _classes(config) and _classes(config) == _classes(found) else None
+    own = model.state_dict()
+    model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
     return model
 
 
@@ -205,9 +209,8 @@ def _described(data: dict, folder: Path, wanted):
         raise ModelError(
             f"{folder}: a checkpoint of the family {described.family}, but {wanted.name} was asked for"
         )
-    if (act := getattr(described, "act", None)) is not None and act not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ModelError(f"{folder / 'config.json'}: the activation {act!r} is not one of {known}")
+    if described is not None:
+        check_config(described, folder / "config.json")
     return described or wanted
 
 
@@ -287,9 +290,14 @@ def _classes(config) -> int | None:
     return getattr(config, "num_classes", None)  # None: a family without classifier
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], found, family, files: str) -> None:
-    """Copy the tensors into the model, strictly: shapes, missing keys and extra keys in one message."""
-    config, own = model.config, model.state_dict()
+def _fitting(config, tensors: dict[str, Tensor], found, family, files: str) -> dict[str, Tensor]:
+    """The tensors for the model of `config`, strictly: shapes, missing keys and extra keys in one message.
+
+    Asked of a model without storage: a config.json of somebody else's may describe one that no memory holds.
+    """
+    with torch.device("meta"):
+        model = _make(config)
+    own = model.state_dict()
     heads = tuple(f"{name}." for name in model.head_modules)
     new_head = _classes(config) and _classes(config) != _classes(found)
     if new_head or _classes(config) == 0:
@@ -309,11 +317,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], found, family, files: st
     if any(problems.values()):
         told = [f"{what} {len(keys)}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
         raise ModelError(f"{files} does not fit {config.name}: {'; '.join(told)}")
-    model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
+    return tensors
 
 
 def _labels(data: dict) -> list[str] | None:
     labels = data.get("id2label") or data.get("label_names")
     if isinstance(labels, dict):
         labels = [labels[key] for key in sorted(labels, key=int)]
-    return labels
+    return [str(label) for label in labels] if labels else None

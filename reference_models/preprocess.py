@@ -78,8 +78,14 @@ def _to_size(result: dict, side) -> dict:
     """
     inner, outer = result.pop("scale", (side, result.get("resize_to") or side))
     if isinstance(side, int) and inner:
+        if not all(isinstance(one, (int, float)) and 0 < one < 1e6 for one in (inner, outer)):
+            raise ModelError(f"the checkpoint's preprocessing: {inner!r} and {outer!r} are no picture sizes")
         result["resize_to"] = round(outer * side / inner)
     mean, std = list(result["mean"]), list(result["std"])
+    if not all(len(three) == 3 and all(isinstance(x, (int, float)) for x in three) for three in (mean, std)):
+        raise ModelError(
+            f"the checkpoint's preprocessing: mean {mean} and std {std} must be three numbers each"
+        )
     return {**result, "image_size": side, "mean": mean, "std": std}
 
 

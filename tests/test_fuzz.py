@@ -16,6 +16,7 @@ from minilora.data.choice_csv import read_choice_tables
 from minilora.data.choices import load_choices
 from minilora.data.folder import read_folders
 from minilora.data.tables import read_tables
+from minilora.data.transforms import build_transform
 from minilora.data.visual7w import read_visual7w
 from minilora.data.vqa2 import read_vqa2
 from minilora.report.curves import curve, read_metrics
@@ -110,6 +111,7 @@ def use_run(folder):
 
 def use_model(folder):
     model = load_pretrained(folder)
+    build_transform(model.preprocess)(Image.new("RGB", (20, 20)))
     assert model.labels is None or all(isinstance(label, str) for label in model.labels)
 
 
