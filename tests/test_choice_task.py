@@ -207,7 +207,7 @@ def test_32_questions_are_learned_by_heart(tmp_path):
     assert Trainer(task, options, tmp_path / "run", "cpu").fit()["best"]["accuracy"] == 1.0
 
 
-def test_fp16_overflow_is_skipped_and_counted_and_training_goes_on(clip, scpc, tmp_path):
+def test_fp16_overflow_is_skipped_and_counted_and_training_goes_on(clip, scpc, tmp_path, capsys):
     task = task_of(clip, scpc, "--amp", "fp16", "--base-dtype", "fp16")
     assert {p.dtype for p in task.model.parameters() if p.requires_grad} == {torch.float32}
     assert task.model.vision.blocks[0].mlp.fc1.weight.dtype == torch.float16
@@ -215,7 +215,7 @@ def test_fp16_overflow_is_skipped_and_counted_and_training_goes_on(clip, scpc, t
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     result = trainer.fit()
     overflows = result["history"][-1]["fp16_overflows"]
-    assert 1 <= overflows < result["steps"]
+    assert 1 <= overflows < result["steps"] and f"fp16_overflows {overflows}" in capsys.readouterr().out
     assert all(p.isfinite().all() for p in task.model.parameters())
 
 

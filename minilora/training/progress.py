@@ -112,6 +112,7 @@ class Progress:
             "images_per_second",
             "peak_memory_mb",
         )
+        shown += tuple(name for name in ("fp16_overflows", "skipped_steps") if row[name])
         words = (f"{name} {row[name]:.5g}" for name in shown if row.get(name) is not None)
         self.log(f"{self.title} done: {' '.join(words)}")
         return row
