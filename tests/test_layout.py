@@ -33,6 +33,7 @@ MAY_IMPORT = {
         "minilora.inject",
         "minilora.lora",
     },
+    "minilora.compress": {"minilora.errors", "minilora.inject"},
     "minilora.training": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject"},
     "minilora.config": {"minilora.errors", "minilora.flags", "minilora.values"},
 }
