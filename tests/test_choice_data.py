@@ -196,7 +196,7 @@ def test_a_broken_visual7w_file_is_named_in_one_line(case, tmp_path):
 def test_wrong_formats_and_places_are_named(tmp_path):
     (tmp_path / "x.txt").write_text("x")
     for path, fmt, message in (
-        (tmp_path, "auto", "no csv file in this folder"),
+        (tmp_path, "auto", "no csv table and no dataset_v7w_telling.json"),
         (tmp_path / "x.txt", "auto", "expected a folder with dataset_v7w_telling.json"),
         (tmp_path, "visual7w", "expected a folder with dataset_v7w_telling.json"),
         (tmp_path / "none", "auto", "no such folder or file"),

@@ -366,6 +366,8 @@ def test_random_weights_need_a_tokenizer_and_come_back_the_same(clip, scpc, tmp_
 
 
 def test_wrong_tokenizers_and_models_are_named(clip, scpc, tmp_path):
+    with pytest.raises(UserError, match="--weights is missing, and clip-vit-b-32 is not bundled"):
+        task_of("clip-vit-b-32", scpc)
     other = write_clip(tmp_path / "other", kind="vocab.json")
     with pytest.raises(UserError, match="tokens, clip-nano knows 220; it belongs to another model"):
         task_of(clip, scpc, "--tokenizer", str(other))

@@ -28,7 +28,7 @@ def read_choice_tables(path: Path) -> ChoiceSplits:
     """
     tables = {part: table for part, table in find_tables(path).items() if not _is_sample(table)}
     if not tables:
-        raise UserError(f"{path}: no csv file in this folder")
+        raise UserError(f"{path}: no csv table and no dataset_v7w_telling.json in this folder")
     parts: dict[str, ChoiceSplit] = {}
     for name, table in tables.items():
         questions, own_parts, pictures = read_choices(table)

@@ -54,6 +54,7 @@ def open_data(config: Config, require_train: bool = True) -> ChoiceSplits:
 def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     """(model, record of its weights, tokenizer) of a configuration; UserError where it is no CLIP."""
     name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
+    base.find_weights(name, weights)  # what is missing first is told first
     tokenizer = find_tokenizer(config)
     sizes = text_sizes(name, weights, tokenizer)
     model, record = base.load_base(name, weights, config.seed, None, config.image_size, **sizes)
