@@ -19,7 +19,7 @@ import torch
 
 from minilora import cli
 from minilora.adapter import export_adapter
-from minilora.atomic import atomic_write, write_json
+from minilora.atomic import atomic_write, write_json, write_png
 from minilora.config import Parser
 from minilora.errors import UserError
 from minilora.flags import Config
@@ -122,7 +122,7 @@ def extras(runs: list[Run], options: EvalConfig) -> None:
         if not figures:
             raise UserError(f"--attention: {runs[0].config.model} has no attention maps")
         for figure in figures:
-            figure.image.save(runs[0].path / "attention.png")
+            write_png(runs[0].path / "attention.png", figure.image)
             print(f"wrote {runs[0].path / 'attention.png'}")
     if options.spectrum:
         layers = {run.name: spectrum(updates(run, options)) for run in runs}

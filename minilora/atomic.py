@@ -4,12 +4,14 @@ A temporary name beside the target, flushed to the disk, then renamed; the tempo
 """
 
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from minilora.errors import RunError
@@ -52,6 +54,13 @@ def write_safetensors(
     """Write tensors in the safetensors format (https://github.com/huggingface/safetensors), atomically."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     atomic_write(path, save(whole, metadata={"format": "pt", **(metadata or {})}))
+
+
+def write_png(path: str | Path, image: Image.Image) -> None:
+    """Write a picture, atomically."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    atomic_write(path, buffer.getvalue())
 
 
 def write_json(path: str | Path, value, default: Callable | None = None) -> None:

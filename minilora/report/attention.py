@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minilora.atomic import write_png
 from minilora.report.samples import picture_table, square, to_picture
 
 # A dark to light scale (violet, red, orange, yellow), so that attention reads in grey too.
@@ -122,7 +123,7 @@ def attention_figure(
                 row.append(overlay(picture, one.numpy()))
     figure = picture_table(rows, list(titles), heads, side)
     if path is not None:
-        figure.save(path, "PNG")
+        write_png(path, figure)
     return figure
 
 

@@ -1,5 +1,9 @@
 """matplotlib, if it is there: it belongs to the extra `plots`, and nothing but the pictures needs it."""
 
+import io
+
+from minilora.atomic import atomic_write
+
 
 def load_pyplot(what: str):
     """matplotlib.pyplot drawing into files, or None after one printed line that says what is left out and
@@ -18,6 +22,8 @@ def load_pyplot(what: str):
 
 def save_figure(pyplot, figure, path) -> bool:
     """Write the figure as PNG and forget it; True, so that callers can return it."""
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
+    atomic_write(path, buffer.getvalue())
     return True

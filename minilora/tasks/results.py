@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from minilora.atomic import write_png
 from minilora.flags import Config, rules
 from minilora.flags_evaluate import EvalConfig
 from minilora.inject import count_parameters
@@ -84,7 +85,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
     evaluation = run.evaluate(options)
     data = report_data([run], [evaluation], options)
     for figure in data.figures:
-        figure.image.save(run_dir / "attention.png")
+        write_png(run_dir / "attention.png", figure.image)
     write_report(data, run_dir / "report.html")
 
 
