@@ -1,5 +1,6 @@
 """Pruning: exact zeros that stay, the schedule, scopes, and smaller models that say what the large ones said."""
 
+import json
 import re
 import zipfile
 
@@ -13,10 +14,15 @@ from minilora.compress.measure import median_seconds, model_size
 from minilora.compress.prune import Pruner, magnitude_mask, polynomial_sparsity, scope_tensors
 from minilora.compress.structured import mlp_layers, remove_mlp_units, units_kept
 from minilora.errors import RunError, UserError
+from minilora.flags_evaluate import EvalConfig
 from minilora.inject import LoRAConfig, inject_lora, merge_lora
-from minilora.tasks import load_run
+from minilora.tasks import compression, load_run
+from minilora.tasks.compression import pruned_run
 from reference_models import create_model, load_pretrained, save_pretrained
+from reference_models.load import bundled_weights
+from reference_models.tokenizers import load_tokenizer
 from tests.cli_data import QUICK, program, write_photos
+from tests.vqa_data import write_vqa
 
 evaluate = program("evaluate")
 
@@ -285,6 +291,37 @@ def test_evaluate_removes_units_recovers_through_lora_and_train_goes_on_from_the
     assert program("train").main([*words, "--output", str(tmp_path / "run")]) == 0
     run = load_run(tmp_path / "run")
     assert run.model.config.hidden == 256 and run.model.head.weight.shape == (3, 128)
+
+
+def test_a_pruned_question_answerer_learns_on_with_its_own_answers_and_tokens(tmp_path):
+    """The run knows answers in another order than its data would give them, and reads a vocabulary of its own."""
+    data, vocab = write_vqa(tmp_path / "vqa", train=6, val=2), tmp_path / "vocab.txt"
+    bundled = load_tokenizer(bundled_weights("bert-nano"))
+    vocab.write_text("\n".join([*bundled.tokens, "unheard"]) + "\n")
+    words = ["--task", "vqa", "--model", "student-nano", "--mode", "full", "--data-dir", str(data)]
+    words += ["--tokenizer", str(vocab), "--max-steps", "1", "--batch-size", "8"]
+    assert program("train").main([*words, "--output", str(tmp_path / "run")]) == 0
+    names = json.loads((tmp_path / "run/labels.json").read_text())
+    (tmp_path / "run/labels.json").write_text(
+        json.dumps({key: values[::-1] for key, values in names.items()})
+    )
+    run, seen = load_run(tmp_path / "run"), []
+    small = pruned_run(run, EvalConfig(prune=0.8, prune_scope="conv", prune_epochs=1))
+    assert [zeros(conv.weight) for conv in (small.model.vision.conv1, small.model.vision.conv2)] == [
+        346,
+        3686,
+    ]
+    build = compression.build_task
+
+    def spy(config, device):
+        seen.append(build(config, device))
+        return seen[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compression, "build_task", spy)
+        pruned_run(run, EvalConfig(prune=0.8, prune_scope="conv", prune_epochs=1))
+    assert seen[0].labels == run.labels == names["labels"][::-1]
+    assert seen[0].tokenizer.vocab == run.tokenizer.vocab and "unheard" in run.tokenizer.vocab
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,12 @@ def learn_on(
 
     The sparsity reaches its end after half of the steps, so that the other half can repair what that did.
     """
-    task = build_task(replace(run.config, teacher=None, adapter=None, cache_features=False), run.device)
+    # as a student of the run: its classes in its order, its tokens; but only the labels are learned from
+    config = replace(run.config, teacher=str(run.path), adapter=None, tokenizer=None, cache_features=False)
+    if getattr(run, "tokenizer", None) is not None:
+        config.tokenizer = str(run.path)
+    task = build_task(config, run.device)
+    task.teacher = None
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     steps = epochs * len(task.train_batches(0))
     schedule = torch.optim.lr_scheduler.LambdaLR(

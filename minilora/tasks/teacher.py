@@ -42,10 +42,10 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
         )
     names = dict(zip(("labels", "keys"), read_labels(path), strict=True))
     kinds = "answers" if config.task == "vqa" else "classes"
-    part_of_it = (
-        config.data_dir == taught.data_dir and config.subset != taught.subset
-    )  # rarer answers come to its top
-    if not part_of_it and (unknown := [key for key in keys if key not in set(names["keys"])]):
+    # a part of the teacher's data brings rarer answers to its top, and a student's answers were its own teacher's
+    same_data = config.data_dir == taught.data_dir
+    excused = same_data and (config.subset != taught.subset or taught.teacher)
+    if not excused and (unknown := [key for key in keys if key not in set(names["keys"])]):
         told = ", ".join(map(repr, unknown[:5])) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
         raise UserError(f"--teacher {path} was trained on other {kinds}: it does not know {told}")
     if config.task == "vqa" and config.num_answers < len(names["keys"]):
