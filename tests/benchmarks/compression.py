@@ -127,11 +127,17 @@ def family(path: Path, pruned: list[tuple[float, str]], epochs: int) -> tuple[li
 
 def sizes(arguments: Namespace, header: str) -> None:
     """Parameters, bytes, times and accuracy: teacher, students and pruned forms; ViT; MobileNetV2."""
-    words = ["--lr", "1e-3", "--mode", "full", "--epochs", "8", "--weights", "none"]
+    words = ["--lr", "1e-3", "--mode", "full", "--epochs", arguments.classifier_epochs, "--weights", "none"]
     mobile = ["--model", "mobilenet-v2-50", "--image-size", "64", *words]
     both = [(0.8, "backbone"), (0.5, "units")]
     tables = {
-        "shapes_vit": [family(trained(arguments, "vit-nano", "--epochs", "8")[0], both, arguments.tune)],
+        "shapes_vit": [
+            family(
+                trained(arguments, "vit-nano", "--epochs", arguments.classifier_epochs)[0],
+                both,
+                arguments.tune,
+            )
+        ],
         "shapes_mobilenet": [
             family(
                 trained(arguments, "mobilenet", *mobile)[0],
@@ -165,6 +171,7 @@ def main() -> None:
     flags.add_argument("--epochs", type=int, default=40, help="of the students")
     flags.add_argument("--teacher-epochs", type=int, default=12)
     flags.add_argument("--augment", default="none", choices=("none", "basic", "rand"))
+    flags.add_argument("--classifier-epochs", type=int, default=8)
     flags.add_argument("--tune", type=int, default=2, help="epochs of learning on after pruning")
     flags.add_argument("--work", default="runs/compression")
     arguments = flags.parse_args()
