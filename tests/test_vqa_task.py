@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minilora.config import parse_args, read_recipe
-from minilora.data.vqa2 import Question
+from minilora.data.vqa2 import Question, read_vqa2
 from minilora.data.vqa_sets import Answers
 from minilora.errors import UserError
 from minilora.flags import Config
@@ -18,6 +18,8 @@ from minilora.tasks.base import lora_config
 from minilora.tasks.vqa import logits_of
 from minilora.tasks.vqa_targets import SoftTargets
 from reference_models import create_model
+from reference_models.load import bundled_weights
+from reference_models.tokenizers import load_tokenizer
 from tests.cli_data import program
 from tests.vqa_data import write_vqa
 
@@ -199,6 +201,23 @@ def test_recipes_train_what_the_reports_count(recipe, changes, trainable):
     assert model.config.fusion == config.fusion
     assert count_parameters(model).trainable == trainable
     assert parse_args(["--recipe", recipe])[0].lr == config.lr
+
+
+def test_bert_nanos_vocabulary_is_small_and_cuts_all_english():
+    folder = bundled_weights("bert-nano")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.vocab_size <= 4000 and sum(f.stat().st_size for f in folder.iterdir()) <= 4 * 2**20
+    texts = [chr(code) for code in range(33, 127)] + ["Antidisestablishmentarianism (x^2 = ~4), isn't it?"]
+    assert not any(tokenizer.vocab["[UNK]"] in tokenizer.encode(text) for text in texts)
+    assert len(tokenizer.text_ids("what color is the triangle left of the star?")) == 10
+
+
+def test_real_questions_have_no_unknown_token(shared):
+    tokenizer = load_tokenizer(bundled_weights("bert-nano"))
+    for name in ("easy_vqa", "daquar_small", "vqav2_small"):
+        texts = {q.text for part in read_vqa2(shared / name).values() for q in part.questions}
+        ids = [tokenizer.encode(text) for text in sorted(texts)]
+        assert not any(tokenizer.vocab["[UNK]"] in row for row in ids)
 
 
 def train(*words) -> None:

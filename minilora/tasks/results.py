@@ -16,8 +16,8 @@ from minilora.report.page import Figure, ReportData, collect_versions, parameter
 from minilora.report.tables import RunRow, group_key
 from minilora.rundir import size_mb, write_summary
 from minilora.tasks import load_run
-from minilora.tasks.base import Task
-from minilora.tasks.run import Evaluation, Run
+from minilora.tasks.base import Task, weights_sha256
+from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
 from minilora.training.trainer import TrainOptions
 
 HOW_TO_READ = (
@@ -49,13 +49,14 @@ def result_line(result: dict, test: dict | None, metric: str) -> str:
 
 def next_commands(run_dir: Path, config: Config) -> list[str]:
     """The run directory, and what to type now."""
+    layout = "minilora" if config.task == "vqa" else "transformers"  # two towers are ours alone
     question = {"classify": "", "vqa": ' --question "..."', "choice": ' --question "..." --choices A B C D'}
     return [
         f"run directory: {run_dir}",
         "next:",
         f"  python evaluate.py {run_dir} --report report.html",
         f"  python evaluate.py {run_dir} --image PICTURE{question[config.task]}",
-        f"  python evaluate.py {run_dir} --merge-to merged --layout transformers",
+        f"  python evaluate.py {run_dir} --merge-to merged --layout {layout}",
     ]
 
 
@@ -74,6 +75,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "parameters": {"trainable": counts.trainable, "total": counts.total},
         **{key: result[key] for key in ("steps", "seconds", "images_per_second", "peak_memory_mb")},
         "weights_sha256": result["weights_sha256"],
+        "file_sha256": weights_sha256(run_dir / WEIGHT_FILES[config.mode]),
         "seed": config.seed,
         "device": str(device),
         "versions": collect_versions(),
