@@ -23,6 +23,7 @@ from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.report.samples import Example
 from minilora.tasks import base, run_module
+from minilora.tasks.runfiles import check_weight_file, read_summary
 from reference_models import load_pretrained
 
 WEIGHT_FILES = {
@@ -99,6 +100,7 @@ def open_run(path: Path, device: str | torch.device = "cpu", weights: str | dict
     file = path / WEIGHT_FILES[config.mode]
     if not file.is_file():
         raise UserError(f"{path}: {file.name} is missing; the run has not finished an epoch yet")
+    check_weight_file(file, read_summary(path))
     return run_module(config.task).load(path, config, recorded, torch.device(device), weights)
 
 

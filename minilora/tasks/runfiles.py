@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import UserError
-from minilora.tasks.base import read_json
+from minilora.tasks.base import read_json, weights_sha256
 
 RESIZES = ("squash", "shortest")
 NUMBERS = ("best", "parameters")  # parts of summary.json that hold numbers
@@ -70,6 +70,15 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
             f"{path}: {wrong[0]} is not what a run writes; the file is damaged, delete it to go on"
         )
     return found
+
+
+def check_weight_file(file: Path, summary: dict[str, Any]) -> None:
+    """UserError where the weights are not, bit for bit, those that the finished run wrote."""
+    if summary.get("file_sha256") not in (None, weights_sha256(file)):
+        raise UserError(
+            f"{file} is not the file that this run wrote (sha256 differs: a damaged or exchanged file); "
+            "delete summary.json beside it if the change is yours"
+        )
 
 
 def _whole(value: Any) -> bool:
