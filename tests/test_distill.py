@@ -251,6 +251,8 @@ def test_a_teacher_with_other_answers_or_tokens_is_refused(vqa_teacher, tmp_path
         vqa_student(vqa_teacher, "--tokenizer", str(vocab))
     with pytest.raises(UserError, match="is a run of --task vqa; this one is --task classify"):
         build_task(parse_args([*QUICK, "--teacher", str(vqa_teacher)])[0])
+    with pytest.raises(UserError, match="learns each answer for itself"):
+        vqa_student(vqa_teacher, "--soft-targets")
     with pytest.raises(UserError, match="joins its towers by --fusion product"):
         vqa_student(vqa_teacher, "--fusion", "concat")
 

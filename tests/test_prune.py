@@ -95,6 +95,7 @@ def test_zeros_stay_through_training_with_momentum_and_the_schedule_ends_where_i
             assert not weight[gone[name]].any()  # what has gone does not come back
     pruner.finish()
     assert all(zeros(weight) == round(0.8 * total[name]) for name, weight in pruner.weights())
+    assert not any(torch.signbit(weight[weight == 0]).any() for _, weight in pruner.weights())  # no -0.0
 
 
 def test_a_schedule_that_was_cut_short_is_finished():
@@ -313,14 +314,14 @@ def test_a_pruned_question_answerer_learns_on_with_its_own_answers_and_tokens(tm
     ]
     build = compression.build_task
 
-    def spy(config, device):
-        seen.append(build(config, device))
+    def spy(config, device, taught):
+        seen.append(build(config, device, taught))
         return seen[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compression, "build_task", spy)
         pruned_run(run, EvalConfig(prune=0.8, prune_scope="conv", prune_epochs=1))
-    assert seen[0].labels == run.labels == names["labels"][::-1]
+    assert seen[0].labels == run.labels == names["labels"][::-1] and seen[0].teacher is None
     assert seen[0].tokenizer.vocab == run.tokenizer.vocab and "unheard" in run.tokenizer.vocab
 
 

@@ -113,7 +113,7 @@ class Pruner:
     def apply(self) -> None:
         """Write the zeros again, for instance after `merge_lora`."""
         for name, weight in self.weights():
-            weight.mul_(self.masks[name])
+            weight.masked_fill_(~self.masks[name], 0.0)  # a product would leave -0.0, which zips worse
 
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         """(name, weight) of every pruned tensor as the model holds it now."""

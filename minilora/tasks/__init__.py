@@ -30,10 +30,13 @@ def _module(name: str, task: str):
     return importlib.import_module(f"minilora.tasks.{name}")
 
 
-def build_task(config: Config, device: str = "cpu"):
-    """Model and data for training, as `config` says; fills in what the configuration left open (model, lr)."""
+def build_task(config: Config, device: str = "cpu", taught: bool = True):
+    """Model and data for training, as `config` says; fills in what the configuration left open (model, lr).
+
+    taught: False takes the classes and the tokens of --teacher, but asks it nothing.
+    """
     task = _module(config.task, config.task).build(config, device)
-    if config.teacher:
+    if config.teacher and taught:
         from minilora.tasks.teacher import Teacher
 
         task.teacher = Teacher(task, device)

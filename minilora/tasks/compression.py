@@ -79,8 +79,7 @@ def learn_on(
     config = replace(run.config, teacher=str(run.path), adapter=None, tokenizer=None, cache_features=False)
     if getattr(run, "tokenizer", None) is not None:
         config.tokenizer = str(run.path)
-    task = build_task(config, run.device)
-    task.teacher = None
+    task = build_task(config, run.device, taught=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     steps = epochs * len(task.train_batches(0))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -66,6 +66,11 @@ class Teacher:
                 "--teacher needs the pictures that --cache-features leaves out; use one of the two"
             )
         self.task, self.config, self.run = task, config, open_run(Path(config.teacher), device)
+        if config.soft_targets or self.run.config.soft_targets:
+            raise UserError(
+                "--teacher compares two distributions over the answers, --soft-targets learns each answer for itself; "
+                "train teacher and student without it"
+            )
         merge_lora(self.run.model).eval().requires_grad_(False)
         self.check_text()
         self.kept: Tensor | None = None  # (N, K) once they are computed
