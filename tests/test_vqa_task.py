@@ -21,7 +21,7 @@ from reference_models import create_model
 from reference_models.load import bundled_weights
 from reference_models.tokenizers import load_tokenizer
 from tests.cli_data import program
-from tests.vqa_data import write_vqa
+from tests.vqa_data import records, write_json, write_pictures, write_vqa
 
 SMALL = dict(task="vqa", weights="none", batch_size=8, fusion="concat", device="cpu", epochs=1)
 
@@ -261,6 +261,29 @@ def test_train_and_evaluate_leave_what_a_vqa_run_needs(folder, tmp_path, capsys)
     assert abs(sum(p for _, p in run.predict([picture], "what is the color of it?", top_k=100)[0]) - 1) < 1e-5
     said = {row["question_id"]: row["answer"] for row in rows}
     assert answers[0][0] == said[0], "one question alone gets the answer that it got among others"
+
+
+def test_questions_without_answers_get_predictions_and_a_results_file(folder, tmp_path, capsys):
+    run_dir, data = tmp_path / "run", tmp_path / "data"
+    train("--data-dir", folder, "--weights", "none", "--max-steps", 1, "--output", run_dir)
+    questions, _ = records(3, start=5)
+    write_json(data / "v2_OpenEnded_mscoco_test2015_questions.json", "questions", questions)
+    write_pictures(data / "test2015", range(5, 8), "COCO_test2015_{:012d}.jpg")
+    evaluate, results = program("evaluate").main, tmp_path / "results.json"
+    assert (
+        evaluate([str(run_dir), "--data-dir", str(data), "--split", "test", "--submission", str(results)])
+        == 0
+    )
+    assert "9 questions without answers" in capsys.readouterr().out
+    assert [row["question_id"] for row in json.loads(results.read_text())] == [
+        q["question_id"] for q in questions
+    ]
+
+
+def test_dry_run_says_what_would_be_trained(folder, capsys):
+    train("--data-dir", folder, "--weights", "none", "--dry-run")
+    out = capsys.readouterr().out
+    assert "train 36 questions on 12 pictures" in out and "guessed from the question alone" in out
 
 
 @pytest.mark.parametrize("mode", ["full", "linear"])
