@@ -181,7 +181,14 @@ def read_run_config(run_dir: str | os.PathLike) -> tuple[Config, dict[str, Any]]
     base = _load_toml(path).get(BASE, {}) if path.is_file() else None
     if not isinstance(base, dict):
         raise UserError(f"{run_dir} is not a run directory of minilora: it has no usable config.toml")
-    return Config(**read_toml(path)), base
+    for key, value in base.items():
+        texts = value.values() if isinstance(value, dict) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path}: {BASE}.{key} must be a text, or one for each tower")
+    config = Config(**read_toml(path))
+    if config.model is None:
+        raise UserError(f"{path}: the key model is missing")
+    return config, base
 
 
 def _load_toml(path: str | os.PathLike) -> dict[str, Any]:

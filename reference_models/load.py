@@ -113,12 +113,13 @@ def load_pretrained(
         config = _described(data, folder, wanted)
     family = family_module(config.family)
     state, files = read_weights(path)
-    tensors, layout = _translate(strip_wrappers(state), config, family, files)
-    if not data:
-        config = replace(config, **family.layout_settings.get(layout, {}))
-    found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    config = _final(found, wanted, num_classes, image_size, overrides)
-    family.adapt(tensors, found, config)
+    with readable(files):
+        tensors, layout = _translate(strip_wrappers(state), config, family, files)
+        if not data:
+            config = replace(config, **family.layout_settings.get(layout, {}))
+        found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        config = _final(found, wanted, num_classes, image_size, overrides)
+        family.adapt(tensors, found, config)
     tensors = _fitting(config, tensors, found, family, files)
     defaults = _preprocess(config) | family.file_preprocess(path.name)
     with readable(folder / "config.json"):

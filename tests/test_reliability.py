@@ -216,7 +216,7 @@ def write_odd_pictures(folder: Path) -> dict[str, bool]:
     rgb.save(folder / "d_png.tmp", "PNG")
     (folder / "d_png.tmp").rename(folder / "d_png_called.jpg")
     rgb.save(folder / "e_animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 30))])
-    Image.fromarray((pixels[..., 0].astype(np.uint16) << 8)).save(folder / "f_16bit.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) << 8).save(folder / "f_16bit.png")
     rgb.convert("CMYK").save(folder / "g_cmyk.jpg")
     palette = rgb.convert("P")
     palette.save(folder / "h_palette_alpha.png", transparency=3)

@@ -119,8 +119,10 @@ def restore_base(
     config: Config, recorded: dict, weights: str | None, classes: int | None
 ) -> tuple[nn.Module, dict]:
     """The base model that the run started from, and the record of what was found."""
-    source = weights or recorded.get("weights") or config.weights
-    name = source if "/" in config.model and not os.path.isdir(config.model) else config.model
+    source, model = weights or recorded.get("weights") or config.weights, base.one_value(config, "model")
+    if isinstance(source, dict):
+        raise UserError(f"--task {config.task} has one encoder, but its weights are named by tower: {source}")
+    name = source if "/" in model and not os.path.isdir(model) else model
     with restoring([source]):
         return base.load_base(name, source, config.seed, classes, config.image_size)
 

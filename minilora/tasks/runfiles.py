@@ -1,4 +1,4 @@
-"""labels.json, preprocess.json and summary.json of a run, read as data from a stranger: checked before they are used."""
+"""labels.json, preprocess.json and summary.json of a run, read as data from a stranger: checked before use."""
 
 import math
 from pathlib import Path

@@ -14,6 +14,9 @@ from minilora.errors import RunError, UserError
 from minilora.training.optim import Plateau
 
 
+SHOWN = ("epoch", "step", "seconds", "images_per_second", "peak_memory_mb")  # in every row of the history
+
+
 @dataclass
 class TrainState:
     """Where a run is: the part that JSON can hold."""
@@ -53,6 +56,8 @@ class TrainState:
             raise ValueError("a number is no number")
         if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
             raise ValueError("the epochs have no rows")
+        if not all(isinstance(row[name], (int, float)) for row in rows for name in SHOWN):
+            raise ValueError("the rows of the epochs lack their clocks")
         return now
 
 
