@@ -22,7 +22,6 @@ from minilora.tasks.compression import COLUMNS, compression_cells, compression_r
 from tests.benchmarks.common import parser, prepare, report
 from tests.cli_data import program
 
-ALPHAS, TEMPERATURES = (0.1, 0.5), (3.0, 15.0)
 CHOOSING_SEED = 100  # alpha and temperature are chosen with it
 train = program("train").main
 
@@ -83,8 +82,8 @@ def chosen(arguments: Namespace) -> list[str]:
     """The flags of the best student of the choosing seed."""
     options = [
         ["--distill-t2", "--distill-alpha", alpha, "--distill-temperature", temperature]
-        for alpha in ALPHAS
-        for temperature in TEMPERATURES
+        for alpha in arguments.alphas
+        for temperature in arguments.temperatures
     ]
     scores = [student(arguments, CHOOSING_SEED, *words)[1] for words in options]
     return options[scores.index(max(scores))]
@@ -130,26 +129,18 @@ def sizes(arguments: Namespace, header: str) -> None:
     words = ["--lr", "1e-3", "--mode", "full", "--epochs", arguments.classifier_epochs, "--weights", "none"]
     mobile = ["--model", "mobilenet-v2-50", "--image-size", "64", *words]
     both = [(0.8, "backbone"), (0.5, "units")]
-    tables = {
-        "shapes_vit": [
-            family(
-                trained(arguments, "vit-nano", "--epochs", arguments.classifier_epochs)[0],
-                both,
-                arguments.tune,
-            )
-        ],
-        "shapes_mobilenet": [
-            family(
-                trained(arguments, "mobilenet", *mobile)[0],
-                [(0.8, "conv"), (0.8, "backbone")],
-                arguments.tune,
-            )
-        ],
-    }
-    seed = arguments.seeds[0]
-    students = [student(arguments, seed)[0], student(arguments, seed, *chosen(arguments))[0]]
-    alone = [([load_run(path) for path in students], [path.name for path in students])]
-    tables[f"{label(arguments)}_vqa"] = [family(teacher_of(arguments)[0], both, arguments.tune), *alone]
+    tune, tables = arguments.tune, {}
+    if "vit" in arguments.tables:
+        run, _ = trained(arguments, "vit-nano", "--epochs", arguments.classifier_epochs)
+        tables["shapes_vit"] = [family(run, both, tune)]
+    if "mobilenet" in arguments.tables:
+        run, _ = trained(arguments, "mobilenet", *mobile)
+        tables["shapes_mobilenet"] = [family(run, [(0.8, "conv"), (0.8, "backbone")], tune)]
+    if "vqa" in arguments.tables:
+        seed = arguments.seeds[0]
+        students = [student(arguments, seed)[0], student(arguments, seed, *chosen(arguments))[0]]
+        alone = [([load_run(path) for path in students], [path.name for path in students])]
+        tables[f"{label(arguments)}_vqa"] = [family(teacher_of(arguments)[0], both, tune), *alone]
     for name, groups in tables.items():
         runs, names = ([one for group in groups for one in group[i]] for i in (0, 1))
         measured = compression_rows(runs, names, EvalConfig(), arguments.rounds)
@@ -170,6 +161,13 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--epochs", type=int, default=40, help="of the students")
     flags.add_argument("--teacher-epochs", type=int, default=12)
+    flags.add_argument(
+        "--alphas", type=float, nargs="+", default=[0.1, 0.5], help="to choose from, with --distill-t2"
+    )
+    flags.add_argument("--temperatures", type=float, nargs="+", default=[3.0, 15.0])
+    flags.add_argument(
+        "--tables", nargs="+", default=["vit", "mobilenet", "vqa"], choices=["vit", "mobilenet", "vqa"]
+    )
     flags.add_argument("--augment", default="none", choices=("none", "basic", "rand"))
     flags.add_argument("--classifier-epochs", type=int, default=8)
     flags.add_argument("--tune", type=int, default=2, help="epochs of learning on after pruning")
