@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from minilora.errors import RunError, UserError
 from minilora.training.optim import Plateau
 
-
 SHOWN = ("epoch", "step", "seconds", "images_per_second", "peak_memory_mb")  # in every row of the history
 
 
@@ -43,7 +42,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict) -> "TrainState":
-        """The state of which asdict() made `values`. ValueError, KeyError or TypeError where they are something else."""
+        """The state of which asdict() made `values`; ValueError, KeyError or TypeError for something else."""
         own = {name: values[name] for name in cls.__dataclass_fields__}
         now = cls(**own | {"plateau": Plateau(**values["plateau"])})
         counts = (now.step, now.epoch, now.position, now.overflows, now.skipped, now.plateau.bad_epochs)
