@@ -65,7 +65,13 @@ WORLDS = {
             tuple(SOURCE_COLOURS)[:2] + tuple(TARGET_COLOURS)[:2],
         ),
         World("captions", SOURCE_SHAPES[:6], tuple(SOURCE_COLOURS), (), 2),
-        World("choice", SOURCE_SHAPES[:6], tuple(SOURCE_COLOURS), ("color", "shape", "exists", "side"), 3),
+        World(
+            "choice",
+            SOURCE_SHAPES[:2] + TARGET_SHAPES[:4],
+            tuple(SOURCE_COLOURS)[:2] + tuple(TARGET_COLOURS)[:4],
+            ("color", "shape"),
+            2,
+        ),
     )
 }
 

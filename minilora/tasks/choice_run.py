@@ -159,7 +159,8 @@ def spread(split: ChoiceSplit, n: int) -> list[int]:
     first: dict[int, int] = {}
     for i, question in enumerate(split):
         first.setdefault(question.picture, i)
-    order = [*first.values(), *(i for i in range(len(split)) if i not in set(first.values()))]
+    leading = set(first.values())
+    order = [*first.values(), *(i for i in range(len(split)) if i not in leading)]
     return [order[i % len(order)] for i in range(n)]
 
 
