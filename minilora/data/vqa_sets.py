@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 
 from minilora.data.folder import Sample
-from minilora.data.scenes import Scenes, ShapesVQA
+from minilora.data.scenes import WORLDS, Scenes, ShapesVQA, World
 from minilora.data.vqa2 import Question, VQAPart, answer_key, has_questions, read_vqa2
 from minilora.errors import UserError
 
 FORMATS = ("auto", "vqa2", "shapes", "shards")
 SHAPES_PICTURES = {"train": 600, "val": 200}
+DEMO = replace(WORLDS["vqa"], most=2)  # one or two shapes in a picture: learned within a minute
 
 
 @dataclass
@@ -132,7 +133,7 @@ def shapes_parts() -> dict[str, VQAPart]:
     return {part: shapes_part(part, pictures) for part, pictures in SHAPES_PICTURES.items()}
 
 
-def shapes_part(part: str, pictures: int, world: str = "vqa", seed: int = 0) -> VQAPart:
+def shapes_part(part: str, pictures: int, world: World = DEMO, seed: int = 0) -> VQAPart:
     """The questions of one part of a generated world."""
     scenes = ShapesVQA(world, part, pictures, seed)
     keys = ("answer_type", "question_type")
