@@ -28,11 +28,14 @@ from minilora.training import distributed
 from reference_models.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
+NANO_LR = 5e-3  # of LoRA on the nano model; larger models want the usual rates
 share_prefix: bool | None = None  # encode what a question's choices share once; None: where that is faster
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
     """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
+    if config.mode == "lora" and config.model in (None, DEFAULT_MODEL):
+        config.lr = config.lr or NANO_LR
     base.resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     teacher_names(config, LETTERS[: len(splits.train[0].choices)])
