@@ -10,6 +10,7 @@ from reference_models.layers import ACTIVATIONS
 
 LARGEST = 2**22  # of any size; no vocabulary or layer in use comes near
 DEEPEST = 1000  # layers
+MAY_BE_NONE = ("layer_scale",)  # BEiT without it
 MAY_BE_ZERO = ("num_classes", "eos_token_id", "type_vocab", "pretrained_windows")
 
 
@@ -42,7 +43,7 @@ def check_config(config, file: Path | str) -> None:
 
 def _possible(name: str, value, default) -> bool:
     """Whether a value is of its default's kind. Sizes may be one number or one for each side or stage."""
-    if default is None:  # fusion: optional numbers
+    if default is None or name in MAY_BE_NONE:  # fusion too has numbers that may be left out
         return value is None or _number(value)
     if isinstance(default, (bool, str)):
         return isinstance(value, type(default))
