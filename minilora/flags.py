@@ -16,7 +16,9 @@ SCHEDULES = ("linear", "cosine", "plateau", "constant")
 BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
 DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 1e-2}  # where --lr is not given, by --mode
-DEFAULT_TARGETS = {task: ("q_proj", "v_proj") for task in TASKS} | {"choice": ("q_proj", "v_proj", "out_proj")}
+DEFAULT_TARGETS = {task: ("q_proj", "v_proj") for task in TASKS} | {
+    "choice": ("q_proj", "v_proj", "out_proj")
+}
 LR_BY_MODE = ", ".join(f"{mode} {lr:g}" for mode, lr in DEFAULT_LR.items())
 
 

@@ -253,7 +253,9 @@ def _same_adapter(found: LoRAConfig, config: Config) -> None:
     }
     for flag, key in names.items():
         wanted, value = getattr(config, flag), getattr(found, key)
-        given = wanted != (DEFAULT_TARGETS[config.task] if flag == "target_modules" else getattr(Config, flag))
+        given = wanted != (
+            DEFAULT_TARGETS[config.task] if flag == "target_modules" else getattr(Config, flag)
+        )
         if given and (set(wanted) != set(value) if isinstance(wanted, tuple) else wanted != value):
             raise UserError(
                 f"{option(flag)} {wanted}: the adapter {config.adapter} has {key} {value}; leave the flag out"

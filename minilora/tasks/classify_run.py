@@ -220,7 +220,9 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     model, _ = base.load_base(name, base.one_value(config, "weights"), config.seed, None, config.image_size)
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
-    split = choose_part(splits, options.split, whole=config.data_dir is not None and not has_parts(config.data_dir))
+    split = choose_part(
+        splits, options.split, whole=config.data_dir is not None and not has_parts(config.data_dir)
+    )
     if hasattr(model, "text_projection"):
         from minilora.tasks.clip_prompts import zero_shot_line
 
