@@ -93,7 +93,8 @@ class TwoTower(nn.Module):
 
     image_index (B,) says which picture each question is about, so that a picture with several questions is
     encoded once; None: question i is about picture i. text_index does the same for a text that comes again.
-    Features of frozen towers may be given instead of their inputs: image_features (N, dv), text_features (B, dt), as `encode_image` and `encode_text` return them.
+    Features of frozen towers may be given instead of their inputs: image_features (N, dv), text_features
+    (B, dt), as `encode_image` and `encode_text` return them.
     """
 
     head_modules = ("fusion", "head")
