@@ -28,7 +28,7 @@ from minilora.training import distributed
 from reference_models.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
-NANO_LR = 5e-3  # of LoRA on the nano model; larger models want the usual rates
+NANO_LR = 4e-3  # of LoRA on the nano model; larger models want the usual rates
 share_prefix: bool | None = None  # encode what a question's choices share once; None: where that is faster
 
 
