@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: for this process and those that tests start
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def shared_folder() -> Path:
