@@ -25,7 +25,7 @@ HARD = [
 ]
 CASES = {
     "everything": [*HARD, "--epochs", "2", "--early-stop", "1", "--lr", "0.05", "--save-every", "2"],
-    "plateau, early stop": [*HARD, "--epochs", "8", "--early-stop", "5", "--lr", "0.5"],
+    "plateau, early stop": [*HARD, "--epochs", "8", "--early-stop", "5", "--lr", "0.1"],
     "rand, clipping, dora": ["--augment", "rand", "--use-dora", "--clip-grad", "0.5", "--lora-dropout", "0.5",
                              "--sched", "linear", "--warmup-ratio", "0.3", "--epochs", "2", "--train-norms"],
     "full": ["--mode", "full", "--epochs", "2", "--amp", "bf16", "--augment", "basic", "--smoothing", "0.1"],
