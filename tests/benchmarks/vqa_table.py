@@ -22,16 +22,23 @@ from minilora.tasks import load_run
 
 ROOT = Path(__file__).parents[2]
 MODEL = "--model vision=vit-tiny-patch16-224 text=bert-nano --group-by-image"
+TEXT = "text.q_proj text.k_proj text.v_proj text.out_proj text.fc1 text.fc2"
+SMALL = "--fusion concat --num-answers 200 --weight-decay 0.1 --smoothing 0.1"  # against learning few pictures by heart
 COMMON = {
     "easy_vqa": f"{MODEL} --image-size 96 --batch-size 64 --epochs 6",
-    "daquar_small": f"{MODEL} --image-size 128 --batch-size 64 --epochs 10",
+    "daquar_small": f"{MODEL} --batch-size 64 --epochs 16 {SMALL}",
     "vqav2_small": f"{MODEL} --image-size 128 --batch-size 16 --epochs 10 --val-split 0.25",
 }
 MODES = {  # flags, and whether the towers start from weights
     "scratch": ("--mode full --lr 5e-4", False),
-    "linear": ("--mode linear --lr 5e-3", True),
+    "linear": ("--mode linear --lr 5e-3 --cache-features", True),
     "lora": ("--mode lora --lr 2e-3 --lora-r 8", True),
     "full": ("--mode full --lr 3e-4", True),
+}
+LORA = {  # where LoRA wants other flags
+    "easy_vqa": "--lora-r vision=8 text=16 --lora-alpha vision=16 text=32 "
+    f"--target-modules vision.q_proj vision.v_proj {TEXT}",
+    "daquar_small": "--lr 1e-3 --cache-features --target-modules text.q_proj text.v_proj text.fc1 text.fc2",
 }
 DEIT = Path("weights") / "deit_tiny_patch16_224.fp16.safetensors"
 
@@ -45,6 +52,7 @@ def train(name: str, mode: str, seed: int, output: Path) -> Path:
     run_dir = output / f"{name}-{mode}-{seed}"
     if not (run_dir / "summary.json").is_file():
         flags, pretrained = MODES[mode]
+        flags += f" {LORA[name]}" * (mode == "lora" and name in LORA)
         words = shlex.split(f"--task vqa {COMMON[name]} {flags} --seed {seed} --weights")
         words.append(f"vision={shared(DEIT)}" if pretrained else "none")
         command = ["train.py", *words, "--data-dir", str(shared(name)), "--output", str(run_dir)]
