@@ -36,8 +36,8 @@ MODES = {  # flags, and whether the towers start from weights
     "full": ("--mode full --lr 3e-4", True),
 }
 LORA = {  # where LoRA wants other flags
-    "easy_vqa": "--lora-r vision=8 text=16 --lora-alpha vision=16 text=32 "
-    f"--target-modules vision.q_proj vision.v_proj {TEXT}",
+    "easy_vqa": "--epochs 12 --lr 1e-3 --clip-grad 1 --lora-r 16 --lora-alpha 32 --cache-features "
+    f"--target-modules {TEXT}",
     "daquar_small": "--lr 1e-3 --cache-features --target-modules text.q_proj text.v_proj text.fc1 text.fc2",
 }
 DEIT = Path("weights") / "deit_tiny_patch16_224.fp16.safetensors"
