@@ -58,19 +58,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True: the plain form has the second derivatives
-            return _differentiable(x, weight, grad, ctx.needs_input_grad)
         g = grad.reshape(-1, grad.shape[-1])  # (N, out)
-        dx = product(g, weight.T).view(*grad.shape[:-1], weight.shape[1]) if need_x else None
-        dW = g.T @ x.reshape(-1, x.shape[-1]) if need_weight else None
+        dx = dW = None
+        if need_x:  # with create_graph=True by the plain product, which autograd can differentiate again
+            dx = g @ weight if torch.is_grad_enabled() else product(g, weight.T)
+            dx = dx.view(*grad.shape[:-1], weight.shape[1])
+        if need_weight:
+            dW = g.T @ x.reshape(-1, x.shape[-1])
         return dx, dW, g.sum(0) if need_bias else None
-
-
-def _differentiable(x, weight, grad, needed):
-    g = grad.reshape(-1, grad.shape[-1])
-    dx = (g @ weight).view(*grad.shape[:-1], weight.shape[1]) if needed[0] else None
-    dW = g.T @ x.reshape(-1, x.shape[-1]) if needed[1] else None
-    return dx, dW, g.sum(0) if needed[2] else None
 
 
 def speed_up(model: nn.Module) -> nn.Module:
