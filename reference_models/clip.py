@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from reference_models.layers import (
     Block,
     PatchEmbed,
+    causal_mask,
     collect_attention_maps,
     init_weights,
     padding_mask,
@@ -136,9 +137,26 @@ class TextTower(nn.Module):
         if T > self.config.context:
             raise ValueError(f"{T} tokens, but {self.config.name} has positions for {self.config.context}")
         x = self.token_embed(input_ids) + self.pos_embed[:, :T]  # (B, T, d)
-        mask = padding_mask(attention_mask)  # (B, 1, 1, T)
-        x = run_blocks(self.blocks, x, mask, True, checkpointing=self.grad_checkpointing, last_rows=last_rows)
-        return self.norm(x)
+        if attention_mask is not None:
+            allowed = causal_mask(T, None, x.device, padding_mask(attention_mask))[:, 0]  # (B, T, T)
+            return self.run(x, allowed, last_rows)
+        checkpointing = self.grad_checkpointing
+        return self.norm(
+            run_blocks(self.blocks, x, None, True, checkpointing=checkpointing, last_rows=last_rows)
+        )
+
+    def run(self, x: Tensor, allowed: Tensor, last_rows: Tensor | None) -> Tensor:
+        """All blocks, where query i may look at token j if allowed[:, i, j], and the final norm; the last block for
+        last_rows (B,) or (B, n) only. x (B, T, d), allowed (B, T, T) -> (B, T, d) or (B, n, d).
+
+        The mask is added to the scores; it is made once because torch would convert a bool one in every block.
+        """
+        mask = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(
+            ~allowed, float("-inf")
+        )
+        x = run_blocks(self.blocks[:-1], x, mask[:, None], checkpointing=self.grad_checkpointing)
+        mask = take_rows(mask, last_rows)[:, None]  # (B, 1, T, T), (B, 1, 1, T) or (B, 1, n, T)
+        return self.norm(self.blocks[-1](x, mask, rows=last_rows))
 
     def pooled(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -160,10 +178,7 @@ class TextTower(nn.Module):
         """
         packed = pack_choices(input_ids, self.end_positions(input_ids))
         x = self.token_embed(packed.ids) + self.pos_embed[0, packed.positions]  # (B, L, d)
-        mask = packed.mask[:, None]  # (B, 1, L, L)
-        x = run_blocks(self.blocks[:-1], x, mask, checkpointing=self.grad_checkpointing)
-        mask = take_rows(packed.mask, packed.ends)[:, None]  # (B, 1, C, L)
-        return self.norm(self.blocks[-1](x, mask, rows=packed.ends))
+        return self.run(x, packed.mask, packed.ends)
 
     def attention_maps(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
