@@ -12,7 +12,7 @@ from minilora.flags import DEFAULT_LR, Config
 from minilora.inject import count_parameters, lora_state_dict
 from minilora.tasks import build_task
 from minilora.tasks.base import choose_amp, choose_device, load_base, lora_config, make_trainable
-from minilora.tasks.classify import Predictions
+from minilora.tasks.labelled import Predictions
 from minilora.training.trainer import to_device
 from tests.cli_data import QUICK, write_photos
 

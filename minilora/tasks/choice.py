@@ -17,14 +17,13 @@ from torch.nn import functional as F
 from minilora.atomic import write_json
 from minilora.data.choice_batches import ChoiceDataset, choice_collate
 from minilora.data.choices import LETTERS, ChoiceSplit, ChoiceSplits, load_choices
-from minilora.data.loader import epoch_order, in_order, make_loader, train_keys
+from minilora.data.loader import make_loader
 from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.tasks import base
 from minilora.tasks.choice_text import Texts, check_tokenizer, find_tokenizer, text_sizes
-from minilora.tasks.classify import Predictions
-from minilora.tasks.teacher import Teacher, teacher_names
-from minilora.training import distributed
+from minilora.tasks.labelled import Labelled, Predictions
+from minilora.tasks.teacher import teacher_names
 from reference_models.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
@@ -109,11 +108,8 @@ def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]
     return {kind: sum(r) / len(r) for kind, r in sorted(rows.items())} if set(rows) - {""} else {}
 
 
-class Choice:
+class Choice(Labelled):
     """The task that the Trainer trains; base.Task says what each method is for."""
-
-    metric = "accuracy"
-    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -139,28 +135,20 @@ class Choice:
         tokens = self.texts.of_split(split)
         return ChoiceDataset(split, tokens, self.preprocess, augment, self.config.seed, self.config.bad_data)
 
-    def train_batches(self, epoch: int) -> list[list[int]]:
-        return epoch_order(len(self.data["train"]), self.config.batch_size, self.config.seed, epoch)
-
-    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
-        if self.config.cache_features:
-            return self.cached("train", batches)
-        return self.loader("train", train_keys(batches, epoch))
-
     def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
         pin, collate = self.device.type == "cuda", choice_collate(self.tokenizer.pad_id)
         return make_loader(self.data[part], batches, self.workers, pin, collate)
 
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = logits_of(model, batch)  # (B, C)
-        labels = batch["label"].where(batch["valid"], -100)  # cross_entropy leaves -100 out
-        count = batch["valid"].sum()
-        total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
-        correct = ((logits.argmax(-1) == labels) & batch["valid"]).sum()
-        mean = total / count.clamp(min=1)
-        if self.teacher:
-            mean = self.teacher.added(mean, logits, batch, batch["valid"])
-        return mean, {"correct": correct, "count": count}
+    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+        return logits_of(model, batch)
+
+    def predict(self, model: nn.Module, loader: Iterable[dict]) -> Predictions:
+        return predict(model, loader, self.device)
+
+    def encoded(self, batch: dict) -> dict[str, Tensor]:
+        ids = {"input_ids": batch["input_ids"].to(self.device), "share": batch["share"]}
+        image = self.model.vision(batch["image"].to(self.device))[batch["picture"].to(self.device)]
+        return {"image_features": image, "text_features": pooled_texts(self.model, ids)}  # (B, d), (B, C, d)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.scores(self.predictions(model, "val"), "val")
@@ -174,41 +162,6 @@ class Choice:
     def scores(self, found: Predictions, part: str) -> dict[str, float]:
         by_type = accuracy_by_type(found, self.data[part].split)
         return found.scores() | {f"accuracy/{kind}": value for kind, value in by_type.items()}
-
-    def predictions(self, model: nn.Module, part: str) -> Predictions:
-        """Every row of a part once; with several processes each does a share and all get the whole."""
-        batches = in_order(len(self.data[part]), 2 * self.config.batch_size)
-        mine = batches[distributed.rank() :: distributed.world_size()]
-        load = self.cached if self.config.cache_features else self.loader
-        shares = distributed.gather_objects(predict(model, load(part, mine), self.device) if mine else None)
-        order = [
-            row for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for row in batch
-        ]
-        columns = zip(*((s.probabilities, s.labels, s.valid) for s in shares if s is not None), strict=True)
-        back = np.argsort(order)
-        return Predictions(*(np.concatenate(column)[back] for column in columns))
-
-    def cached(self, part: str, batches: list[list[int]]) -> Iterable[dict]:
-        """The same batches with the frozen towers' features in the place of pictures and texts."""
-        if part not in self.features:
-            self.features[part] = self.encode(part)
-        kept = self.features[part]
-        return ({key: column[rows] for key, column in kept.items()} for rows in batches)
-
-    @torch.no_grad()
-    def encode(self, part: str) -> dict[str, Tensor]:
-        """Every question of a part through the towers, once: image_features (N, d), text_features (N, C, d) ..."""
-        training, rows = self.model.training, []
-        self.model.to(self.device).eval()
-        for batch in self.loader(part, in_order(len(self.data[part]), 2 * self.config.batch_size)):
-            ids = {"input_ids": batch["input_ids"].to(self.device), "share": batch["share"]}
-            with base.autocast(self.device, self.amp):
-                image = self.model.vision(batch["image"].to(self.device)).float().cpu()[batch["picture"]]
-                text = pooled_texts(self.model, ids).float().cpu()
-            known = {key: batch[key] for key in ("label", "index", "valid")}
-            rows.append({"image_features": image, "text_features": text, **known})
-        self.model.train(training)
-        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
     def describe(self, batch: dict) -> str:
         split = self.data["train"].split

@@ -26,7 +26,7 @@ from minilora.report.tables import text_table
 from minilora.tasks import base
 from minilora.tasks.choice import accuracy_by_type, load_clip, logits_of, open_data, predict
 from minilora.tasks.choice_text import Texts, check_tokenizer, text_sizes
-from minilora.tasks.classify import Predictions
+from minilora.tasks.labelled import Predictions
 from minilora.tasks.run import Evaluation, Run, restoring
 from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
 from reference_models import load_pretrained

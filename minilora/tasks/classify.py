@@ -5,23 +5,21 @@ loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minilora.atomic import write_json
 from minilora.data.folder import Split, Splits
-from minilora.data.loader import PictureDataset, epoch_order, in_order, make_loader, train_keys
+from minilora.data.loader import PictureDataset, make_loader
 from minilora.data.sets import load_classification
 from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.tasks import base
-from minilora.tasks.teacher import Teacher, teacher_names
-from minilora.training import distributed
+from minilora.tasks.labelled import Labelled, Predictions
+from minilora.tasks.teacher import teacher_names
 
 DEFAULT_MODEL = "vit-nano-patch8-48"
 FORMATS = ("auto", "folder", "csv", "shapes")
@@ -72,29 +70,6 @@ def replace_foreign_head(model: nn.Module, classes: Sequence[str], seed: int) ->
     model.labels = list(classes)
 
 
-@dataclass
-class Predictions:
-    """What a model says of N pictures: probabilities (N, K) float32, labels (N,) int64 (-1 unknown), valid (N,)."""
-
-    probabilities: np.ndarray
-    labels: np.ndarray
-    valid: np.ndarray
-
-    @property
-    def scored(self) -> np.ndarray:
-        """(N,) bool: rows with a readable picture and a known label."""
-        return self.valid & (self.labels >= 0)
-
-    def scores(self) -> dict[str, float]:
-        """{"loss", "accuracy"} over the scored rows; loss is the mean of -log p(truth)."""
-        rows = np.flatnonzero(self.scored)
-        if not len(rows):
-            return {"loss": float("nan"), "accuracy": float("nan")}
-        truth = self.probabilities[rows, self.labels[rows]].astype(np.float64)
-        right = self.probabilities[rows].argmax(1) == self.labels[rows]
-        return {"loss": float(-np.log(np.maximum(truth, 1e-30)).mean()), "accuracy": float(right.mean())}
-
-
 @torch.no_grad()
 def predict(model: nn.Module, loader: Iterable[dict], device: torch.device) -> Predictions:
     """The model's answers to every row of `loader`, in its order."""
@@ -111,11 +86,8 @@ def logits_of(model: nn.Module, batch: dict) -> Tensor:
     return model.head(batch["features"]) if "features" in batch else model(batch["image"])
 
 
-class Classify:
+class Classify(Labelled):
     """The task that the Trainer trains; base.Task says what each method is for."""
-
-    metric = "accuracy"
-    teacher: Teacher | None = None
 
     def __init__(self, config: Config, model: nn.Module, record: dict, splits: Splits, device: torch.device):
         self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
@@ -130,27 +102,17 @@ class Classify:
         augment = self.config.augment if part == "train" else "none"
         return PictureDataset(split, self.preprocess, augment, self.config.seed, self.config.bad_data)
 
-    def train_batches(self, epoch: int) -> list[list[int]]:
-        return epoch_order(len(self.data["train"]), self.config.batch_size, self.config.seed, epoch)
-
-    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
-        if self.config.cache_features:
-            return self.cached("train", batches)
-        return self.loader("train", train_keys(batches, epoch))
-
     def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
         return make_loader(self.data[part], batches, self.workers, pin_memory=self.device.type == "cuda")
 
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = logits_of(model, batch)  # (B, K)
-        labels = batch["label"].where(batch["valid"], -100)  # cross_entropy leaves -100 out
-        count = batch["valid"].sum()
-        total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
-        correct = ((logits.argmax(-1) == labels) & batch["valid"]).sum()
-        mean = total / count.clamp(min=1)
-        if self.teacher:
-            mean = self.teacher.added(mean, logits, batch, batch["valid"])
-        return mean, {"correct": correct, "count": count}
+    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+        return logits_of(model, batch)
+
+    def predict(self, model: nn.Module, loader: Iterable[dict]) -> Predictions:
+        return predict(model, loader, self.device)
+
+    def encoded(self, batch: dict) -> dict[str, Tensor]:
+        return {"features": self.model.pooled(batch["image"].to(self.device))}  # (B, d)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.predictions(model, "val").scores()
@@ -160,38 +122,6 @@ class Classify:
             return None
         with base.autocast(self.device, self.amp):
             return self.predictions(model.eval(), "test").scores()
-
-    def predictions(self, model: nn.Module, part: str) -> Predictions:
-        """Every row of a part once; with several processes each does a share and all get the whole."""
-        batches = in_order(len(self.data[part]), 2 * self.config.batch_size)
-        mine = batches[distributed.rank() :: distributed.world_size()]
-        load = self.cached if self.config.cache_features else self.loader
-        shares = distributed.gather_objects(predict(model, load(part, mine), self.device) if mine else None)
-        order = [
-            row for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for row in batch
-        ]
-        columns = zip(*((s.probabilities, s.labels, s.valid) for s in shares if s is not None), strict=True)
-        back = np.argsort(order)
-        return Predictions(*(np.concatenate(column)[back] for column in columns))
-
-    def cached(self, part: str, batches: list[list[int]]) -> Iterable[dict]:
-        """The same batches with the frozen encoder's features in the pictures' place."""
-        if part not in self.features:
-            self.features[part] = self.encode(part)
-        kept = self.features[part]
-        return ({key: column[rows] for key, column in kept.items()} for rows in batches)
-
-    @torch.no_grad()
-    def encode(self, part: str) -> dict[str, Tensor]:
-        """Every picture of a part through the encoder, once: features (N, d), label, index, valid."""
-        training, rows = self.model.training, []
-        self.model.eval()
-        for batch in self.loader(part, in_order(len(self.data[part]), 2 * self.config.batch_size)):
-            with base.autocast(self.device, self.amp):
-                features = self.model.pooled(batch.pop("image").to(self.device)).float().cpu()
-            rows.append({"features": features, **batch})
-        self.model.train(training)
-        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
     def describe(self, batch: dict) -> str:
         files = [self.data["train"].split[i].path for i in batch["index"].tolist()]

@@ -22,7 +22,8 @@ from minilora.flags import Config
 from minilora.report.metrics import classification_metrics, format_metrics
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.tasks import base
-from minilora.tasks.classify import Predictions, open_data, predict
+from minilora.tasks.classify import open_data, predict
+from minilora.tasks.labelled import Predictions
 from minilora.tasks.run import Evaluation, Run, restore_base, restore_single
 from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
 
