@@ -12,6 +12,7 @@ with g = dL/dy and h = x' A^T:
 `lora_linear` is what every LoRALinear calls. `fused.enabled` is the one switch between the two forms.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,9 +54,9 @@ def plain_lora_linear(x, dropped, weight, bias, A, B, scaling):
 class FusedLoRALinear(torch.autograd.Function):
     """The same value and gradients with fewer passes over memory and nothing saved twice.
 
-    Scale and add happen inside the matrix product (`addmm_`); of the activations only x' and the (N, r)
-    product h are kept for backward, because a frozen W needs no x. N is the number of rows, the product of
-    the dimensions `...`.
+    Scale and add happen inside the matrix product (`addmm_`). Of the activations only x' is kept for
+    backward: a frozen W needs no x, and h = x' A^T (N, r) is cheaper to compute again than to keep. N is the
+    number of rows, the product of the dimensions `...`.
     """
 
     @staticmethod
@@ -64,19 +65,17 @@ class FusedLoRALinear(torch.autograd.Function):
         y = product(x.reshape(rows.shape), weight, bias)  # (N, out)
         h = product(rows, A)  # (N, r)
         y.addmm_(h, B.T, alpha=scaling)  # y = y + s * h B^T, in place
-        ctx.save_for_backward(dropped, h, weight, A, B)
+        ctx.save_for_backward(dropped, weight, A, B)
         ctx.scaling, ctx.shared, ctx.shape = scaling, dropped is x, x.shape
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
-        dropped, h, weight, A, B = ctx.saved_tensors
+        dropped, weight, A, B = ctx.saved_tensors
         need_x, need_dropped, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])  # (N, out)
         rows = dropped.reshape(-1, dropped.shape[-1])  # (N, in)
-        multiply = multiply_fast
-        if torch.is_grad_enabled():  # create_graph=True: the saved h is outside the graph of x and A
-            h, multiply = rows @ A.T, torch.matmul
+        multiply = torch.matmul if torch.is_grad_enabled() else multiply_fast  # create_graph=True wants a graph
         gB = multiply(g, B).mul_(ctx.scaling)  # (N, r)
         dx = d_dropped = None
         if need_x:
@@ -87,7 +86,7 @@ class FusedLoRALinear(torch.autograd.Function):
         if need_dropped and not ctx.shared:
             d_dropped = multiply(gB, A).view(ctx.shape)
         dA = gB.T @ rows if need_A else None  # (r, in)
-        dB = (g.T @ h).mul_(ctx.scaling) if need_B else None  # (out, r)
+        dB = (g.T @ multiply(rows, A.T)).mul_(ctx.scaling) if need_B else None  # g^T h, (out, r)
         return dx, d_dropped, None, g.sum(0) if need_bias else None, dA, dB, None
 
 
@@ -102,7 +101,7 @@ def input_dropout(x: Tensor, p: float) -> Tensor:
     On a CPU torch draws its masks one number per entry, which costs more than the projection itself. One
     64-bit draw holds four 16-bit numbers, so the mask is made from those; p is rounded to a multiple of 1 /
     65536 and the scale follows the rounded p, so the mean stays exact. The mask is kept for backward as one
-    byte per entry.
+    bit per entry.
     """
     if not enabled or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
@@ -116,11 +115,12 @@ class _MaskedScale(torch.autograd.Function):
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
         mask = numbers >= dropped_of_65536 - 32768
-        ctx.save_for_backward(mask)
+        ctx.save_for_backward(torch.from_numpy(np.packbits(mask.view(torch.uint8).numpy())))
         ctx.scale = 65536 / (65536 - dropped_of_65536)
         return mask.to(x.dtype).mul_(ctx.scale).mul_(x)  # x * mask would mix types, five times slower
 
     @staticmethod
     def backward(ctx, grad):
-        (mask,) = ctx.saved_tensors
+        (bits,) = ctx.saved_tensors
+        mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=grad.numel())).view(grad.shape)
         return mask.to(grad.dtype).mul_(ctx.scale).mul_(grad), None
