@@ -26,8 +26,9 @@ def test_alone_every_function_is_that_of_one_process():
 @pytest.mark.parametrize("items", [1, 7, 24, 29])
 def test_shares_cover_the_epoch_once_and_weigh_every_item_equally(monkeypatch, world, accumulate, items):
     order = list(range(items))
-    batches = [order[i : i + 3] for i in range(0, items, 3)]
     monkeypatch.setattr(distributed, "world_size", lambda: world)
+    size = 3 * distributed.turns(accumulate)
+    batches = [order[i : i + size] for i in range(0, items, size)]
     shares = []
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
@@ -36,6 +37,7 @@ def test_shares_cover_the_epoch_once_and_weigh_every_item_equally(monkeypatch, w
     seen = []
     for steps in zip(*shares, strict=True):
         assert all(step.batches for step in steps), "every process takes part in the exchange"
+        assert all(1 <= len(batch) <= 3 for step in steps for batch in step.batches)
         counted = [
             (batch, weight / world)
             for step in steps

@@ -17,6 +17,7 @@ from minilora.tasks import build_task, load_run
 from minilora.tasks.base import lora_config
 from minilora.tasks.vqa import logits_of
 from minilora.tasks.vqa_targets import SoftTargets
+from minilora.training.distributed import share_steps
 from reference_models import create_model
 from reference_models.load import bundled_weights
 from reference_models.tokenizers import load_tokenizer
@@ -133,6 +134,17 @@ def test_answers_out_of_the_vocabulary_leave_training_and_count_as_wrong(folder)
     outside = (task.data["val"].labels < 0).sum()
     assert outside and np.isnan(found.loss).sum() == outside
     assert f"val: {outside} of 18 answers are out of the vocabulary" in "\n".join(task.data_lines())
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_step_asks_the_same_questions_in_one_batch_in_two_and_in_two_processes(folder, grouped):
+    """Batches are cut by length, but for whole steps: what shares a step depends on the product of the three alone."""
+    one, two = (task_of(folder, batch_size=size, group_by_image=grouped) for size in (8, 4))
+    assert one.train_batches(3) == two.train_batches(3, 2) != two.train_batches(3)
+    whole = share_steps(one.train_batches(3), 1)
+    halves = share_steps(two.train_batches(3, 2), 2)
+    for step, cut in zip(whole, halves, strict=True):
+        assert step.batches == [sum(cut.batches, [])] and step.items == cut.items
 
 
 @pytest.mark.parametrize("grouped", [True, False])

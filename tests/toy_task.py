@@ -70,10 +70,11 @@ class ToyTask:
         self.after = after  # called with each batch number: tests interrupt a run with it
         self.losses = 0
 
-    def train_batches(self, epoch):
+    def train_batches(self, epoch, times=1):
         generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
         order = torch.randperm(len(self.data), generator=generator).tolist()
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        size = times * self.batch_size
+        return [order[i : i + size] for i in range(0, len(order), size)]
 
     def train_loader(self, epoch, batches):
         keys = [[(epoch, i) for i in batch] for batch in batches]

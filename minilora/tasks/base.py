@@ -42,8 +42,8 @@ class Task(Protocol):
     workers: int  # processes that read pictures
     teacher: Any  # None, or with --teacher what `loss` asks for its share: teacher.added(loss, logits, batch, counted)
 
-    def train_batches(self, epoch: int) -> list[list[int]]:
-        """The whole epoch as batches of item numbers, a function of (seed, epoch) alone."""
+    def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
+        """The whole epoch as batches of `times` * batch_size item numbers, a function of (seed, epoch, size) alone."""
 
     def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
         """The collated batches, in this order."""
@@ -134,8 +134,15 @@ def load_base(
     The record lets a later session make the same base again, or notice that it cannot.
     """
     source = find_weights(model, weights)
+    if num_classes is not None and not os.path.isdir(model) and not hasattr(config_for(model), "num_classes"):
+        raise UserError(f"--model {model} tells no classes apart; it is for another --task")
     torch.manual_seed(seed)
     built = load_pretrained(model, source, num_classes=num_classes, image_size=image_size, **sizes)
+    patch = getattr(built.config, "patch_size", None)
+    if image_size and isinstance(patch, int) and image_size % patch:
+        raise UserError(
+            f"--image-size {image_size}: {model} cuts pictures into patches of {patch}; take a multiple"
+        )
     if source is None:
         return built, {"weights": RANDOM, "sha256": tensors_sha256(built, without=built.head_modules)}
     bundled = weights in (None, BUNDLED) and not os.path.isdir(model)

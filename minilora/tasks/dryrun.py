@@ -7,7 +7,7 @@ from minilora.inject import count_parameters, lora_layers
 from minilora.report.page import parameter_rows
 from minilora.report.tables import text_table
 from minilora.tasks import base
-from minilora.training.distributed import share_steps
+from minilora.training.distributed import share_steps, turns
 from minilora.training.trainer import TrainOptions, to_device
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 1}  # float32 numbers that the optimizer keeps per trainable one
@@ -16,8 +16,7 @@ MIB = 2**20
 
 def describe_plan(task: base.Task, options: TrainOptions, device: torch.device) -> list[str]:
     """The lines that --dry-run prints."""
-    batches = task.train_batches(0)
-    steps = len(share_steps(batches, options.grad_accum_steps))
+    steps = len(task.train_batches(0, turns(options.grad_accum_steps)))
     total = min(options.epochs * steps, options.max_steps or options.epochs * steps)
     parameters = ((name, p.numel(), p.requires_grad) for name, p in task.model.named_parameters())
     rows = [[name, n, f"{trained:,}", f"{size:,}"] for name, n, trained, size in parameter_rows(parameters)]
@@ -50,7 +49,8 @@ def memory_estimate(task: base.Task, options: TrainOptions, device: torch.device
     parameters = list(task.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    first = task.train_batches(0)[0]
+    accumulate = options.grad_accum_steps
+    first = share_steps(task.train_batches(0, turns(accumulate))[:1], accumulate)[0].batches[0]
     few = first[: min(2, len(first))]
     batch = next(iter(task.train_loader(0, [few])))
     saved = saved_bytes(task, to_device(batch, device), options.amp, device)

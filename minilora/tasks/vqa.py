@@ -165,11 +165,11 @@ class VQA:
         augment = config.augment if name == "train" else "none"
         return VQADataset(part, texts, labels, self.preprocess, augment, config.seed, config.bad_data)
 
-    def train_batches(self, epoch: int) -> list[list[int]]:
-        data, config = self.data["train"], self.config
-        if config.group_by_image:
-            return shuffled_groups(data.picture, config.batch_size, config.seed, epoch)
-        return bucketed_batches(data.texts.lengths, config.batch_size, config.seed, epoch)
+    def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
+        data, seed, size = self.data["train"], self.config.seed, times * self.config.batch_size
+        if self.config.group_by_image:
+            return shuffled_groups(data.picture, size, seed, epoch)
+        return bucketed_batches(data.texts.lengths, size, seed, epoch)
 
     def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
         return self.loader("train", batches, epoch)

@@ -3,9 +3,10 @@
 Start with `torchrun --nproc-per-node N train.py ...`. Without torchrun every function here is that of a
 lone process.
 
-Each optimizer step takes the next `grad_accum_steps * world_size` microbatches of the epoch; process r
-takes numbers r, r + world_size, ... of them. So 2 processes with batch b see, step by step, what 1 process
-with batch 2b sees.
+A task cuts an epoch into the batches of whole optimizer steps, of batch_size * grad_accum_steps * world_size items;
+each is cut here into as many microbatches as there are turns, and process r takes numbers r, r + world_size, ... of
+them. So 2 processes with batch b, 1 process with batch 2b, and 1 with batch b and two accumulation steps see the same
+items, step by step.
 
 A checkpoint knows no number of processes. A run that goes on with another number takes up the epoch at the same item;
 with --grad-accum-steps changed so that a step keeps its items, the weights are equal to rounding (without dropout,
@@ -135,7 +136,7 @@ class Step:
 
 
 def skip_items(batches: list[list[int]], done: int) -> list[list[int]]:
-    """What is left of an epoch's microbatches after its first `done` items."""
+    """What is left of an epoch's batches after its first `done` items."""
     left = []
     for batch in batches:
         if done < len(batch):
@@ -144,17 +145,21 @@ def skip_items(batches: list[list[int]], done: int) -> list[list[int]]:
     return left
 
 
+def turns(grad_accum_steps: int) -> int:
+    """Microbatches of one optimizer step, over all processes."""
+    return grad_accum_steps * world_size()
+
+
 def share_steps(batches: list[list[int]], grad_accum_steps: int) -> list[Step]:
-    """Cuts an epoch's microbatches into optimizer steps and takes this process's share of each."""
+    """This process's share of the steps: each batch is cut into `turns` microbatches, every world_size-th is ours."""
     world, me = world_size(), rank()
-    group_size = grad_accum_steps * world
     steps = []
-    for first in range(0, len(batches), group_size):
-        group = batches[first : first + group_size]
-        items = sum(map(len, group))
-        mine = group[me::world]
-        weights = [len(batch) * world / items for batch in mine]
+    for batch in batches:
+        size = -(-len(batch) // turns(grad_accum_steps))  # rounded up
+        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+        mine = parts[me::world]
+        weights = [len(part) * world / len(batch) for part in mine]
         if not mine:  # a short last step: take part in the exchange with a borrowed batch that counts nothing
-            mine, weights = group[:1], [0.0]
-        steps.append(Step(mine, weights, items))
+            mine, weights = parts[:1], [0.0]
+        steps.append(Step(mine, weights, len(batch)))
     return steps

@@ -85,11 +85,11 @@ class Trainer:
         self.best_tensors: dict[str, Tensor] = {}  # of epoch self.state.best, on the CPU
         self.saved: Path | None = None  # the newest checkpoint
 
-        batches = task.train_batches(0)
-        self.batch_size = max(map(len, batches), default=0)
-        if not self.batch_size:
+        first = self.steps_of(0)
+        if not first:
             raise UserError("the training set is empty: there is no batch to train on")
-        planned = options.epochs * len(distributed.share_steps(batches, options.grad_accum_steps))
+        self.batch_size = max(len(batch) for step in first for batch in step.batches)
+        planned = options.epochs * len(first)
         self.last_step = options.max_steps or sys.maxsize
         self.total_steps = min(planned, self.last_step)  # what the schedule and the time left reckon with
 
@@ -101,7 +101,9 @@ class Trainer:
                 self.train_one_epoch()
                 self.end_epoch()
         if self.state.best is None:
-            raise RunError(f"no epoch gave a finite {self.task.metric} in validation: nothing to keep")
+            raise RunError(
+                f"no epoch gave a finite {self.task.metric} in validation: nothing to keep; try a smaller --lr"
+            )
         state.load_model_tensors(self.model, self.best_tensors, "the best epoch")
         self.save_best()
         history = self.state.history
@@ -126,8 +128,7 @@ class Trainer:
     def train_one_epoch(self) -> None:
         """Optimizer steps from state.position to the end of the epoch, or to the last step of the run."""
         now, every = self.state, self.options.save_every
-        batches = distributed.skip_items(self.task.train_batches(now.epoch), now.position)
-        steps = distributed.share_steps(batches, self.options.grad_accum_steps)[: self.last_step - now.step]
+        steps = self.steps_of(now.epoch, now.position)[: self.last_step - now.step]
         loader = iter(self.task.train_loader(now.epoch, [batch for step in steps for batch in step.batches]))
         self.progress.start_epoch(now, self.options.epochs, len(steps))
         self.model.train()
@@ -141,6 +142,12 @@ class Trainer:
             if stop:
                 self.leave()
         self.progress.end_epoch()
+
+    def steps_of(self, epoch: int, done: int = 0) -> list[distributed.Step]:
+        """This process's share of an epoch without its first `done` items."""
+        accumulate = self.options.grad_accum_steps
+        batches = self.task.train_batches(epoch, distributed.turns(accumulate))
+        return distributed.share_steps(distributed.skip_items(batches, done), accumulate)
 
     def train_step(self, step: distributed.Step, loader: Iterator[dict]) -> bool:
         """One optimizer step; returns whether a signal has asked some process to stop after it.
