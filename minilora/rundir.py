@@ -80,17 +80,22 @@ def _numbered(prefix: str) -> Path:
     raise UserError(f"{ROOT}/ holds 10,000 runs of the kind {prefix}; name a folder with --output")
 
 
-def _same_configuration(path: Path, config: Config) -> None:
+def differences(path: Path, config: Config) -> list[str]:
+    """What `config`, resolved, has otherwise than the run in `path`; [] for the same run."""
     there = replace(Config(), **read_toml(path))
     names = [f.name for f in fields(Config) if f.name not in FREE]
-    other = [name for name in names if getattr(there, name) != getattr(config, name)]
-    if other:
-        told = ", ".join(
-            f"{option(n)} {getattr(there, n)} there, {getattr(config, n)} here" for n in other[:5]
-        )
+    return [
+        f"{option(n)} {getattr(there, n)} there, {getattr(config, n)} here"
+        for n in names
+        if getattr(there, n) != getattr(config, n)
+    ]
+
+
+def _same_configuration(path: Path, config: Config) -> None:
+    if other := differences(path, config):
         raise UserError(
-            f"{path} holds a run of another configuration ({told}); choose another --output, or go on from its "
-            f"weights with --adapter {path}"
+            f"{path} holds a run of another configuration ({', '.join(other[:5])}); choose another --output, or go "
+            f"on from its weights with --adapter {path}"
         )
 
 

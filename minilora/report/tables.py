@@ -32,8 +32,11 @@ class RunRow:
     mode: str
     group: str = ""
     seed: int | None = None
+    model: str = ""
+    augment: str = ""
     metric: str = "accuracy"
     accuracy: float | None = None
+    test_accuracy: float | None = None
     precision: float | None = None
     recall: float | None = None
     f1: float | None = None
@@ -107,7 +110,9 @@ def _trainable(group: RunGroup, _key: str) -> str:
 # title: (key in RunRow, how it is printed)
 COLUMNS = {
     "run": ("name", lambda group, _: group.name),
+    "backbone": ("model", lambda group, key: group.first.model),
     "mode": ("mode", lambda group, key: group.first.mode),
+    "augment": ("augment", lambda group, key: group.first.augment),
     "trainable": ("trainable", _trainable),
     "seconds": ("seconds", lambda group, key: _number(group, key, 1)),
     "peak memory MB": ("peak_memory_mb", lambda group, key: _number(group, key, 0)),
@@ -116,11 +121,15 @@ COLUMNS = {
     "eval loss": ("val_loss", lambda group, key: _number(group, key, 4)),
     "train accuracy %": ("train_accuracy", _percent),
     "accuracy %": ("accuracy", _percent),
+    "test accuracy %": ("test_accuracy", _percent),
     "F1 %": ("f1", _percent),
     "recall %": ("recall", _percent),
     "precision %": ("precision", _percent),
 }
 COMPARISON = ("run", "mode", "trainable", "accuracy %", "seconds", "peak memory MB", "file MB")
+BACKBONES = (
+    "backbone", "mode", "augment", "accuracy %", "test accuracy %", "peak memory MB", "seconds", "trainable",
+)  # fmt: skip
 # The forms in which the project's reports R1, R3 and R4 print their results.
 REPORT_FORMS = {
     "Losses and weighted averages": (

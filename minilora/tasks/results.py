@@ -93,15 +93,22 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
 
 def run_row(run: Run, evaluation: Evaluation | None = None) -> RunRow:
     """A run's line in a comparison; scores of `evaluation`, or those of its best epoch."""
-    config, summary = asdict(run.config), run.summary
-    best, counts = summary.get("best") or {}, summary.get("parameters") or {}
     scores = evaluation.scores if evaluation and evaluation.scores else {}
+    return summary_row(run.path, run.config, run.summary, scores)
+
+
+def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dict | None = None) -> RunRow:
+    """The same line from the files of a run alone; `scores` win over those of its best epoch."""
+    best, counts, scores = summary.get("best") or {}, summary.get("parameters") or {}, scores or {}
     return RunRow(
-        name=run.name,
-        mode=run.config.mode,
-        group=group_key(config),
-        seed=run.config.seed,
+        name=path.name,
+        mode=config.mode,
+        group=group_key(asdict(config)),
+        seed=config.seed,
+        model=str(config.model),
+        augment=config.augment,
         accuracy=scores.get("accuracy", best.get("accuracy")),
+        test_accuracy=(summary.get("test") or {}).get("accuracy"),
         precision=scores.get("precision"),
         recall=scores.get("recall"),
         f1=scores.get("f1"),
@@ -112,7 +119,7 @@ def run_row(run: Run, evaluation: Evaluation | None = None) -> RunRow:
         total=counts.get("total"),
         seconds=summary.get("seconds"),
         peak_memory_mb=summary.get("peak_memory_mb"),
-        file_mb=size_mb(run.weight_file),
+        file_mb=size_mb(path / WEIGHT_FILES[config.mode]),
     )
 
 

@@ -1,0 +1,227 @@
+"""A table of backbones: train each of a list, with LoRA or in full, with or without augmentation, side by side.
+
+    python -m minilora.tasks.backbones --models vit-tiny-patch16-224 swin-tiny-patch4-window7-224 --weights none \\
+        --modes lora full --augment none basic --data-dir photos --output backbones --epochs 3
+
+The other flags are train.py's. Each combination is a run of train.py in a process of its own, so that its peak of
+memory is its own, in OUTPUT/MODEL-MODE-AUGMENT. Finished runs are not made again, a stopped one goes on, a failed one
+is named and the others go on. The table goes to stdout and to OUTPUT/table.md, what the runs say to stderr.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minilora import cli
+from minilora.atomic import atomic_write
+from minilora.config import Parser, check, read_recipe, read_toml, to_toml
+from minilora.errors import UserError
+from minilora.flags import Config, flag, rules
+from minilora.report.tables import BACKBONES, RunRow, comparison_table
+from minilora.rundir import differences
+from minilora.tasks import base, classify
+from minilora.tasks.results import summary_row
+from minilora.tasks.runfiles import read_summary
+from minilora.values import convert, option
+from reference_models import ModelError
+from reference_models.load import config_for
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+T = "the table"
+INSTEAD = {"model": "--models", "mode": "--modes", "seed": "--seeds"}
+NOT_HERE = (
+    "task",
+    "resume",
+    "adapter",
+    "teacher",
+    "dry_run",
+)  # flags of train.py that make no row of this table
+
+
+# fmt: off
+@dataclass
+class Sweep(Config):
+    """train.py's flags, some of which take several values here."""
+
+    models: Any = flag(T, None, "names of train.py --list-models, or folders", many=True, meta="NAME")
+    modes: Any = flag(T, None, "lora, full, linear", many=True, meta="MODE", shown="lora")
+    augment: Any = flag(T, None, "none, basic, rand", many=True, meta="KIND", shown="none")
+    seeds: Any = flag(T, None, "one run for each; the table has mean and spread", many=True, meta="N", shown="0")
+    weights: Any = flag(T, None, "MODEL=FILE, =DIR, =hf:org/name or =none; without MODEL= for all others", many=True,
+        meta="MODEL=PLACE", shown="bundled")
+# fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    plan, output = read_plan(argv)
+    failed, rows = {}, []
+    for number, (name, config) in enumerate(plan.items(), 1):
+        path = output / name
+        print(f"{number} of {len(plan)}: {name}", file=sys.stderr, flush=True)
+        if not finished(path, config) and (reason := train(path, config)) is not None:
+            failed[name] = reason
+            continue
+        rows.append(summary_row(path, config, read_summary(path)))
+        write_table(output, rows)
+    if rows:
+        print(comparison_table(rows, columns=BACKBONES))
+    for name, reason in failed.items():
+        print(f"failed: {name}: {cli.printable(reason)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Path]:
+    """({name of a run: its whole configuration}, the folder for all of them).
+
+    Raises UserError for what can be known before the first run: flags, models, weights, data.
+    """
+    parser = Parser(
+        Sweep,
+        "python -m minilora.tasks.backbones",
+        "--models NAME ... --output DIR [flags of train.py]",
+        __doc__.partition("\n")[0],
+    )
+    typed, _ = parser.read(argv)
+    for name in (*INSTEAD, *NOT_HERE):
+        if name in typed:
+            hint = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
+            raise UserError(f"{option(name)} is not for a table of backbones{hint}")
+    for name in ("models", "output"):
+        if name not in typed:
+            raise UserError(f"{option(name)} is missing; see {parser.prog} --help")
+    output = Path(typed.pop("output"))
+    lists = {name: typed.pop(name, None) for name in ("models", "modes", "augment", "seeds", "weights")}
+    from_file = read_toml(typed.pop("config")) if "config" in typed else {}
+    recipe = typed.get("recipe", from_file.get("recipe"))
+    shared = (read_recipe(recipe) if recipe else {}) | from_file | typed
+    if shared.get("task", "classify") != "classify":
+        raise UserError(f"--task {shared['task']}: a table of backbones is for --task classify")
+    plan = combinations(Config(**shared), lists)
+    classify.open_data(next(iter(plan.values())))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made: {error.strerror}") from None
+    return plan, output
+
+
+def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
+    """One checked configuration for each model, mode, kind of augmentation and seed, by the run's name."""
+    values = {
+        key: _values(shared, key, lists[key + "s" * (key != "augment")])
+        for key in ("mode", "augment", "seed")
+    }
+    models, plan = lists["models"], {}
+    places = weights_of(models, lists["weights"] or ())
+    for model, mode, augment, seed in itertools.product(models, *values.values()):
+        own = {"model": model, "mode": mode, "augment": augment, "seed": seed, "weights": places[model]}
+        config = Config(**vars(shared) | own)
+        check(config)
+        base.resolve(config, None)
+        name = f"{Path(model).name}-{mode}-{augment}" + f"-{seed}" * (len(values["seed"]) > 1)
+        if name in plan:
+            raise UserError(
+                f"two runs would be called {name}; name each model once, folders by different names"
+            )
+        plan[name] = config
+    return plan
+
+
+def _values(shared: Config, key: str, words: Sequence[str] | None) -> list:
+    """The values of one flag, each read by the flag's own rule; without words what recipe or default say."""
+    words = [words] if isinstance(words, str) else words
+    return [convert(key, rules(Config)[key], word) for word in words] if words else [getattr(shared, key)]
+
+
+def weights_of(models: Sequence[str], words: Sequence[str]) -> dict[str, str | None]:
+    """{model: where its weights are} from MODEL=PLACE, or PLACE for all models that are not named.
+
+    Raises UserError (ModelError) for unknown models, weights of nobody's and weights that are not there.
+    """
+    named, rest = {}, None
+    for word in words:
+        model, equals, place = word.partition("=")
+        if equals and model not in models:
+            raise UserError(f"--weights {word}: {model} is not one of --models {' '.join(models)}")
+        if equals:
+            named[model] = place
+        elif rest is None:
+            rest = word
+        else:
+            raise UserError(f"--weights {rest} {word}: which is whose? Write MODEL=PLACE")
+    places = {model: named.get(model, rest) for model in models}
+    for model, place in places.items():
+        if not os.path.isdir(model):
+            config_for(model)
+        source = base.find_weights(model, place)
+        if source and not str(source).startswith("hf:") and not os.path.exists(source):
+            raise UserError(f"--weights of {model}: {source}: no such file or directory")
+    return places
+
+
+def finished(path: Path, config: Config) -> bool:
+    """Whether the run is there, whole, and of this configuration."""
+    return (
+        (path / "summary.json").is_file()
+        and (path / "config.toml").is_file()
+        and not differences(path, config)
+    )
+
+
+def train(path: Path, config: Config) -> str | None:
+    """One run of train.py in a process of its own; None, or why it failed. Our end asks it to save and stop."""
+    if not TRAIN.is_file():
+        raise UserError(f"{TRAIN} is missing: this command needs the project's folder, not the package alone")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.toml"
+        file.write_text(to_toml(config), encoding="utf-8")
+        words = [sys.executable, str(TRAIN), "--config", str(file), "--output", str(path)]
+        process = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            reason = _relay(process)
+        except BaseException:
+            process.terminate()
+            _relay(process)
+            raise
+    return reason if process.returncode else None
+
+
+def _relay(process: subprocess.Popen) -> str:
+    """Passes on what a run prints until it ends; its line of error, else its last words."""
+    error = last = ""
+    for line in process.stdout:
+        print(f"  {line}", end="", file=sys.stderr, flush=True)
+        last = line.strip() or last
+        error = line.removeprefix("error:").strip() if line.startswith("error:") else error
+    code = process.wait()
+    return error or (f"stopped by signal {-code}" if code < 0 else f"exit code {code}: {last}")
+
+
+def write_table(output: Path, rows: list[RunRow]) -> None:
+    """OUTPUT/table.md, after every run, so that a table that was stopped shows what there is."""
+    atomic_write(
+        output / "table.md", (comparison_table(rows, markdown=True, columns=BACKBONES) + "\n").encode()
+    )
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(cli.run(main, (UserError, ModelError)))
