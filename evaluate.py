@@ -22,6 +22,7 @@ from minilora.adapter import export_adapter
 from minilora.atomic import atomic_write, write_json, write_png
 from minilora.config import Parser
 from minilora.errors import UserError
+from minilora.evaluate_checks import check
 from minilora.flags import Config
 from minilora.flags_evaluate import EvalConfig
 from minilora.inject import merge_lora
@@ -34,7 +35,6 @@ from minilora.tasks.base import choose_device
 from minilora.tasks.compression import check_pruning, compression_report
 from minilora.tasks.results import attention_figures, report_data, run_row
 from minilora.tasks.run import Evaluation, Run, latency
-from minilora.values import option
 from reference_models import ModelError, save_pretrained
 
 
@@ -43,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories; several are compared")
     typed, args = parser.read(argv)
     options = EvalConfig(**typed)
+    check(options, typed, args.runs)
     device = choose_device(options.device)
     if not args.runs:
         return score_base_model(options, device)
-    for name in ("model", "task", "tokenizer", "image_size", "prompt"):
-        if name in typed:
-            raise UserError(f"{option(name)} is for a base model without a run; the run knows its own")
     runs = [load_run(path, device, options.weights) for path in args.runs]
     if len({run.task for run in runs}) > 1:
-        raise UserError(f"the runs are of different tasks: {', '.join(f'{r.name} {r.task}' for r in runs)}")
+        raise UserError(
+            f"the runs are of different tasks ({', '.join(f'{r.name} {r.task}' for r in runs)}); compare those of one"
+        )
     if options.image:
         return answer(runs[0], options)
     check_pruning(runs, options, typed)
@@ -91,7 +91,7 @@ def answer(run: Run, options: EvalConfig) -> int:
         name: getattr(options, name) for name in ("question", "choices") if getattr(options, name) is not None
     }
     if texts and run.task == "classify":
-        raise UserError(f"--{next(iter(texts))} is not for a run of --task classify")
+        raise UserError(f"--{next(iter(texts))} is not for a run of --task classify; leave it out")
     images = [options.image] if isinstance(options.image, str) else options.image
     for image, row in zip(images, run.predict(list(images), **texts), strict=True):
         print(f"{image}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in row))
@@ -120,7 +120,7 @@ def extras(runs: list[Run], options: EvalConfig) -> None:
     if options.attention:
         figures = attention_figures(runs, options)
         if not figures:
-            raise UserError(f"--attention: {runs[0].config.model} has no attention maps")
+            raise UserError(f"--attention: {runs[0].config.model} has no attention maps; leave the flag out")
         for figure in figures:
             write_png(runs[0].path / "attention.png", figure.image)
             print(f"wrote {runs[0].path / 'attention.png'}")
@@ -145,7 +145,9 @@ def export(run: Run, options: EvalConfig) -> None:
     """--export-adapter before --merge-to, which takes the adapter away."""
     if options.export_adapter:
         if run.config.mode != "lora":
-            raise UserError(f"--export-adapter: {run.name} is of mode {run.config.mode}; it has no adapter")
+            raise UserError(
+                f"--export-adapter: {run.name} is of mode {run.config.mode}; it has no adapter, use --merge-to"
+            )
         layout = "transformers5" if options.layout == "transformers" else options.layout
         export_adapter(run.model, options.export_adapter, layout)
         print(f"wrote {options.export_adapter}")

@@ -25,6 +25,19 @@ BASE = "base"  # a table of config.toml that is no flag: the base weights with t
 NOT_SAVED = ("config", "dry_run", "output", "resume")  # what config.toml leaves out: how a run was started
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "layers", "train_norms", "train_bias")
 LORA_FLAGS += ("use_rslora", "use_dora")
+ELSEWHERE = {  # what other programs call it, where the name alone does not give it away
+    "learning-rate": "--lr",
+    "rank": "--lora-r",
+    "r": "--lora-r",
+    "alpha": "--lora-alpha",
+    "gpu": "--device",
+    "cuda": "--device",
+    "dataset": "--data-dir",
+    "pretrained": "--weights",
+    "checkpoint": "--weights",
+    "fp16": "--amp",
+    "bf16": "--amp",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,17 +61,25 @@ class Parser(argparse.ArgumentParser):
             _add_flag(groups[rule.group], f.name, rule, f.default)
 
     def error(self, message: str):
-        message = message.removeprefix("argument ").replace(": expected", " needs a value: expected")
+        message = re.sub(r": expected .*argument.*", " needs a value", message.removeprefix("argument "))
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def _unknown(self, word: str) -> str:
+        """What to say of a word that no flag takes."""
+        known = [name for action in self._actions for name in action.option_strings]
+        if word.startswith("-"):
+            elsewhere = ELSEWHERE.get(word.lstrip("-"))
+            hint = f"; did you mean {elsewhere}?" if elsewhere in known else close_match(word, known)
+            return f"unknown flag {word}{hint}"
+        if os.path.exists(word):
+            return f"{word!r} belongs to no flag; data go with --data-dir, a run with --resume or --adapter"
+        return f"{word!r} belongs to no flag{close_match(word, known)}"
 
     def read(self, argv: Sequence[str] | None) -> tuple[dict[str, Any], argparse.Namespace]:
         """({field: value} of the flags that were typed, everything that argparse read)."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            word = unknown[0].split("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            what = f"unknown flag {word}" if word.startswith("-") else f"{word!r} belongs to no flag"
-            raise UserError(f"{what}{close_match(word, known)}; see {self.prog} --help")
+            raise UserError(f"{self._unknown(unknown[0].split('=')[0])}; see {self.prog} --help")
         table = rules(self.table)
         typed = {name: value for name, value in vars(args).items() if name in table}
         return {name: convert(name, table[name], value) for name, value in typed.items()}, args
@@ -138,8 +159,7 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
             raise UserError(f"{option(name)} needs --teacher RUN, the model to learn from")
     if config.head_lr and config.mode == "linear":
         raise UserError("--head-lr has no effect with --mode linear, where --lr is the head's learning rate")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
+    check_device(config.device)
     if config.base_dtype != "fp32" and config.mode == "full":
         raise UserError(
             "--base-dtype is for frozen weights, but --mode full trains all of them; use --amp alone"
@@ -162,6 +182,12 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         )
 
 
+def check_device(device: str) -> None:
+    """UserError for what --device cannot be."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
+
+
 def read_toml(path: str | os.PathLike) -> dict[str, Any]:
     """{field: value} of a TOML file or of a run directory's config.toml; errors name the file and the key."""
     content = _load_toml(path)
@@ -180,7 +206,9 @@ def read_run_config(run_dir: str | os.PathLike) -> tuple[Config, dict[str, Any]]
     path = Path(run_dir) / "config.toml"
     base = _load_toml(path).get(BASE, {}) if path.is_file() else None
     if not isinstance(base, dict):
-        raise UserError(f"{run_dir} is not a run directory of minilora: it has no usable config.toml")
+        inside = sorted(str(file.parent) for file in Path(run_dir).glob("*/config.toml"))
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise UserError(f"{run_dir} is not a run directory of minilora: it has no usable config.toml{hint}")
     for key, value in base.items():
         texts = value.values() if isinstance(value, dict) else [value]
         if not all(isinstance(text, str) for text in texts):

@@ -74,9 +74,10 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
         file = directory / "adapter_model.safetensors"
         tensors = parse_safetensors(file.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(
-            f"{directory}: not an adapter directory: {Path(error.filename).name} is missing"
-        ) from None
+        missing = f"{Path(error.filename).name} is missing" if directory.exists() else "it does not exist"
+        whole = (directory / "model.safetensors").exists()
+        hint = "; it holds a whole model, which goes with --weights" if whole else ""
+        raise UserError(f"{directory}: not an adapter directory: {missing}{hint}") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{directory}: the adapter cannot be read (truncated or damaged?): {error}") from None
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":

@@ -20,8 +20,13 @@ def option(name: str) -> str:
 
 def close_match(word: Any, choices: Iterable[str]) -> str:
     """ "; did you mean X?" if `word` looks like one of the choices, else nothing."""
-    match = difflib.get_close_matches(str(word), list(choices), n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+    names = {choice.lstrip("-").lower(): choice for choice in choices}
+    wanted = str(word).lstrip("-").lower()
+    begin = [
+        name for name in names if len(wanted) > 1 and (wanted.startswith(name) or name.startswith(wanted))
+    ]
+    match = difflib.get_close_matches(wanted, list(names), n=1) or begin
+    return f"; did you mean {names[match[0]]}?" if match else ""
 
 
 def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
@@ -95,6 +100,8 @@ def _single(label: str, rule: Rule, value: Any) -> Any:
     if rule.kind is str:
         if not isinstance(value, str):
             raise UserError(f"{label} must be a text, got {value!r}")
+        if not value.strip():
+            raise UserError(f"{label} needs a value, got an empty text (a variable that is not set?)")
         if rule.choices and value not in rule.choices:
             listed = ", ".join(rule.choices)
             raise UserError(
@@ -107,10 +114,11 @@ def _single(label: str, rule: Rule, value: Any) -> Any:
         ("at most", rule.high, lambda x, bound: x <= bound),
         ("below", rule.below, lambda x, bound: x < bound),
     ]
-    limits = [(f"{words} {bound:g}", holds, bound) for words, bound, holds in limits if bound is not None]
-    what = ("a whole number " if rule.kind is int else "a number ") + " and ".join(
-        words for words, _, _ in limits
-    )
+    limits = [(f"{words} {bound:.12g}", holds, bound) for words, bound, holds in limits if bound is not None]
+    told = " and ".join(words for words, _, _ in limits)
+    if rule.low is not None and rule.high is not None:
+        told = f"from {rule.low:.12g} to {rule.high:.12g}"
+    what = ("a whole number " if rule.kind is int else "a number ") + told
     number = _number(rule.kind, value)
     if number is None or not all(holds(number, bound) for _, holds, bound in limits):
         raise UserError(f"{label} must be {what.strip()}, got {value!r}")

@@ -18,6 +18,7 @@ A family is a module (vit.py, beit.py, swin.py, bert.py, clip.py, mobilenet.py) 
   ignored, optional             patterns: keys of a file that mean nothing; our names that it may lack or add
 """
 
+import difflib
 import importlib
 import re
 from dataclasses import asdict, fields, replace
@@ -54,11 +55,18 @@ def list_models() -> list[str]:
 
 
 def config_for(name: str):
-    """The configuration that belongs to a model name; ModelError with the choices where there is none."""
+    """The configuration that belongs to a model name; ModelError with the nearest names where there is none."""
     for family in FAMILIES:
         if (config := family_module(family).config_for(name)) is not None:
             return config
-    raise ModelError(f"unknown model {name!r}; the names are {', '.join(list_models())}")
+    near = difflib.get_close_matches(name.replace("_", "-").lower(), list_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = (
+        "no such folder, and a name has no slash (weights of the hub are hf:org/name); "
+        if "/" in name
+        else hint
+    )
+    raise ModelError(f"unknown model {name!r}; {hint}list_models(), train.py --list-models name them all")
 
 
 def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.Module:

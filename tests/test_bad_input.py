@@ -88,12 +88,38 @@ def test_broken_picture_names_the_file(photos, tmp_path):
                                               "--output", tmp_path / "skipped"]]) == 0  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--model clip-nano", "clip-nano tells no classes apart; it is for another --task"),
+        ("--model bert-nano", "bert-nano tells no classes apart"),
+        ("--task choice --model vit-nano-patch8-48", "is no CLIP; --task choice needs one"),
+        ("--task choice --model bert-nano", "is no CLIP"),
+        ("--task vqa --model vit-nano-patch8-48", "needs two towers, such as vision="),
+        ("--model vision=vit-nano-patch8-48 text=bert-nano", "has one encoder; give one value"),
+        ("--image-size 50", "cuts pictures into patches of 8; take a multiple"),
+    ],
+)
+def test_model_that_does_not_fit_the_task(words, told):
+    assert told in refused(train.main, *words.split())
+
+
+def test_adapter_that_is_none(photos, tmp_path):
+    words = [*QUICK, "--data-dir", photos, "--adapter"]
+    assert "it does not exist" in refused(train.main, *words, tmp_path / "nowhere")
+    assert "adapter_config.json is missing" in refused(train.main, *words, tmp_path)
+    save_pretrained(create_model("vit-nano-patch8-48", num_classes=3), tmp_path / "whole")
+    assert "a whole model, which goes with --weights" in refused(train.main, *words, tmp_path / "whole")
+
+
 def test_weights_that_nobody_gave():
     assert "safetensors file" in refused(train.main, "--model", "vit-tiny-patch16-224")
 
 
 def test_unknown_model_and_target():
-    assert "the names are vit-nano" in refused(train.main, "--model", "vit-huge", "--weights", "none")
+    assert "--list-models" in refused(train.main, "--model", "resnet50", "--weights", "none")
+    assert "did you mean vit-tiny-patch16-224 or" in refused(train.main, "--model", "vit_tiny_patch16_224")
+    assert "weights of the hub are hf:org/name" in refused(train.main, "--model", "google/vit-base")
     assert "q_proj (4)" in refused(train.main, *NANO, "--target-modules", "query")
     assert "in layers [7]" in refused(train.main, *NANO, "--layers", "7")
 
@@ -149,8 +175,10 @@ def test_adapter_with_other_classes(run, tmp_path):
     assert "head.weight" in refused(train.main, *NANO, "--data-dir", tmp_path, "--adapter", run)
 
 
-def test_folder_that_is_no_run(tmp_path):
+def test_folder_that_is_no_run(run, tmp_path):
     assert "no such run directory" in refused(evaluate.main, tmp_path / "none")
+    assert "is a file; name its run directory" in refused(evaluate.main, run / "config.toml")
+    assert f"did you mean {run}?" in refused(evaluate.main, run.parent)
     assert "is not a run directory" in refused(evaluate.main, tmp_path)
     assert "is not a run directory" in refused(train.main, "--resume", tmp_path)
 
@@ -201,10 +229,67 @@ def test_flags_that_evaluate_cannot_use(run, photos):
     assert "the run knows its own" in refused(evaluate.main, run, "--model", "vit-nano-patch8-48")
     assert "have no such part" in refused(evaluate.main, run, "--split", "test")
     assert "did you mean --predictions?" in refused(evaluate.main, run, "--prediction", "x.csv")
-    assert "is not for a run of --task classify" in refused(
+    assert "is not for a run of --task classify; leave it out" in refused(
         evaluate.main, run, "--image", "x.png", "--question", "why?"
     )
-    assert "no such file" in refused(evaluate.main, run, "--image", "nothing.png")
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--question why?", "--question needs --image"),
+        ("--choices a b", "--choices needs --image"),
+        ("--layout timm", "--layout needs --merge-to or --export-adapter"),
+        ("--per-head", "--per-head needs --attention"),
+        ("--prune-epochs 1", "--prune-epochs needs --prune"),
+        ("--image x.png --report r.html", "--report has no effect beside --image"),
+        ("--device mps", "--device must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_flags_of_evaluate_that_would_do_nothing(run, words, told):
+    assert told in refused(evaluate.main, run, *words.split())
+
+
+def test_flags_of_evaluate_for_one_run_or_for_none(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    for flag in ("--image", "--predictions", "--merge-to"):
+        assert f"{flag} takes one run, but 2 are named" in refused(evaluate.main, run, other, flag, "x")
+    assert "is named twice" in refused(evaluate.main, run, run)
+    words = ["--model", "clip-nano", "--data-format", "shapes", "--report", "x.html"]
+    assert "--report needs a run directory" in refused(evaluate.main, *words)
+
+
+def test_pictures_that_are_none(run, photos, tmp_path):
+    (tmp_path / "text.png").write_text("no picture at all")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name, told in (("text.png", "not a picture"), ("empty.png", "is empty"), ("no.png", "no such file")):
+        assert told in refused(evaluate.main, run, "--image", tmp_path / name)
+    assert "is not a file" in refused(evaluate.main, run, "--image", photos)
+
+
+def test_what_cannot_be_written_is_told_before_the_work(run, tmp_path):
+    for flag in ("--predictions", "--submission", "--report"):
+        assert "there is no folder" in refused(evaluate.main, run, flag, tmp_path / "none" / "x.csv")
+        assert "is a folder; name a file" in refused(evaluate.main, run, flag, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--merge-to", "--export-adapter"])
+def test_an_export_replaces_no_run_and_nobodys_files(flag, run, photos, tmp_path):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert "is a run, whose own files would be replaced" in refused(evaluate.main, run, flag, run)
+    assert "holds other files than a model's" in refused(evaluate.main, run, flag, photos)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    (tmp_path / "notes.txt").write_text("precious")
+    assert "is a file; name a folder" in refused(evaluate.main, run, flag, tmp_path / "notes.txt")
+    for _ in range(2):  # an export may replace an export
+        assert evaluate.main([str(run), flag, str(tmp_path / "out")]) == 0
+
+
+def test_run_whose_config_names_another_task(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    text = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace('task = "classify"', 'task = "vqa"'))
+    assert "two towers" in refused(evaluate.main, copy)
 
 
 def test_base_model_whose_classes_are_not_those_of_the_folder(weights, photos):

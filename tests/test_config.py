@@ -71,6 +71,18 @@ def test_a_switch_of_the_recipe_can_be_switched_off():
     [
         ("--lora-rr 3", "did you mean --lora-r?"),
         ("--task clasify", "did you mean classify?"),
+        ("--task VQA", "did you mean vqa?"),
+        ("--opt AdamW", "did you mean adamw?"),
+        ("--augment randaugment", "did you mean rand?"),
+        ("--lora_r 4", "did you mean --lora-r?"),
+        ("--learning-rate 1", "did you mean --lr?"),
+        ("--rank 4", "did you mean --lora-r?"),
+        ("--gpu", "did you mean --device?"),
+        ("--output-dir x", "did you mean --output?"),
+        ("--lora-r 0", "--lora-r must be a whole number from 1 to 65536, got '0'"),
+        ("--lora-r -4", "--lora-r must be a whole number from 1 to 65536, got '-4'"),
+        ("--seed -1", "from 0 to 2147483648"),
+        ("tests", "belongs to no flag; data go with --data-dir, a run with --resume"),
         ("--sched step", "one of linear, cosine, plateau, constant"),
         ("--lr 0", "--lr must be a number above 0"),
         ("--lr nan", "--lr must be a number"),
@@ -101,6 +113,12 @@ def test_a_mistake_is_named_with_the_way_out(words, told):
     with pytest.raises(UserError) as error:
         parsed(*words.split())
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_empty_text_is_no_value():
+    """`--data-dir "$DATA"` with DATA not set would else mean the folder one stands in."""
+    with pytest.raises(UserError, match="--data-dir needs a value, got an empty text"):
+        parsed("--data-dir", "")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def existing_path(data_dir: str | os.PathLike | None) -> Path:
         raise UserError("--data-dir is missing: name the folder (or csv file) with the pictures")
     path = Path(data_dir)
     if not path.exists():
-        raise UserError(f"--data-dir {path}: no such folder or file")
+        raise UserError(f"--data-dir {path}: no such folder or file; if it was moved, name its new place")
     return path
 
 

@@ -14,10 +14,18 @@ from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.tasks import base
 from minilora.tasks.vqa_model import beside
-from reference_models.load import bundled_weights
+from reference_models.load import bundled_weights, config_for
 from reference_models.tokenizers import Tokenizer, load_tokenizer
 
 PROMPT = "Question: {question} Answer: {choice}"
+
+
+def _is_clip(model: str) -> None:
+    """UserError for the name of a model that reads no texts, so that nobody looks for a tokenizer of it."""
+    if not os.path.isdir(model) and config_for(model).family != "clip":
+        raise UserError(
+            f"--model {model} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32"
+        )
 
 
 def find_tokenizer(config: Config) -> Tokenizer:
@@ -29,6 +37,7 @@ def find_tokenizer(config: Config) -> Tokenizer:
         source = name if os.path.isdir(name) else bundled_weights(name)
     folder = beside(source)
     if folder is None:
+        _is_clip(name)
         where = f"beside {source}" if source else f"bundled for {name}"
         raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder")
     return load_tokenizer(folder)

@@ -95,7 +95,9 @@ class Run:
 def open_run(path: Path, device: str | torch.device = "cpu", weights: str | dict | None = None) -> Run:
     """The run in `path`; see load_run."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such run directory")
+        raise UserError(
+            f"{path}: " + ("is a file; name its run directory" if path.exists() else "no such run directory")
+        )
     config, recorded = read_run_config(path)
     file = path / WEIGHT_FILES[config.mode]
     if not file.is_file():

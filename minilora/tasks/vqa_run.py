@@ -59,6 +59,8 @@ def restore(path: Path, config: Config, recorded: dict, weights: str | dict | No
 def restore_towers(config: Config, recorded: dict, weights: str | dict | None, classes: int):
     """The model before training, and the record of the weights that were found."""
     given = recorded.get("weights") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"--task vqa has two towers, but config.toml names one weight file: {given}")
     if weights is not None:
         moved = tower_weights(config, weights)
         given = given | {tower: source for tower, source in moved.items() if source is not None}

@@ -125,7 +125,7 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict]:
             return load_file(directory / FILES[0]), json.loads((directory / FILES[1]).read_text())
         except SafetensorError as error:
             reason = str(error)
-    raise UserError(f"checkpoint {directory} is not valid: {reason}")
+    raise UserError(f"checkpoint {directory} is not valid: {reason}; --resume RUN takes the newest that is")
 
 
 def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
@@ -151,7 +151,9 @@ def find(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path |
     directory = Path(resume)
     chosen = directory if step_of(directory) is not None else latest_checkpoint(directory, log)
     if chosen is None:
-        raise UserError(f"--resume {resume}: no valid checkpoint there")
+        raise UserError(
+            f"--resume {resume}: no valid checkpoint there; start the run anew, with another --output"
+        )
     return chosen
 
 

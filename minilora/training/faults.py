@@ -62,5 +62,7 @@ def readable_errors(device: torch.device, batch_size: int, where: Callable[[], s
                 "--grad-accum-steps 2, --amp bf16 or --grad-checkpointing"
             ) from error
         if world_size() > 1 and any(text in message for text in LOST_PEER):
-            raise RunError(f"{where()}: another process of this run died") from error
+            raise RunError(
+                f"{where()}: another process of this run died, see its own message; --resume goes on"
+            ) from error
         raise
