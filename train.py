@@ -69,7 +69,7 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
 
 def prepare(task: Task) -> str:
     """Opens the run directory and writes what is known before training."""
-    run_dir = open_run_dir(task.config, task.base)
+    run_dir = open_run_dir(task.config, task.base, task.labels)
     task.write_files(run_dir)
     return str(run_dir)
 

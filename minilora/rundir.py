@@ -1,9 +1,12 @@
 """Run directories: a new one per run, one that is gone on with, and summary.json at the end.
 
-config.toml names everything that was asked for; a directory is gone on with only by the same configuration.
+config.toml names everything that was asked for; a directory is gone on with only by the same configuration, on the
+same base weights. Data and files that were moved meanwhile are named anew: `--resume RUN --data-dir NEW`.
 """
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ FREE = {
     "save_every",
     "compile",
 }  # may differ on resume
+PLACES = ("data_dir", "weights", "tokenizer", "teacher")  # may be another path where the old one is gone
 
 
 def continued(config: Config) -> tuple[Config, Path | None]:
@@ -44,18 +48,20 @@ def continued(config: Config) -> tuple[Config, Path | None]:
     return replace(saved, **given | {"output": str(run_dir), "resume": "auto"}), checkpoint
 
 
-def open_run_dir(config: Config, base: dict[str, Any]) -> Path:
+def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = ()) -> Path:
     """The directory of this run with its config.toml: new, or an old one of the same configuration.
 
-    Raises UserError for a directory that holds another run, or other files.
+    `base` records the base weights, `labels` are the classes of the data. Raises UserError for a directory that holds
+    another run, or other files.
     """
-    text = to_toml(config, base)
-    if config.output is None:
-        path = _numbered(f"{config.task}-{config.mode}")
+    prefix, text = f"{config.task}-{config.mode}", to_toml(config, base) + launch_mark()
+    path = Path(config.output) if config.output else _restarted(prefix)
+    if path is None:
+        path = _numbered(prefix)
     else:
-        path = Path(config.output)
         if (path / "config.toml").exists():
-            _same_configuration(path, config)
+            if _same_run(path, config, base, labels):
+                atomic_write(path / "config.toml", text.encode())
             return path
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"--output {path} is not empty and holds no run; choose another folder")
@@ -80,6 +86,22 @@ def _numbered(prefix: str) -> Path:
     raise UserError(f"{ROOT}/ holds 10,000 runs of the kind {prefix}; name a folder with --output")
 
 
+def launch_mark() -> str:
+    """A comment for config.toml that all starts of one `torchrun --max-restarts N` have in common, else nothing."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return ""
+    return f"# torchrun {os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}\n"
+
+
+def _restarted(prefix: str) -> Path | None:
+    """The numbered directory that an earlier start of this launch opened."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    mark = launch_mark().encode()
+    files = sorted(ROOT.glob(f"{prefix}-*/config.toml"), reverse=True)
+    return next((file.parent for file in files if file.read_bytes().endswith(b"\n" + mark)), None)
+
+
 def differences(path: Path, config: Config) -> list[str]:
     """What `config`, resolved, has otherwise than the run in `path`; [] for the same run."""
     there = replace(Config(), **read_toml(path))
@@ -91,12 +113,40 @@ def differences(path: Path, config: Config) -> list[str]:
     ]
 
 
-def _same_configuration(path: Path, config: Config) -> None:
-    if other := differences(path, config):
+def _same_run(path: Path, config: Config, base: dict[str, Any], labels: Sequence[str]) -> bool:
+    """UserError where `path` holds another run; True where something that it needs lies elsewhere now."""
+    saved, recorded = read_run_config(path)
+    moved = [name for name in PLACES if _moved(getattr(saved, name), getattr(config, name))]
+    if other := differences(path, replace(config, **{name: getattr(saved, name) for name in moved})):
         raise UserError(
             f"{path} holds a run of another configuration ({', '.join(other[:5])}); choose another --output, or go "
             f"on from its weights with --adapter {path}"
         )
+    if recorded.get("sha256") not in (None, base.get("sha256")):
+        raise UserError(
+            f"{path}: the base weights {base.get('weights')} are not those that this run began with (their sha256 "
+            "differs); bring those back, or choose another --output"
+        )
+    if "data_dir" in moved and _labels_of(path) not in (None, list(labels)):
+        raise UserError(
+            f"--data-dir {config.data_dir} has other classes than the data that {path} began with"
+        )
+    return bool(moved)
+
+
+def _moved(there: Any, here: Any) -> bool:
+    """Whether every path of one value is gone and another is given instead."""
+    paths = there.values() if isinstance(there, dict) else [there]
+    return None not in (there, here) and there != here and not any(map(os.path.exists, paths))
+
+
+def _labels_of(run_dir: Path) -> list[str] | None:
+    try:
+        return json.loads((run_dir / "labels.json").read_text(encoding="utf-8"))["labels"]
+    except FileNotFoundError:  # stopped before it was written
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{run_dir / 'labels.json'}: cannot be read; the file is damaged") from None
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:

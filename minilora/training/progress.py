@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -32,6 +33,11 @@ def clock(seconds: float) -> str:
 def finite_or_none(value: object) -> object:
     """JSON knows no NaN: such a number becomes null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def not_through_a_link(path: str, flags: int) -> int:
+    """For open(): a file that is a symbolic link is refused, so that a run writes in its own directory alone."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class Progress:
@@ -126,9 +132,13 @@ class Progress:
     def _to_file(self, line: str) -> None:
         path = self.run_dir / "train.log"
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=not_through_a_link) as file:
                 file.write(line + "\n")
         except OSError as error:
+            if path.is_symlink():
+                raise RunError(
+                    f"{path} is a link, which is not followed; remove it and start again"
+                ) from None
             raise RunError(
                 f"{path} cannot be written: {error.strerror}; make room and start the run again"
             ) from None
