@@ -17,7 +17,9 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
     line.partition("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
 ]
-PROGRAMS = [command for command in COMMANDS if command.startswith(("python train.py", "python evaluate.py"))]
+SHARDS = "python -m minilora.data.shards"
+STARTS = ("python train.py", "python evaluate.py", SHARDS)
+PROGRAMS = [command for command in COMMANDS if command.startswith(STARTS)]
 DOWNLOADS = ("hf:", "--recipe")  # what needs the network is only read by the parser
 FEW_STEPS = ["--max-steps", "2", "--subset", "16", "--batch-size", "8"]
 
@@ -61,8 +63,10 @@ def test_links_lead_to_files():
 def test_every_flag_in_the_readme_exists():
     from minilora.config import Parser, train_parser
     from minilora.flags_evaluate import EvalConfig
+    from minilora.tasks.shards import ShardConfig
 
     known = train_parser().format_help() + Parser(EvalConfig, "evaluate.py", "", "").format_help()
+    known += Parser(ShardConfig, SHARDS, "", "").format_help()
     for command in PROGRAMS:
         for word in re.findall(r"--[a-z][a-z0-9-]+", command):
             assert re.search(rf"{word}\b", known) or word == "--help", command
@@ -85,17 +89,18 @@ def workplace(tmp_path_factory):
 
 def test_the_commands_run_as_they_are_written(workplace, monkeypatch, tmp_path):
     """In their order, in one folder, with few steps; `vit-tiny` stands for itself with weights made on the spot."""
+    from minilora.tasks.shards import main as write_shards
     from reference_models import create_model, save_pretrained
 
     saved = save_pretrained(create_model("vit-tiny-patch16-224", num_classes=5), tmp_path / "tiny")
     (saved / "model.safetensors").rename(workplace / "deit_tiny.safetensors")
     monkeypatch.chdir(workplace)
-    mains = {name: program(name).main for name in ("train", "evaluate")}
+    mains = {name: program(name).main for name in ("train", "evaluate")} | {"shards": write_shards}
     ran = 0
     for command in PROGRAMS:
         if any(word in command for word in DOWNLOADS):
             continue
-        _, file, *words = shlex.split(command)
+        _, file, *words = shlex.split(command.replace(SHARDS, "python shards"))
         name = Path(file).stem
         if "--help" in words:
             continue

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from minilora.data.images import BadImage
-from minilora.data.shards import ShardPictures
+from minilora.data.shard_files import ShardPictures
 from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.tasks import build_task
-from minilora.tasks.vqa_shards import main
+from minilora.tasks.shards import main
 from tests.vqa_data import write_vqa
 
 SMALL = dict(task="vqa", weights="none", batch_size=8, device="cpu")
-TINY = ["--weights", "none", "--shard-mb", "0.03"]  # 4 pictures in a shard
+TINY = ["--task", "vqa", "--weights", "none", "--shard-mb", "0.03"]  # 4 pictures in a shard
 
 
 @pytest.fixture

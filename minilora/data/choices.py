@@ -19,6 +19,7 @@ from PIL import Image
 
 from minilora.data.folder import Sample, Split, existing_path
 from minilora.data.scenes import ShapesChoice
+from minilora.data.shard_files import is_shards
 from minilora.errors import UserError
 
 FORMATS = ("auto", "visual7w", "scpc", "csv", "shapes")
@@ -98,6 +99,8 @@ def load_choices(
     check_files: refuse a set that names pictures which do not exist (False with --bad-data skip).
     Raises UserError naming file and place.
     """
+    if fmt == "shards" or (fmt == "auto" and data_dir is not None and is_shards(data_dir)):
+        raise UserError("--task choice trains from its files; shards are for --task classify and vqa")
     if fmt not in FORMATS:
         raise UserError(f"--data-format {fmt} is not for --task choice; choose from {', '.join(FORMATS)}")
     if fmt == "shapes" or (fmt == "auto" and data_dir is None):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from minilora.data.folder import Split
 from minilora.data.images import BadImage
-from minilora.data.transforms import build_transform
+from minilora.data.transforms import Stored, build_transform
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures kept in memory, per process
 
@@ -92,6 +92,9 @@ class PictureDataset(Dataset):
         self.split, self.pictures, self.seed, self.bad_data = split, Pictures(split), seed, bad_data
         self.size = preprocess["image_size"]
         self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
+        if getattr(split, "prepared", False):  # shards: resized before they were stored
+            self.plain = Stored(preprocess)
+            self.augmented = self.plain if augment == "none" else self.augmented
 
     def __len__(self) -> int:
         return len(self.split)

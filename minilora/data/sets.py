@@ -17,11 +17,13 @@ from minilora.data.folder import (
     list_pictures,
     read_folders,
 )
+from minilora.data.picture_shards import read_picture_shards
 from minilora.data.shapes import classification_splits
+from minilora.data.shard_files import is_shards
 from minilora.data.tables import find_tables, read_tables, read_unlabelled
 from minilora.errors import UserError
 
-FORMATS = ("auto", "folder", "csv", "shapes")
+FORMATS = ("auto", "folder", "csv", "shapes", "shards")
 
 
 def load_classification(
@@ -79,6 +81,10 @@ def unlabelled(path: str | os.PathLike) -> Split:
 
 
 def _read(path: Path, fmt: str, check_files: bool) -> Splits:
+    if fmt == "shards" and not is_shards(path):
+        raise UserError(f"--data-dir {path}: no shards here; write them with python -m minilora.data.shards")
+    if fmt == "shards" or (fmt == "auto" and is_shards(path)):
+        return read_picture_shards(path)
     if fmt == "auto":
         fmt = "csv" if path.is_file() or (find_tables(path) and not has_class_folders(path)) else "folder"
     if fmt == "csv":

@@ -75,6 +75,16 @@ class Normalise:
         return torch.from_numpy(x)
 
 
+class Stored:
+    """A picture that has its final size already -> (3, S, S) float32, normalised: of a picture out of a shard."""
+
+    def __init__(self, preprocess: dict):
+        self.normalise = Normalise(preprocess)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalise(to_tensor(image))
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) uint8."""
     return torch.from_numpy(np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)))

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from minilora.data.images import BadImage
 from minilora.data.loader import Pictures, make_loader, mix, seeded_cpu
-from minilora.data.transforms import Normalise, build_transform, to_tensor
+from minilora.data.transforms import Stored, build_transform
 from minilora.data.vqa2 import Question, VQAPart
 
 BUCKET = 50  # batches whose questions are sorted by length together
@@ -137,16 +136,6 @@ class VQADataset(Dataset):
             return self.plain(picture)
         with seeded_cpu(mix(self.seed, epoch, j)):
             return self.augmented(picture)
-
-
-class Stored:
-    """A picture that has its final size already -> (3, S, S) float32, normalised."""
-
-    def __init__(self, preprocess: dict):
-        self.normalise = Normalise(preprocess)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(to_tensor(image))
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

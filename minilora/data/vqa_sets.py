@@ -117,7 +117,7 @@ def load_vqa(
 
 
 def _guess(data_dir: str | os.PathLike) -> str:
-    from minilora.data.shards import is_shards
+    from minilora.data.shard_files import is_shards
 
     if is_shards(data_dir):
         return "shards"

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.atomic import write_json
+from minilora.data.batch_augment import Finish
 from minilora.data.folder import Split, Splits
 from minilora.data.loader import PictureDataset, make_loader
+from minilora.data.picture_shards import ShardDataset, ShardSplit
 from minilora.data.sets import load_classification
+from minilora.data.shard_files import check_geometry
 from minilora.errors import UserError
 from minilora.flags import Config
 from minilora.tasks import base
@@ -22,7 +25,7 @@ from minilora.tasks.labelled import Labelled, Predictions
 from minilora.tasks.teacher import teacher_names
 
 DEFAULT_MODEL = "vit-nano-patch8-48"
-FORMATS = ("auto", "folder", "csv", "shapes")
+FORMATS = ("auto", "folder", "csv", "shapes", "shards")
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
@@ -97,13 +100,19 @@ class Classify(Labelled):
         parts = {"train": splits.train, "val": splits.val, "test": splits.test}
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
         self.features: dict[str, dict[str, Tensor]] = {}
+        stored = any(isinstance(split, ShardSplit) for split in parts.values())
+        self.finish = Finish(self.preprocess, config.augment, device) if stored else None
 
-    def dataset(self, split: Split, part: str) -> PictureDataset:
+    def dataset(self, split: Split, part: str) -> PictureDataset | ShardDataset:
         augment = self.config.augment if part == "train" else "none"
+        if isinstance(split, ShardSplit):
+            check_geometry(split.index["preprocess"], self.preprocess, self.config.data_dir)
+            return ShardDataset(split, augment, self.config.seed)
         return PictureDataset(split, self.preprocess, augment, self.config.seed, self.config.bad_data)
 
     def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
-        return make_loader(self.data[part], batches, self.workers, pin_memory=self.device.type == "cuda")
+        rows = make_loader(self.data[part], batches, self.workers, pin_memory=self.device.type == "cuda")
+        return self.finish(rows) if self.finish else rows  # shards: the rest happens on the device
 
     def logits(self, model: nn.Module, batch: dict) -> Tensor:
         return logits_of(model, batch)

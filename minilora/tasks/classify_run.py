@@ -14,7 +14,9 @@ from torch import Tensor
 from minilora.data.folder import Sample, Split, Splits
 from minilora.data.images import open_image
 from minilora.data.loader import PictureDataset, in_order, make_loader
+from minilora.data.picture_shards import ShardSplit
 from minilora.data.sets import unlabelled
+from minilora.data.shard_files import check_geometry, is_shards
 from minilora.data.tables import LABEL_COLUMNS, find_tables, read_rows
 from minilora.data.transforms import build_transform
 from minilora.errors import UserError
@@ -74,9 +76,12 @@ class ClassifyRun(Run):
             if (loose := loose_pictures(config, options.split, {*self.keys, *self.labels})) is not None:
                 return loose
         splits = open_data(config, self.keys, require_train=False)
-        return choose_part(
+        part = choose_part(
             splits, options.split, whole=options.data_dir is not None and not has_parts(config.data_dir)
         )
+        if isinstance(part, ShardSplit):
+            check_geometry(part.index["preprocess"], self.preprocess, config.data_dir)
+        return part
 
     def batch(self, n: int, options: Any) -> dict[str, Tensor]:
         split = self.split(options)
@@ -112,8 +117,10 @@ def spread(split: Split, n: int) -> list[int]:
 
 
 def has_parts(data_dir: str) -> bool:
-    """True where a folder has train/, val/ or test/, or tables of these names."""
+    """True where a folder has train/, val/ or test/, tables of these names, or shards."""
     path = Path(data_dir)
+    if is_shards(path):
+        return True
     tables = find_tables(path) if path.is_dir() and not any((path / part).is_dir() for part in PARTS) else {}
     return any((path / part).is_dir() for part in PARTS) or any(part in tables for part in PARTS)
 
@@ -128,7 +135,7 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
             if is_table and set(LABEL_COLUMNS) & {name.lower() for name in read_rows(path)[0]}
             else unlabelled(path)
         )
-    if not path.is_dir() or config.data_format in ("csv", "shapes"):
+    if not path.is_dir() or config.data_format in ("csv", "shapes", "shards") or is_shards(path):
         return None
     if has_parts(config.data_dir):
         folder = path / (part or "")

@@ -1,0 +1,176 @@
+"""Labelled pictures, decoded and resized once: class folders or a table as uint8 pictures in safetensors shards.
+
+    python -m minilora.data.shards photos shards --model vit-tiny-patch16-224 --weights ...
+    python train.py --data-dir shards ...               nothing but the shards is read, names of the classes included
+
+    index.json                classes, how the set was made; of every shard its file, sha256 and number of pictures
+    train-00000.safetensors   pixels (P, 3, S, S) uint8, `records`; of training pictures also wide (P, 3, L, L) uint8
+
+`pixels` is what the model's own resizing makes of a picture: evaluation, and training with --augment none, get the
+same bits as from the files. `wide` is the whole picture squashed to L x L, from which --augment basic and rand cut
+their crops: the same boxes and flips as from the files, scaled to L x L and rounded there, so that pixels differ by the
+second resizing (L = 8 / 7 S by default; with L = 0 crops come from `pixels`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from minilora.data.folder import Sample, Split, Splits
+from minilora.data.images import BadImage
+from minilora.data.loader import mix
+from minilora.data.shard_files import (
+    FORMATS,
+    ShardPictures,
+    checked_files,
+    per_shard,
+    read_arrays,
+    to_records,
+    write_files,
+)
+from minilora.data.transforms import resampling, to_tensor, to_uint8
+
+FORMAT = FORMATS["classify"]
+
+
+def write_picture_shards(
+    directory: str | os.PathLike,
+    splits: Splits,
+    preprocess: dict,
+    wide: int,
+    made: dict,
+    shard_mb: float = 256,
+    bad_data: str = "error",
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Write train, val and test as shards; returns the index. What an interrupted call with the same arguments wrote
+    is kept.
+
+    wide: side L of the second copy of the training pictures, 0 for none. made: what else describes the set.
+    A picture that cannot be read raises BadImage, or is left out (bad_data "skip").
+    Raises UserError where `directory` holds shards that were made in another way.
+    """
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    each = per_shard(shard_mb, 3 * (preprocess["image_size"] ** 2 + wide**2))
+    plan = {
+        "format": FORMAT,
+        "preprocess": preprocess,
+        "made": made | {"pictures_per_shard": each, "wide": wide},
+    }
+    plan |= {"classes": splits.classes, "keys": splits.keys, "info": splits.info}
+    plan["parts"] = {name: len(split) for name, split in parts.items() if split is not None}
+    shards = []
+    for name, count in plan["parts"].items():
+        side = wide if name == "train" else 0
+        for start in range(0, count, each):
+            rows = range(start, min(start + each, count))
+            make = partial(pack, parts[name], rows, preprocess, side, bad_data)
+            shards.append((f"{name}-{start // each:05d}.safetensors", name, make))
+    return write_files(Path(directory), plan, shards, log)
+
+
+def pack(
+    split: Split, rows: Iterable[int], preprocess: dict, wide: int, bad_data: str
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of one shard, and how much is in it."""
+    size, resize, resample = preprocess["image_size"], to_uint8(preprocess), resampling(preprocess)
+    pixels, wides, records = [], [], []
+    for i in rows:
+        try:
+            picture = split.load(i)
+        except BadImage:
+            if bad_data == "error":
+                raise
+            continue
+        pixels.append(resize(picture))
+        if wide:
+            wides.append(to_tensor(picture.resize((wide, wide), resample)))
+        records.append([split[i].path, split[i].label, picture.width, picture.height])
+    tensors = {"pixels": stacked(pixels, size), "records": to_records(records)}
+    if wide:
+        tensors["wide"] = stacked(wides, wide)
+    return tensors, {"pictures": len(pixels)}
+
+
+def stacked(pictures: Sequence[Tensor], size: int) -> Tensor:
+    """(P, 3, size, size) uint8, also of no picture."""
+    return torch.stack(pictures) if pictures else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+
+
+class ShardSplit(Split):
+    """A Split whose pictures lie in shards. `load(i)` gives them in the model's size."""
+
+    prepared = True
+
+    def __init__(self, samples: Iterable[Sample], store: ShardPictures, numbers: Sequence[int], index: dict):
+        super().__init__(samples, store.folder)
+        self.store, self.numbers, self.index = store, list(numbers), index
+
+    def load(self, i: int) -> Image.Image:
+        return self.store.load(self.numbers[i])
+
+    def pixels(self, i: int, tensor: str = "pixels") -> Tensor:
+        """(3, H, W) uint8."""
+        return torch.from_numpy(self.store.pixels(self.numbers[i], tensor))
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) of the picture before it was resized."""
+        return self.store.sizes[self.numbers[i]]
+
+    def take(self, indices: Iterable[int]) -> ShardSplit:
+        rows = list(indices)
+        return ShardSplit((self[i] for i in rows), self.store, [self.numbers[i] for i in rows], self.index)
+
+
+def read_picture_shards(directory: str | os.PathLike) -> Splits:
+    """What `write_picture_shards` wrote; every shard is checked against its sha256, UserError names a damaged one."""
+    folder = Path(directory)
+    index, files = checked_files(folder, FORMAT)
+    parts = {part: read_part(folder, files.get(part, []), index) for part in index["parts"]}
+    train, val, test = (parts.get(name) for name in ("train", "val", "test"))
+    return Splits(train, val, test, index["classes"], index["keys"], index["info"])
+
+
+def read_part(folder: Path, names: Sequence[str], index: dict) -> ShardSplit:
+    """A part from its shards; the pixels stay in the files."""
+    store, samples = ShardPictures(folder), []
+    store.sizes = []
+    for name in names:
+        records = read_arrays(folder / name, ("records",))["records"]
+        store.add(name, [path for path, *_ in records])
+        store.sizes += [(width, height) for *_, width, height in records]
+        samples += [Sample(path, label) for path, label, *_ in records]
+    return ShardSplit(samples, store, range(len(samples)), index)
+
+
+class ShardDataset(Dataset):
+    """Pictures of shards as they are stored; batch_augment.Finish crops and normalises them, a batch at a time.
+
+    `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid. `dataset[(epoch, i)]` with
+    augmentation: image (3, L, L) or (3, S, S) uint8, `draw`, the seed of that item's random numbers, and `shape`
+    (2,), width and height that the crop is drawn for.
+    """
+
+    def __init__(self, split: ShardSplit, augment: str = "none", seed: int = 0):
+        self.split, self.augment, self.seed = split, augment, seed
+        self.wide = bool(split.index["made"]["wide"])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, i = key if isinstance(key, tuple) else (None, key)
+        item = {"label": self.split[i].label, "index": i, "valid": True}
+        if epoch is None or self.augment == "none":
+            return item | {"image": self.split.pixels(i)}
+        image = self.split.pixels(i, "wide" if self.wide else "pixels")
+        shape = self.split.size(i) if self.wide else (image.shape[-1], image.shape[-2])
+        return item | {"image": image, "draw": mix(self.seed, epoch, i), "shape": torch.tensor(shape)}

@@ -1,0 +1,96 @@
+"""The command `python -m minilora.data.shards SRC DST`: pictures (and questions) for a model, prepared once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from minilora.config import Parser
+from minilora.errors import UserError
+from minilora.flags import Config, flag
+from minilora.tasks import base
+
+USED = ("task", "model", "weights", "tokenizer", "data_format", "val_split", "split_by", "subset", "seed")
+USED += ("bad_data", "image_size", "max_length")  # the flags of train.py that shards depend on
+ShardConfig = dataclasses.make_dataclass(
+    "ShardConfig",
+    [
+        *(
+            (f.name, f.type, flag_of)
+            for f in dataclasses.fields(Config)
+            if f.name in USED
+            for flag_of in [dataclasses.field(default=f.default, metadata=f.metadata)]
+        ),
+        ("shard_mb", float, flag("output", 256.0, "size of a shard in MiB", float, above=0)),
+        (
+            "wide",
+            int,
+            flag(
+                "output",
+                None,
+                "side of the training pictures that --augment crops; 0: none",
+                int,
+                low=0,
+                high=4096,
+                tasks=("classify",),
+                shown="8/7 of the model's",
+            ),
+        ),
+    ],
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(ShardConfig, "python -m minilora.data.shards", "SRC DST [flags]", __doc__)
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="class folders, a table, or VQA v2 questions (--task vqa); shapes: the generated ones",
+    )
+    parser.add_argument("target", metavar="DST", help="the folder for the shards")
+    typed, args = parser.read(argv)
+    own = {name: typed.pop(name, getattr(ShardConfig, name)) for name in ("shard_mb", "wide")}
+    config = Config(**typed, data_dir=None if args.source == "shapes" else args.source)
+    if config.data_format == "shards":
+        raise UserError("--data-format shards: SRC must be the files that shards are made of")
+    if config.task == "choice":
+        raise UserError("--task choice trains from its files; shards are for --task classify and vqa")
+    index = (write_pictures if config.task == "classify" else write_questions)(config, args.target, **own)
+    print(
+        f"{args.target}: {len(index['shards'])} shards; train with: --task {config.task} --data-dir {args.target}"
+    )
+    return 0
+
+
+def made_of(config: Config, *names: str) -> dict[str, Any]:
+    """The flags that tell one set of shards from another."""
+    names = ("val_split", "subset", "seed", "bad_data", *names)
+    return {"source": config.data_dir} | {name: getattr(config, name) for name in names}
+
+
+def write_pictures(config: Config, target: str, shard_mb: float, wide: int | None) -> dict:
+    """Classification: the pictures in the size of --model; returns the index."""
+    from minilora.data.picture_shards import write_picture_shards
+    from minilora.tasks.classify import DEFAULT_MODEL, open_data
+
+    base.resolve(config, DEFAULT_MODEL)
+    splits = open_data(config)
+    name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
+    model, _ = base.load_base(name, weights, config.seed, None, config.image_size)
+    wide = round(model.preprocess["image_size"] * 8 / 7) if wide is None else wide
+    return write_picture_shards(
+        target, splits, model.preprocess, wide, made_of(config), shard_mb, config.bad_data
+    )
+
+
+def write_questions(config: Config, target: str, shard_mb: float, wide: None) -> dict:
+    """VQA: pictures and token ids for the two towers of --model; returns the index."""
+    from minilora.data.shards import write_shards
+    from minilora.tasks.vqa_shards import prepare
+
+    if wide is not None:
+        raise UserError("--wide does not apply to --task vqa; it belongs to --task classify")
+    splits, preprocess, tokenizer, limit, tokens = prepare(config)
+    made = made_of(config, "split_by") | {"max_length": limit}
+    index = write_shards(target, splits.parts, preprocess, tokens, made, shard_mb, config.bad_data)
+    tokenizer.save(target)
+    return index
