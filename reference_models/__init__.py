@@ -2,6 +2,19 @@
 
 layers.py holds what they share; one file for each family; names.py the key tables; load.py the four functions
 below. Nothing here knows of LoRA: minilora adapts any of these models by the names of its layers.
+
+Why they are written anew: LoRA replaces a layer that is called. Libraries that keep q, k and v in one matrix,
+or read the weights of a projection instead of calling it, leave it nothing to replace; here every projection
+is an nn.Linear of its own.
+
+Read in this order:
+layers, vit                  attention, MLP, block; the model that the others vary
+beit, swin, swinv2           position bias, windows, cosine attention          mobilenet  convolutions, for comparison
+bert, clip                   text, and text beside pictures                    fusion, student  two towers and a head
+load, names                  files -> model: key tables instead of code        *_files    the tables of each family
+tokenizers, wordpiece, bpe   text -> ids, without another library
+files, hub, download         safetensors without pickle, hf:org/name, resumed and checked downloads
+preprocess, config_check     what a checkpoint says of its pictures and sizes, believed only where it makes sense
 """
 
 import importlib

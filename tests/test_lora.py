@@ -1,5 +1,6 @@
 """The specification of LoRA, one claim per test. Notation as in minilora/lora.py: y = W x + b + s B A dropout(x)."""
 
+import contextlib
 import copy
 import io
 import math
@@ -45,6 +46,22 @@ def test_y_equals_x_times_W_plus_s_B_A_transposed_in_value_and_gradient(dtype, c
     assert_equal_value_and_gradients(layer, lambda x: dense_forward(layer, x), x, layer)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
+def test_dL_dB_is_s_g_A_x_transposed_dL_dA_is_s_B_transposed_g_x_transposed_dL_dx_is_W_plus_s_B_A_transposed_g(
+    fused,
+):
+    """g = dL/dy of columns x; summed over the rows of a batch."""
+    layer, x = lora_linear(6, 4), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 4, dtype=torch.float64)
+    W, A, B, s = layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.scaling
+    with contextlib.nullcontext() if fused else readable_form():
+        layer(x).backward(g)
+    with torch.no_grad():
+        assert torch.allclose(B.grad, s * g.T @ (x @ A.T), atol=1e-12)
+        assert torch.allclose(A.grad, s * B.T @ g.T @ x, atol=1e-12)
+        assert torch.allclose(x.grad, g @ (W + s * B @ A), atol=1e-12)
+
+
 @pytest.mark.parametrize("r, alpha", [(1, 1), (2, 16), (8, 16), (3, 1)])
 def test_s_is_alpha_over_r_and_alpha_over_root_r_for_rslora(r, alpha):
     assert lora_linear(9, 9, r, alpha).scaling == alpha / r
@@ -59,12 +76,12 @@ def test_doubling_alpha_doubles_what_is_added_to_the_base_output():
     assert torch.allclose(layer(x) - layer.base_layer(x), 2 * once, atol=1e-12)
 
 
-def test_the_update_has_rank_r():
+def test_s_B_A_has_rank_r():
     layer = lora_linear(9, 8, r=3)
     assert torch.linalg.matrix_rank(layer.delta_weight()) == 3
 
 
-def test_dora_rows_of_the_updated_weight_have_the_trained_lengths_m():
+def test_dora_row_i_of_W_plus_dW_has_the_trained_length_m_i():
     layer = lora_linear(use_dora=True)
     updated = layer.base_layer.weight + layer.delta_weight()
     assert torch.allclose(updated.norm(dim=1), layer.lora_magnitude_vector, atol=1e-12)
@@ -89,7 +106,7 @@ def test_at_init_dL_dB_is_not_zero_and_dL_dA_is():
     assert not layer.lora_A.weight.grad.any()
 
 
-def test_A_is_uniform_between_minus_and_plus_1_over_root_in():
+def test_at_init_A_is_uniform_between_minus_and_plus_1_over_root_in():
     A = LoRALinear(nn.Linear(400, 10), 50, 50).lora_A.weight
     assert A.shape == (50, 400)
     bound = 1 / math.sqrt(400)  # with A stored (in, r) this would be 1 / sqrt(50)
@@ -97,7 +114,7 @@ def test_A_is_uniform_between_minus_and_plus_1_over_root_in():
     assert A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
-def test_gaussian_A_has_deviation_1_over_r():
+def test_at_gaussian_init_A_has_deviation_1_over_r():
     A = LoRALinear(nn.Linear(400, 10), 8, 8, init_lora_weights="gaussian").lora_A.weight
     assert A.std().item() == pytest.approx(1 / 8, rel=0.05)
 
@@ -161,7 +178,7 @@ def test_dropout_is_drawn_in_train_mode_only_and_on_the_low_rank_path_only():
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_dropout_is_unbiased_and_drops_the_share_p(p, fused):
+def test_dropout_of_x_has_the_mean_of_x_and_drops_the_share_p(p, fused):
     layer = LoRALinear(nn.Linear(1000, 1), 1, 1, lora_dropout=p)
     x = torch.rand(200, 1000) + 1
     with torch.no_grad():
@@ -177,7 +194,7 @@ def test_dropout_is_unbiased_and_drops_the_share_p(p, fused):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_with_dropout_the_gradient_is_that_of_the_very_mask_of_the_forward(dora):
+def test_with_mask_d_y_is_W_x_plus_s_B_A_d_x_and_the_gradient_has_the_same_d(dora):
     layer = lora_linear(6, 4, lora_dropout=0.4, use_dora=dora)
     mask = (torch.rand(3, 6, dtype=torch.float64) > 0.4) / 0.6
     layer.lora_dropout.forward = lambda x, reader: x * mask
@@ -235,7 +252,7 @@ def test_a_pass_without_gradient_leaves_nothing_that_a_pass_with_gradient_would_
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(layer_cases())
-def test_merged_is_a_plain_linear_with_the_same_output_and_leaves_W_alone(case):
+def test_merged_is_a_plain_linear_of_weight_W_plus_s_B_A_with_the_same_y_and_leaves_W_alone(case):
     sizes, options, shape = case
     layer = lora_linear(*sizes, **options).eval()
     before = snapshot(layer)

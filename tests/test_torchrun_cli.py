@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +112,72 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"{earlier.name}: epoch" in log
     assert distance(tmp_path / "whole", tmp_path / "run") < 1e-6
+
+
+def launched(words, folder, *more) -> subprocess.Popen:
+    """torchrun with two processes of train.py, in `folder`, whose output can be read while it goes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [str(word) for word in (*launcher, *more, ROOT / "train.py", *words)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until(process, text) -> str:
+    """What the launch prints up to the line that has `text` in it."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+def long_run(folder):
+    """Flags of a run that a signal surely meets before its end."""
+    words = without(write_tasks(folder)["classify"], "--log-interval")
+    return [*words, "--epochs", "400", "--max-steps", "2000", "--log-interval", "1", "--augment", "none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_writes_a_checkpoint_within_a_step(signum, tmp_path):
+    """As a scheduler ends a job; torchrun's own exit status is not 0, and --resume goes on from that step."""
+    process = launched([*long_run(tmp_path), "--output", "run"], tmp_path)
+    before = until(process, " step 5/")
+    process.send_signal(signum)
+    after = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    said = re.search(
+        r"stopped by signal (\d+) after step (\d+); checkpoint run/checkpoints/step-(\d+)", after
+    )
+    assert said, before[-1000:] + after
+    shown = re.findall(r" step (\d+)/", before + after[: said.start()])
+    assert int(said[2]) == int(said[3]) <= int(shown[-1]) + 1
+    assert "go on with: python train.py --resume run" in after
+    newest = checkpoint.latest_checkpoint(tmp_path / "run")
+    assert newest.name == f"step-{said[2]}"
+
+
+@pytest.mark.slow
+def test_max_restarts_goes_on_in_the_same_directory_without_output(tmp_path):
+    """One process is killed; torchrun starts both again, and they find the run of their first start."""
+    words = [*long_run(tmp_path), "--save-every", "2", "--max-steps", "60"]
+    process = launched(words, tmp_path, "--max-restarts", "1")
+    until(process, " step 9/")
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers}
+    os.kill(int(max(pid for pid, words in commands.items() if b"train.py" in words)), signal.SIGKILL)
+    after = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, after[-3000:]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["classify-lora-000"]
+    run = tmp_path / "runs/classify-lora-000"
+    assert "resumed from runs/classify-lora-000/checkpoints/step-" in (run / "train.log").read_text()
+    assert (run / "summary.json").exists() and checkpoint.latest_checkpoint(run).name == "step-60"
 
 
 @pytest.mark.slow

@@ -7,6 +7,11 @@ A task NAME is two modules of this package, imported when they are needed:
   NAME.py        build(config, device) -> Task                               training; base.py says what a Task offers
   NAME_run.py    load(path, config, base, device, weights) -> Run            using a run; run.py says what a Run offers
                  zero_shot(config, options, device) -> str                   the score of a base model
+
+Read base.py, classify.py and classify_run.py first; choice and vqa follow the same plan, with the text side
+in choice_text.py and the two towers in vqa_model.py. Then results.py, what a run leaves behind. The rest
+belongs to single flags: teacher.py (--teacher), compression.py (--prune), dryrun.py, listing.py,
+clip_prompts.py (zero-shot), vqa_features.py (--cache-features).
 """
 
 import importlib
