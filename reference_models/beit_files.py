@@ -9,7 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_models.beit import Beit, BeitConfig
-from reference_models.layers import resize_positions
+from reference_models.family_files import (
+    BLOCK,
+    ENCODER_ARGUMENTS,
+    ENCODER_FIELDS,
+    NO_DROPOUT,
+    adapt_positions,
+    read_fields,
+    timm_name,
+    to_timm,
+    with_timm_arguments,
+    write_fields,
+)
 from reference_models.names import Entry, fused, linear, rename
 
 build = Beit
@@ -27,40 +38,23 @@ SIZES = {
     "large": (1024, 24, 16, 4096, 1e-5),
 }
 
-PARTS = {  # of a block; q and k stand apart because a key has no bias
-    "transformers4": {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.q_proj": "attention.attention.query",
-        "attn.k_proj": "attention.attention.key",
-        "attn.v_proj": "attention.attention.value",
-        "attn.out_proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-        "gamma_": "lambda_",
-        "rel_pos_bias.table": "attention.attention.relative_position_bias.relative_position_bias_table",
-    },
-    "transformers5": {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.q_proj": "attention.q_proj",
-        "attn.k_proj": "attention.k_proj",
-        "attn.v_proj": "attention.v_proj",
-        "attn.out_proj": "attention.o_proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-        "gamma_": "lambda_",
-        "rel_pos_bias.table": "relative_position_bias.relative_position_bias_table",
-    },
-    "timm": {
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "attn.out_proj": "attn.proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-        "gamma_": "gamma_",
-        "rel_pos_bias.table": "attn.relative_position_bias_table",
-    },
+TABLES = {  # of a block's relative positions
+    "transformers4": "attention.attention.relative_position_bias.relative_position_bias_table",
+    "transformers5": "relative_position_bias.relative_position_bias_table",
+    "timm": "attn.relative_position_bias_table",
+}
+FIELDS = ENCODER_FIELDS | {
+    "relative_bias": ("use_relative_position_bias", False),
+    "shared_relative_bias": ("use_shared_relative_position_bias", False),
+    "absolute_positions": ("use_absolute_position_embeddings", False),
+    "layer_scale": ("layer_scale_init_value", 0.1),
+    "mean_pooling": ("use_mean_pooling", True),
+}
+TIMM_ARGUMENTS = ENCODER_ARGUMENTS | {
+    "init_values": "layer_scale",
+    "use_rel_pos_bias": "relative_bias",
+    "use_shared_rel_pos_bias": "shared_relative_bias",
+    "use_abs_pos_emb": "absolute_positions",
 }
 
 
@@ -77,10 +71,6 @@ def config_for(name: str) -> BeitConfig | None:
 def names() -> list[str]:
     large = [f"beit-{size}-patch16-{side}" for size in ("base", "large") for side in (224, 384)]
     return ["beit-nano-patch8-48", *large]
-
-
-def file_preprocess(file_name: str) -> dict:
-    return {}
 
 
 def key_table(config: BeitConfig, layout: str) -> list[Entry]:
@@ -109,14 +99,11 @@ def key_table(config: BeitConfig, layout: str) -> list[Entry]:
 
 
 def _block(ours: str, theirs: str, layout: str) -> list[Entry]:
-    table = []
-    for part, name in PARTS[layout].items():
-        if part == "gamma_":
-            table += [rename(f"{ours}.gamma_{n}", f"{theirs}.{name}{n}") for n in (1, 2)]
-        elif part.endswith("table"):
-            table += [rename(f"{ours}.{part}", f"{theirs}.{name}")]
-        else:
-            table += linear(f"{ours}.{part}", f"{theirs}.{name}", bias=not part.endswith("k_proj"))
+    table = [rename(f"{ours}.rel_pos_bias.table", f"{theirs}.{TABLES[layout]}")]
+    gamma = "gamma" if layout == "timm" else "lambda"
+    table += [rename(f"{ours}.gamma_{n}", f"{theirs}.{gamma}_{n}") for n in (1, 2)]
+    for part, name in BLOCK[layout].items():  # a key has no bias
+        table += linear(f"{ours}.{part}", f"{theirs}.{name}", bias=not part.endswith("k_proj"))
     if layout == "timm":
         table += fused([f"{ours}.attn.{name}_proj" for name in "qkv"], f"{theirs}.attn.qkv.weight")
         table += [rename(f"{ours}.attn.{n}_proj.bias", f"{theirs}.attn.{n}_bias") for n in "qv"]
@@ -146,13 +133,10 @@ def fit_config(config: BeitConfig, shapes: dict[str, tuple]) -> BeitConfig:
 
 def adapt(state: dict[str, Tensor], old: BeitConfig, new: BeitConfig) -> None:
     """Interpolate position tables in `state` from the old picture size to the new one, in place."""
-    if old.grid == new.grid:
-        return
     for key in state:
-        if key.endswith("rel_pos_bias.table"):
+        if key.endswith("rel_pos_bias.table") and old.grid != new.grid:
             state[key] = resize_bias_table(state[key], old.grid, new.grid)
-    if "pos_embed" in state:
-        state["pos_embed"] = resize_positions(state["pos_embed"], new.grid, 1, old.grid)
+    adapt_positions(state, old, new, prefix=1)
 
 
 def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -169,82 +153,26 @@ def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int])
 def config_from_json(data: dict) -> BeitConfig | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
-        return _from_timm(data)
+        config = config_for(re.sub("^beitv2-", "beit-", timm_name(data)))
+        return with_timm_arguments(config, data, TIMM_ARGUMENTS)
     if data["model_type"] != "beit":
         return None
-    side, patch = data.get("image_size", 224), data.get("patch_size", 16)
-    return BeitConfig(
-        name=f"beit-{data.get('hidden_size', 768)}-patch{patch}-{side}",
-        image_size=side if isinstance(side, int) else tuple(side),
-        patch_size=patch,
-        dim=data.get("hidden_size", 768),
-        depth=data.get("num_hidden_layers", 12),
-        heads=data.get("num_attention_heads", 12),
-        hidden=data.get("intermediate_size", 3072),
-        eps=data.get("layer_norm_eps", 1e-12),
-        act=data.get("hidden_act", "gelu"),
-        relative_bias=data.get("use_relative_position_bias", False),
-        shared_relative_bias=data.get("use_shared_relative_position_bias", False),
-        absolute_positions=data.get("use_absolute_position_embeddings", False),
-        layer_scale=data.get("layer_scale_init_value", 0.1),
-        mean_pooling=data.get("use_mean_pooling", True),
-    )
-
-
-TIMM_ARGUMENTS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "embed_dim": "dim",
-    "depth": "depth",
-    "num_heads": "heads",
-    "init_values": "layer_scale",
-    "use_rel_pos_bias": "relative_bias",
-    "use_shared_rel_pos_bias": "shared_relative_bias",
-    "use_abs_pos_emb": "absolute_positions",
-    "qkv_bias": "qkv_bias",
-}
-
-
-def _from_timm(data: dict) -> BeitConfig | None:
-    """timm's config.json: an architecture's name and, where the model differs from it, arguments."""
-    name = data.get("architecture", "").split(".")[0].replace("_", "-")
-    config = config_for(re.sub("^beitv2-", "beit-", name))
-    if config is None:
-        return None
-    arguments = data.get("model_args") or {}
-    values = {ours: arguments[theirs] for theirs, ours in TIMM_ARGUMENTS.items() if theirs in arguments}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    config = replace(config, **values)
-    return replace(config, hidden=round(config.dim * arguments.get("mlp_ratio", config.hidden / config.dim)))
+    values = read_fields(data, FIELDS)
+    name = f"beit-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
+    return BeitConfig(name=name, **values)
 
 
 def config_to_json(config: BeitConfig, layout: str) -> dict:
     """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
     if layout == "timm":
-        arguments = {theirs: getattr(config, ours) for theirs, ours in TIMM_ARGUMENTS.items()}
-        arguments |= {"mlp_ratio": config.hidden / config.dim, "init_values": config.layer_scale or None}
-        arguments |= {"global_pool": "avg" if config.mean_pooling else "token"}
         size = "large" if "large" in config.name else "base"
         architecture = f"beit_{size}_patch16_{384 if config.image_size == 384 else 224}"
-        return {"architecture": architecture, "num_features": config.dim, "model_args": arguments}
-    return {
-        "architectures": ["BeitForImageClassification" if config.num_classes else "BeitModel"],
-        "model_type": "beit",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "hidden_act": config.act,
-        "layer_norm_eps": config.eps,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": 3,
-        "use_relative_position_bias": config.relative_bias,
-        "use_shared_relative_position_bias": config.shared_relative_bias,
-        "use_absolute_position_embeddings": config.absolute_positions,
-        "layer_scale_init_value": config.layer_scale,
-        "use_mean_pooling": config.mean_pooling,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "drop_path_rate": 0.0,
-    }
+        data = to_timm(config, architecture, TIMM_ARGUMENTS, config.dim)
+        data["model_args"] |= {
+            "init_values": config.layer_scale or None,
+            "global_pool": "avg" if config.mean_pooling else "token",
+        }
+        return data
+    cls = "BeitForImageClassification" if config.num_classes else "BeitModel"
+    fields = write_fields(config, FIELDS)
+    return {"architectures": [cls], "model_type": "beit", **fields, **NO_DROPOUT, "drop_path_rate": 0.0}

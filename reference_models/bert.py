@@ -187,10 +187,6 @@ def config_for(name: str) -> BertConfig | None:
     return BertConfig(name, vocabulary, positions, dim, depth, heads, hidden)
 
 
-def file_preprocess(file_name: str) -> dict:
-    return {}
-
-
 def key_table(config: BertConfig, layout: str) -> list[Entry]:
     """Our names beside those of transformers' BertModel, versions 4 and 5 alike."""
     table = [

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reference_models.clip import CLIP, CLIPConfig
 from reference_models.errors import ModelError
-from reference_models.layers import resize_positions
+from reference_models.family_files import adapt_positions
 from reference_models.names import Entry, fused, linear, rename
 
 build = CLIP
@@ -73,10 +73,6 @@ def config_for(name: str) -> CLIPConfig | None:
     return CLIPConfig(name=name, embed_dim=embed, patch_size=patch, **towers, **nano)
 
 
-def file_preprocess(file_name: str) -> dict:
-    return {}
-
-
 def key_table(config: CLIPConfig, layout: str) -> list[Entry]:
     """Our names beside transformers' (4 and 5 alike) or open_clip's."""
     table = [rename("logit_scale", "logit_scale")]
@@ -133,8 +129,7 @@ def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:
 
 def adapt(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> None:
     """Interpolate the vision tower's positions from the old picture size to the new one, in place."""
-    if "vision.pos_embed" in state and old.grid != new.grid:
-        state["vision.pos_embed"] = resize_positions(state["vision.pos_embed"], new.grid, 1, old.grid)
+    adapt_positions(state, old, new, prefix=1, key="vision.pos_embed")
 
 
 #       ours: (transformers' name in vision_config or text_config, default of vision, default of text)

@@ -1,7 +1,6 @@
 """Read and write the files of a checkpoint: safetensors (sharded or not), pytorch_model.bin, json."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reference_models.errors import ModelError
-from reference_models.jsonfile import read_json
 from reference_models.preprocess import preprocess_to_json
+from reference_models.textfiles import read_json, replace_file, write_atomic
 
 NAMES = (
     "model.safetensors",
@@ -55,7 +54,7 @@ def _weight_file(path: Path) -> Path:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index}: no weight_map of tensor names to files")
     names = sorted(set(weight_map.values()))
@@ -103,21 +102,15 @@ def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: s
         names = labels or [f"LABEL_{i}" for i in range(classes)]
         data |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     documents = preprocess_to_json(model.preprocess, layout, data)
-    tensors = {key: tensor.contiguous().cpu().clone() for key, tensor in state.items()}
     name = "open_clip_model.safetensors" if layout == "open_clip" else "model.safetensors"
-    replace_file(directory / name, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    write_safetensors(directory / name, {key: tensor.cpu().clone() for key, tensor in state.items()})
     for name, document in documents.items():
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-        replace_file(directory / name, lambda tmp, text=text: Path(tmp).write_text(text, encoding="utf-8"))
+        write_atomic(directory / name, text.encode())
     return directory
 
 
-def replace_file(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(str(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors that share no memory, in the safetensors format (https://github.com/huggingface/safetensors)."""
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    replace_file(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))

@@ -227,10 +227,6 @@ def config_for(name: str) -> FusionConfig | None:
     return FusionConfig(name, vision, tower_config(text), fusion)
 
 
-def file_preprocess(file_name: str) -> dict:
-    return {}
-
-
 def fit_config(config: FusionConfig, shapes: dict[str, tuple]) -> FusionConfig:
     return config
 

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from reference_models.download import Declared, NotFound, download
 from reference_models.errors import ModelError
-from reference_models.textfiles import read_object, write_atomic
+from reference_models.textfiles import read_json, write_atomic
 
 PREFIX = "hf:"
 MANIFEST = ".minilora.json"
@@ -87,7 +87,7 @@ def _parse(spec: str) -> tuple[str, str]:
 def _manifest(folder: Path) -> dict:
     """The manifest, {} where there is none that can be read: the folder is then filled again."""
     try:
-        return read_object(folder / MANIFEST)
+        return read_json(folder / MANIFEST)
     except ModelError:
         return {}
 
@@ -182,7 +182,7 @@ class _Snapshot:
 
 def shard_names(index: Path) -> list[str]:
     """The files that an index names; each must be a plain weight file beside it, whatever the index says."""
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_json(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}, key weight_map: expected an object of tensor: file")
     ending = index.name.removesuffix(".index.json").rpartition(".")[2]  # safetensors or bin

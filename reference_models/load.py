@@ -13,7 +13,7 @@ A family is a module (vit.py, beit.py, swin.py, bert.py, clip.py, mobilenet.py) 
   config_from_json(data)        a configuration from another library's config.json; None for other families
   config_to_json(config, layout)
   preprocess                    mean, std, interpolation and resize where the checkpoint says nothing of them
-  file_preprocess(file_name)    what of that only the file's name tells
+  file_preprocess(file_name)    what of that only the file's name tells; only where there is such a thing
   layout_settings               {layout: fields of the configuration} where a file comes without config.json
   ignored, optional             patterns: keys of a file that mean nothing; our names that it may lack or add
 """
@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from reference_models.config_check import check_config, readable
 from reference_models.errors import ModelError
 from reference_models.files import read_weights, write_model_files
-from reference_models.jsonfile import read_json
 from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.preprocess import preprocess_for, preprocessor_files
+from reference_models.textfiles import read_json
 
 FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "student")
 MODULES = {
@@ -97,7 +97,7 @@ def load_pretrained(
 ) -> nn.Module:
     """A model with the weights of a checkpoint.
 
-    name_or_dir: a model name; or a directory with config.json, which then is the checkpoint too.
+    name_or_dir: a model name; or a directory with config.json or "hf:org/name", which then is the checkpoint too.
     weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory, "hf:org/name", None
     for random.
     num_classes: None keeps the checkpoint's head; another number than the checkpoint's replaces it (one line
@@ -108,7 +108,7 @@ def load_pretrained(
     Every key must find its place and every tensor its weights, with the right shape and finite values;
     otherwise ModelError names the file and the keys.
     """
-    by_name = not Path(name_or_dir).is_dir()
+    by_name = not (Path(name_or_dir).is_dir() or str(name_or_dir).startswith("hf:"))
     source = weights if by_name else (weights or name_or_dir)
     if by_name and source is None:
         sizes = {"image_size": image_size} if image_size else {}
@@ -129,7 +129,9 @@ def load_pretrained(
         config = _final(found, wanted, num_classes, image_size, overrides)
         family.adapt(tensors, found, config)
     tensors = _fitting(config, tensors, found, family, files)
-    defaults = _preprocess(config) | family.file_preprocess(path.name)
+    defaults = _preprocess(config)
+    if hasattr(family, "file_preprocess"):
+        defaults = defaults | family.file_preprocess(path.name)
     with readable(folder / "config.json"):
         model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
         model.labels = _labels(data) if _classes(config) and _classes(config) == _classes(found) else None

@@ -116,10 +116,6 @@ def config_for(name: str) -> MobileNetConfig | None:
     return MobileNetConfig(name, width=int(match[1] or 100) / 100) if match else None
 
 
-def file_preprocess(file_name: str) -> dict:
-    return {}
-
-
 def key_table(config: MobileNetConfig, layout: str) -> list[Entry]:
     """Our names are torchvision's but for the head; timm counts stages and blocks where those count layers."""
     table = linear("head", "classifier.1" if layout == "torchvision" else "classifier")

@@ -16,11 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import save_file
-
 from reference_models.errors import ModelError
-from reference_models.files import read_safetensors, replace_file
-from reference_models.jsonfile import read_json
+from reference_models.files import read_safetensors, write_safetensors
+from reference_models.textfiles import read_json, write_atomic
 
 LAYOUTS = ("transformers4", "transformers5")
 PREFIX = "base_model.model."
@@ -129,9 +127,8 @@ def convert(source: str | Path, target: str | Path, layout: str, family: str | N
     renamed = {PREFIX + names[name.removeprefix(PREFIX)]: tensor for name, tensor in tensors.items()}
     text = json.dumps(_renamed_config(config, names), indent=2, sort_keys=True) + "\n"
     target.mkdir(parents=True, exist_ok=True)
-    weights = target / "adapter_model.safetensors"
-    replace_file(weights, lambda tmp: save_file(renamed, tmp, metadata={"format": "pt"}))
-    replace_file(target / "adapter_config.json", lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
+    write_safetensors(target / "adapter_model.safetensors", renamed)
+    write_atomic(target / "adapter_config.json", text.encode())
     return sum(old != new for old, new in names.items())
 
 

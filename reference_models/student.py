@@ -109,10 +109,6 @@ def config_for(name: str) -> StudentConfig | None:
     return StudentConfig(name) if name == "student" else None
 
 
-def file_preprocess(file_name: str) -> dict:
-    return {}
-
-
 def fit_config(config: StudentConfig, shapes: dict[str, tuple]) -> StudentConfig:
     return config
 

@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_models.errors import ModelError
-from reference_models.layers import resize_positions
+from reference_models.family_files import (
+    BLOCK,
+    NO_DROPOUT,
+    adapt_positions,
+    read_fields,
+    timm_name,
+    to_timm,
+    with_timm_arguments,
+    write_fields,
+)
 from reference_models.names import Entry, fused, linear, rename
 from reference_models.swin import SwinConfig, SwinTransformer
 
@@ -41,40 +50,45 @@ SIZES = {
     "large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 
-PARTS = {  # of a block; the three libraries with one qkv have it in `_block`
+TABLE = "attn.relative_position_bias_table"
+PARTS = {  # of a block; the three libraries with one qkv have it in `key_table`
     "transformers4": {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.q_proj": "attention.self.query",
-        "attn.k_proj": "attention.self.key",
-        "attn.v_proj": "attention.self.value",
-        "attn.out_proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-        "attn.relative_position_bias_table": "attention.self.relative_position_bias_table",
+        **BLOCK["transformers4"],
+        **{f"attn.{name[0]}_proj": f"attention.self.{name}" for name in ("query", "key", "value")},
+        TABLE: "attention.self.relative_position_bias_table",
     },
     "transformers5": {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.q_proj": "attention.q_proj",
-        "attn.k_proj": "attention.k_proj",
-        "attn.v_proj": "attention.v_proj",
-        "attn.out_proj": "attention.o_proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-        "attn.relative_position_bias_table": "attention.relative_position_bias.relative_position_bias_table",
+        **BLOCK["transformers5"],
+        TABLE: "attention.relative_position_bias.relative_position_bias_table",
     },
-    "timm": {
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "attn.out_proj": "attn.proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-        "attn.relative_position_bias_table": "attn.relative_position_bias_table",
-    },
+    "timm": {**BLOCK["timm"], TABLE: TABLE},
 }
 PARTS["original"] = PARTS["timm"]
 PARTS["torchvision"] = {**PARTS["timm"], "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+
+FIELDS = {  # that Swin and Swin V2 share; ours: (transformers' name, its default)
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 4),
+    "dim": ("embed_dim", 96),
+    "depths": ("depths", (2, 2, 6, 2)),
+    "heads": ("num_heads", (3, 6, 12, 24)),
+    "window": ("window_size", 7),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+    "eps": ("layer_norm_eps", 1e-5),
+    "act": ("hidden_act", "gelu"),
+    "qkv_bias": ("qkv_bias", True),
+    "absolute_positions": ("use_absolute_embeddings", False),
+}
+TIMM_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "dim",
+    "depths": "depths",
+    "num_heads": "heads",
+    "window_size": "window",
+    "mlp_ratio": "mlp_ratio",
+    "qkv_bias": "qkv_bias",
+}
 
 
 def config_for(name: str) -> SwinConfig | None:
@@ -92,10 +106,6 @@ def names() -> list[str]:
     sizes = [size for size in SIZES if size != "nano"]
     large = [f"swin-{size}-patch4-window12-384" for size in ("base", "large")]
     return ["swin-nano-patch4-window6-48", *(f"swin-{size}-patch4-window7-224" for size in sizes), *large]
-
-
-def file_preprocess(file_name: str) -> dict:
-    return {}
 
 
 def key_table(config: SwinConfig, layout: str) -> list[Entry]:
@@ -170,7 +180,7 @@ def fit_config(config: SwinConfig, shapes: dict[str, tuple]) -> SwinConfig:
     classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
     config = replace(config, num_classes=classes, absolute_positions="pos_embed" in shapes)
     first = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
-    tables = [f"blocks.{i}.attn.relative_position_bias_table" for i in first]
+    tables = [f"blocks.{i}.{TABLE}" for i in first]
     if not all(key in shapes for key in tables):
         return config
     windows = tuple((math.isqrt(shapes[key][0]) + 1) // 2 for key in tables)
@@ -181,11 +191,10 @@ def fit_config(config: SwinConfig, shapes: dict[str, tuple]) -> SwinConfig:
 
 def adapt(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig) -> None:
     """Interpolate bias tables and positions in `state` to other windows or another picture size, in place."""
-    if "pos_embed" in state and old.grid != new.grid:
-        state["pos_embed"] = resize_positions(state["pos_embed"], new.grid, 0, old.grid)
+    adapt_positions(state, old, new, prefix=0)
     stages = [stage for stage, depth in enumerate(new.depths) for _ in range(depth)]
     for i, stage in enumerate(stages):
-        key, window = f"blocks.{i}.attn.relative_position_bias_table", new.window_of(stage)
+        key, window = f"blocks.{i}.{TABLE}", new.window_of(stage)
         if key in state and window != old.window_of(stage):
             state[key] = resize_window_table(state[key], old.window_of(stage), window)
 
@@ -200,49 +209,15 @@ def resize_window_table(table: Tensor, old: int, new: int) -> Tensor:
 def config_from_json(data: dict) -> SwinConfig | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
-        name = data.get("architecture", "").split(".")[0].replace("_", "-")
-        return with_timm_arguments(config_for(name), data)
+        return with_timm_arguments(config_for(timm_name(data)), data, TIMM_ARGUMENTS)
     return from_transformers(SwinConfig(), data) if data["model_type"] == "swin" else None
 
 
 def from_transformers(config: SwinConfig, data: dict) -> SwinConfig:
-    """Fields that Swin and Swin V2 share; a field that the file lacks has transformers' default."""
-    side, patch, window = data.get("image_size", 224), data.get("patch_size", 4), data.get("window_size", 7)
-    return replace(
-        config,
-        name=f"{data['model_type']}-{data.get('embed_dim', 96)}-patch{patch}-window{window}-{side}",
-        image_size=side if isinstance(side, int) else tuple(side),
-        patch_size=patch,
-        dim=data.get("embed_dim", 96),
-        depths=tuple(data.get("depths", (2, 2, 6, 2))),
-        heads=tuple(data.get("num_heads", (3, 6, 12, 24))),
-        window=window,
-        mlp_ratio=data.get("mlp_ratio", 4.0),
-        eps=data.get("layer_norm_eps", 1e-5),
-        act=data.get("hidden_act", "gelu"),
-        qkv_bias=data.get("qkv_bias", True),
-        absolute_positions=data.get("use_absolute_embeddings", False),
-    )
-
-
-TIMM_ARGUMENTS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "embed_dim": "dim",
-    "depths": "depths",
-    "num_heads": "heads",
-    "window_size": "window",
-    "mlp_ratio": "mlp_ratio",
-    "qkv_bias": "qkv_bias",
-}
-
-
-def with_timm_arguments(config: SwinConfig | None, data: dict, known: dict[str, str] = TIMM_ARGUMENTS):
-    """The configuration with the arguments of timm's config.json, where it has some."""
-    arguments = data.get("model_args") or {}
-    values = {ours: arguments[theirs] for theirs, ours in known.items() if theirs in arguments}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return config and replace(config, **values)
+    """The configuration with transformers' fields, for Swin and Swin V2."""
+    values = read_fields(data, FIELDS)
+    size = f"patch{values['patch_size']}-window{values['window']}-{values['image_size']}"
+    return replace(config, name=f"{data['model_type']}-{values['dim']}-{size}", **values)
 
 
 def config_to_json(config: SwinConfig, layout: str) -> dict:
@@ -250,37 +225,19 @@ def config_to_json(config: SwinConfig, layout: str) -> dict:
     if layout == "timm":
         known = config.name in names()[1:]
         name = config.name.replace("-", "_") if known else "swin_tiny_patch4_window7_224"
-        return to_timm(config, name, TIMM_ARGUMENTS)
+        return to_timm(config, name, TIMM_ARGUMENTS, last_width(config))
     return to_transformers(config, "Swin")
 
 
-def to_timm(config: SwinConfig, architecture: str, known: dict[str, str]) -> dict:
-    """timm's config.json: with the arguments, any architecture of the family becomes this model."""
-    arguments = {theirs: getattr(config, ours) for theirs, ours in known.items()}
-    features = config.dim * 2 ** (len(config.depths) - 1)
-    return {"architecture": architecture, "num_features": features, "model_args": arguments}
+def last_width(config: SwinConfig) -> int:
+    """The width of the last stage, which the head reads."""
+    return config.dim * 2 ** (len(config.depths) - 1)
 
 
 def to_transformers(config: SwinConfig, cls: str) -> dict:
     """Fields that Swin and Swin V2 share."""
     if not isinstance(config.window, int):
         raise ModelError(f"{config.name}: transformers has one window for all stages, not {config.window}")
-    return {
-        "architectures": [cls + ("ForImageClassification" if config.num_classes else "Model")],
-        "model_type": config.family,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": 3,
-        "embed_dim": config.dim,
-        "depths": list(config.depths),
-        "num_heads": list(config.heads),
-        "window_size": config.window,
-        "mlp_ratio": config.mlp_ratio,
-        "layer_norm_eps": config.eps,
-        "hidden_act": config.act,
-        "qkv_bias": config.qkv_bias,
-        "use_absolute_embeddings": config.absolute_positions,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "drop_path_rate": 0.0,
-    }
+    kind = [cls + ("ForImageClassification" if config.num_classes else "Model")]
+    fields = {"architectures": kind, "model_type": config.family, **write_fields(config, FIELDS)}
+    return {**fields, **NO_DROPOUT, "drop_path_rate": 0.0}

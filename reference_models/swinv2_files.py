@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from reference_models import swin_files
-from reference_models.layers import resize_positions
+from reference_models.family_files import adapt_positions, timm_name, to_timm, with_timm_arguments
 from reference_models.names import Entry, fused, linear, rename
 from reference_models.swin_files import SIZES, block, block_names, stem
 from reference_models.swinv2 import SwinTransformerV2, SwinV2Config
@@ -21,7 +21,7 @@ layouts = {
 }
 ignored, optional = swin_files.ignored + r"|\.k_bias$", swin_files.optional
 layout_settings: dict[str, dict] = {}
-preprocess, file_preprocess = swin_files.preprocess, swin_files.file_preprocess
+preprocess = swin_files.preprocess
 
 COSINE = {"attn.logit_scale": "attn.logit_scale", "attn.cpb_mlp.0": "attn.cpb_mlp.0"}
 PARTS = {
@@ -89,8 +89,7 @@ def fit_config(config: SwinV2Config, shapes: dict[str, tuple]) -> SwinV2Config:
 
 def adapt(state: dict[str, Tensor], old: SwinV2Config, new: SwinV2Config) -> None:
     """Interpolate absolute positions in `state`, in place; the position network needs no interpolation."""
-    if "pos_embed" in state and old.grid != new.grid:
-        state["pos_embed"] = resize_positions(state["pos_embed"], new.grid, 0, old.grid)
+    adapt_positions(state, old, new, prefix=0)
 
 
 TIMM_ARGUMENTS = swin_files.TIMM_ARGUMENTS | {"pretrained_window_sizes": "pretrained_windows"}
@@ -99,9 +98,8 @@ TIMM_ARGUMENTS = swin_files.TIMM_ARGUMENTS | {"pretrained_window_sizes": "pretra
 def config_from_json(data: dict) -> SwinV2Config | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
-        name = data.get("architecture", "").split(".")[0].replace("_", "-")
-        name = re.sub(r"^(swinv2-\w+)-window", r"\1-patch4-window", name)
-        return swin_files.with_timm_arguments(config_for(name), data, TIMM_ARGUMENTS)
+        name = re.sub(r"^(swinv2-\w+)-window", r"\1-patch4-window", timm_name(data))
+        return with_timm_arguments(config_for(name), data, TIMM_ARGUMENTS)
     if data["model_type"] != "swinv2":
         return None
     config = swin_files.from_transformers(SwinV2Config(), data)
@@ -114,6 +112,6 @@ def config_to_json(config: SwinV2Config, layout: str) -> dict:
     if layout == "timm":
         known = config.name in names()[1:]
         name = config.name.replace("-", "_").replace("_patch4", "") if known else "swinv2_tiny_window8_256"
-        return swin_files.to_timm(config, name, TIMM_ARGUMENTS)
+        return to_timm(config, name, TIMM_ARGUMENTS, swin_files.last_width(config))
     data = swin_files.to_transformers(config, "Swinv2")
     return data | {"pretrained_window_sizes": list(config.pretrained_windows)}

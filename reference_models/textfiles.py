@@ -1,8 +1,9 @@
-"""Text files read with errors that name file and line, and written so that a crash leaves the old file or the new."""
+"""Text and JSON read with errors that name file and line; files written so that a crash leaves the old or the new."""
 
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from reference_models.errors import ModelError
@@ -25,21 +26,27 @@ def decode_utf8(data: bytes, path: Path) -> str:
         raise ModelError(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x})") from None
 
 
-def read_object(path: Path) -> dict:
-    """A JSON file whose outermost value is an object with every key once. Raises ModelError naming file and line."""
+def read_json(path: Path, unique: bool = False) -> dict:
+    """A JSON file whose outermost value is an object. Raises ModelError naming the file and the line or the key.
+
+    unique: refuse an object with a key twice, of which json would take the last, as transformers does.
+    """
+    hook = (lambda pairs: _unique(pairs, path)) if unique else None
     try:
-        value = json.loads(read_text(path), object_pairs_hook=lambda pairs: _unique(pairs, path))
+        value = json.loads(read_text(path), object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except RecursionError:
-        raise ModelError(f"{path}: JSON nested too deep") from None
+    except ModelError:
+        raise
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
 
 
 def _unique(pairs: list[tuple[str, object]], path: Path) -> dict:
-    """json would let the last of two equal keys win, which in a vocabulary silently moves a token."""
+    """In a vocabulary the last of two equal keys silently moves a token, in an index a tensor."""
     value = dict(pairs)
     if len(value) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -49,12 +56,19 @@ def _unique(pairs: list[tuple[str, object]], path: Path) -> dict:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write beside the target, flush to disk, rename over it."""
+    replace_file(path, lambda temporary: temporary.write_bytes(data))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """The same for `write`, which makes the file that it is given; others may read it as far as umask allows."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would make the file its owner's alone
+        write(temporary)
+        os.chmod(temporary, mode)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from reference_models.bpe import MERGES, WORD_END, ClipTokenizer
 from reference_models.errors import ModelError
-from reference_models.textfiles import decode_utf8, read_object, read_text
+from reference_models.textfiles import decode_utf8, read_json, read_text
 from reference_models.tokenizer_base import Tokenizer
 from reference_models.wordpiece import WordPieceTokenizer, build_wordpiece_vocab
 
@@ -34,13 +34,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ModelError(f"{path}: no such tokenizer file or directory")
     settings = path.with_name("tokenizer_config.json")
-    config = read_object(settings) if settings.is_file() and settings != path else {}
+    config = read_json(settings) if settings.is_file() and settings != path else {}
     if path.suffix == ".gz":
         return ClipTokenizer(_read_gz(path), where=str(path), **_clip_options(config, settings))
     if path.name == "merges.txt":
         path = path.with_name("vocab.json")
     if path.suffix == ".json":
-        data = read_object(path)
+        data = read_json(path, unique=True)
         if "model" in data and not isinstance(data["model"], int):
             return _from_tokenizer_json(data, path, config, settings)
         merges = path.with_name("merges.txt")

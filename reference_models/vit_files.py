@@ -7,7 +7,18 @@ from dataclasses import replace
 from torch import Tensor
 
 from reference_models.errors import ModelError
-from reference_models.layers import resize_positions
+from reference_models.family_files import (
+    BLOCK,
+    ENCODER_ARGUMENTS,
+    ENCODER_FIELDS,
+    NO_DROPOUT,
+    adapt_positions,
+    read_fields,
+    timm_name,
+    to_timm,
+    with_timm_arguments,
+    write_fields,
+)
 from reference_models.names import Entry, fused, linear, rename
 from reference_models.vit import SIZES, VisionTransformer, ViTConfig
 
@@ -23,34 +34,8 @@ optional = r"^(pooler|head|dist_token)"  # our names that a file may lack or hav
 layout_settings = {"transformers4": {"eps": 1e-12}, "transformers5": {"eps": 1e-12}}
 preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize": "squash"}
 
-PARTS = {
-    "transformers4": {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.q_proj": "attention.attention.query",
-        "attn.k_proj": "attention.attention.key",
-        "attn.v_proj": "attention.attention.value",
-        "attn.out_proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    },
-    "transformers5": {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.q_proj": "attention.q_proj",
-        "attn.k_proj": "attention.k_proj",
-        "attn.v_proj": "attention.v_proj",
-        "attn.out_proj": "attention.o_proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    },
-    "timm": {
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "attn.out_proj": "attn.proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    },
+FIELDS = {**ENCODER_FIELDS, "qkv_bias": ("qkv_bias", True)}
+PARTS = BLOCK | {
     "torchvision": {
         "norm1": "ln_1",
         "norm2": "ln_2",
@@ -142,88 +127,30 @@ def fit_config(config: ViTConfig, shapes: dict[str, tuple]) -> ViTConfig:
 
 def adapt(state: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
     """Interpolate the position embeddings in `state` from the old picture size to the new one, in place."""
-    if "pos_embed" in state and old.grid != new.grid:
-        prefix = 2 if new.distilled else 1
-        state["pos_embed"] = resize_positions(state["pos_embed"], new.grid, prefix, old.grid)
+    adapt_positions(state, old, new, prefix=2 if new.distilled else 1)
 
 
 def config_from_json(data: dict) -> ViTConfig | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
-        return _from_timm(data)
+        config = config_for(re.sub("^deit3?-", "vit-", timm_name(data)))
+        return with_timm_arguments(config, data, ENCODER_ARGUMENTS)
     if data["model_type"] not in ("vit", "deit"):
         return None
-    side = data.get("image_size", 224)
-    return ViTConfig(
-        name=f"vit-{data.get('hidden_size', 768)}-patch{data.get('patch_size', 16)}-{side}",
-        image_size=side if isinstance(side, int) else tuple(side),
-        patch_size=data.get("patch_size", 16),
-        dim=data.get("hidden_size", 768),
-        depth=data.get("num_hidden_layers", 12),
-        heads=data.get("num_attention_heads", 12),
-        hidden=data.get("intermediate_size", 3072),
-        eps=data.get("layer_norm_eps", 1e-12),
-        act=data.get("hidden_act", "gelu"),
-        qkv_bias=data.get("qkv_bias", True),
-        distilled=data["model_type"] == "deit",
-    )
+    values = read_fields(data, FIELDS)
+    name = f"vit-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
+    return ViTConfig(name=name, distilled=data["model_type"] == "deit", **values)
 
 
 def config_to_json(config: ViTConfig, layout: str) -> dict:
     """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
     if layout == "timm":
-        return _to_timm(config)
+        if config.distilled:
+            raise ModelError(
+                f"{config.name}: timm's distilled models have a second head; write it for transformers"
+            )
+        architecture = config.name if config.name in names()[1:] else "vit-base-patch16-224"
+        return to_timm(config, architecture.replace("-", "_"), ENCODER_ARGUMENTS, config.dim)
     kind = "deit" if config.distilled else "vit"
     cls = {"vit": "ViT", "deit": "DeiT"}[kind] + ("ForImageClassification" if config.num_classes else "Model")
-    return {
-        "architectures": [cls],
-        "model_type": kind,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "hidden_act": config.act,
-        "layer_norm_eps": config.eps,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": 3,
-        "qkv_bias": config.qkv_bias,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-
-
-TIMM_ARGUMENTS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "embed_dim": "dim",
-    "depth": "depth",
-    "num_heads": "heads",
-    "qkv_bias": "qkv_bias",
-}
-
-
-def _from_timm(data: dict) -> ViTConfig | None:
-    """timm's config.json: an architecture's name and, where the model differs from it, arguments."""
-    name = data.get("architecture", "").split(".")[0].replace("_", "-")
-    config = config_for(re.sub("^deit3?-", "vit-", name))
-    if config is None:
-        return None
-    arguments = data.get("model_args") or {}
-    values = {ours: arguments[theirs] for theirs, ours in TIMM_ARGUMENTS.items() if theirs in arguments}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    config = replace(config, **values)
-    return replace(config, hidden=round(config.dim * arguments.get("mlp_ratio", config.hidden / config.dim)))
-
-
-def _to_timm(config: ViTConfig) -> dict:
-    """timm's config.json: with the arguments, any architecture of the family becomes this model."""
-    if config.distilled:
-        raise ModelError(
-            f"{config.name}: timm's distilled models have a second head; write it for transformers"
-        )
-    arguments = {theirs: getattr(config, ours) for theirs, ours in TIMM_ARGUMENTS.items()}
-    arguments["mlp_ratio"] = config.hidden / config.dim
-    architecture = config.name if config.name in names()[1:] else "vit-base-patch16-224"
-    architecture = architecture.replace("-", "_")
-    return {"architecture": architecture, "num_features": config.dim, "model_args": arguments}
+    return {"architectures": [cls], "model_type": kind, **write_fields(config, FIELDS), **NO_DROPOUT}

@@ -1,0 +1,110 @@
+"""What the files of several picture families have in common: a block's parts, fields of config.json, positions."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from reference_models.layers import resize_positions
+
+# ours: theirs, of one block with separate projections; timm has one qkv beside these
+BLOCK = {
+    "transformers4": {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.q_proj": "attention.attention.query",
+        "attn.k_proj": "attention.attention.key",
+        "attn.v_proj": "attention.attention.value",
+        "attn.out_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    },
+    "transformers5": {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.q_proj": "attention.q_proj",
+        "attn.k_proj": "attention.k_proj",
+        "attn.v_proj": "attention.v_proj",
+        "attn.out_proj": "attention.o_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    "timm": {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.out_proj": "attn.proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+}
+
+# ours: (transformers' name in config.json, transformers' default), of ViT, DeiT and BEiT
+ENCODER_FIELDS = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 16),
+    "dim": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "hidden": ("intermediate_size", 3072),
+    "eps": ("layer_norm_eps", 1e-12),
+    "act": ("hidden_act", "gelu"),
+}
+# theirs: ours, of timm's model_args
+ENCODER_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "dim",
+    "depth": "depth",
+    "num_heads": "heads",
+    "qkv_bias": "qkv_bias",
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def read_fields(data: dict, known: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """{our field: value} from transformers' config.json; a field that the file lacks has transformers' default."""
+    return {ours: _hashable(data.get(theirs, default)) for ours, (theirs, default) in known.items()}
+
+
+def write_fields(config, known: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """The same fields for config.json, and the number of colours, which all these families share."""
+    return {theirs: getattr(config, ours) for ours, (theirs, _) in known.items()} | {"num_channels": 3}
+
+
+def timm_name(data: dict) -> str:
+    """The architecture of timm's config.json, written as our names are."""
+    return data.get("architecture", "").split(".")[0].replace("_", "-")
+
+
+def with_timm_arguments(config, data: dict, known: dict[str, str]):
+    """The configuration of an architecture with the arguments of timm's config.json, where it has some.
+
+    config: None where the architecture is of another family. Where ours counts hidden units, timm has their ratio to
+    the width.
+    """
+    if config is None:
+        return None
+    arguments = data.get("model_args") or {}
+    values = {ours: _hashable(arguments[theirs]) for theirs, ours in known.items() if theirs in arguments}
+    if hasattr(config, "hidden"):
+        ratio = arguments.get("mlp_ratio", config.hidden / config.dim)
+        values["hidden"] = round(values.get("dim", config.dim) * ratio)
+    return replace(config, **values)
+
+
+def to_timm(config, architecture: str, known: dict[str, str], features: int) -> dict:
+    """timm's config.json: with the arguments, any architecture of the family becomes this model."""
+    arguments = {theirs: getattr(config, ours) for theirs, ours in known.items()}
+    if hasattr(config, "hidden"):
+        arguments["mlp_ratio"] = config.hidden / config.dim
+    return {"architecture": architecture, "num_features": features, "model_args": arguments}
+
+
+def adapt_positions(state: dict[str, Tensor], old, new, prefix: int, key: str = "pos_embed") -> None:
+    """Interpolate absolute positions in `state` to another patch grid, in place; `prefix` tokens keep theirs."""
+    if key in state and old.grid != new.grid:
+        state[key] = resize_positions(state[key], new.grid, prefix, old.grid)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
