@@ -25,3 +25,22 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub in small, to which `hf:` leads, with an empty cache."""
+    from reference_models import download as download_module
+    from tests.hub_server import Hub
+
+    server = Hub()
+    monkeypatch.setattr(download_module, "WAIT", 0)
+    monkeypatch.setattr(download_module, "TIMEOUT", 5)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_REVISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
