@@ -110,16 +110,17 @@ def test_the_brightest_patch_of_the_overlay_is_the_most_attended_one():
     assert brightest == 1 * 4 + 2
 
 
-def test_the_maps_of_our_vit_are_those_of_transformers_on_the_same_weights(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_maps_of_our_vit_are_those_of_transformers_on_the_same_weights(tmp_path, dtype):
     transformers = pytest.importorskip("transformers")
-    model = create_model("vit-nano-patch8-48", num_classes=5).double().eval()
+    model = create_model("vit-nano-patch8-48", num_classes=5).to(dtype).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     save_pretrained(model, tmp_path, layout="transformers")
-    oracle = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path, attn_implementation="eager"
-    ).double()
-    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    oracle = transformers.ViTForImageClassification.from_pretrained(tmp_path, attn_implementation="eager").to(
+        dtype
+    )
+    x = torch.randn(2, 3, 48, 48, dtype=dtype)
     with torch.no_grad():
         theirs, ours = oracle.eval()(x, output_attentions=True).attentions, model.attention_maps(x)
     assert len(ours) == len(theirs) == 4

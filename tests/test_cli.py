@@ -1,6 +1,7 @@
 """train.py, then evaluate.py: what a run leaves behind, that it is the same twice, resumes, moves and exports."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -245,7 +246,40 @@ def test_estimated_activations_are_those_that_are_kept(photos):
     options = train.train_options(config, "fp32", None)
     estimate = memory_estimate(task, options, torch.device("cpu"))["activations"]
     batch = next(iter(task.train_loader(0, task.train_batches(0)[:1])))
-    assert estimate == pytest.approx(saved_bytes(task, batch, "fp32", torch.device("cpu")), rel=0.1)
+    assert estimate == pytest.approx(saved_bytes(task, batch, "fp32", torch.device("cpu"))[0], rel=0.1)
+
+
+def allocated_at_most(run) -> int:
+    """The most bytes that were alive at once of those that `run()` allocated, from torch's own record."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    sizes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize(("mode", "rel"), [("lora", 0.15), ("full", 0.15), ("linear", 0.3)])
+def test_the_estimated_memory_is_what_two_steps_allocate_at_most(photos, mode, rel):
+    from minilora.config import parse_args
+    from minilora.tasks import build_task
+    from minilora.tasks.dryrun import memory_estimate
+
+    config, _ = parse_args([*QUICK, "--data-dir", str(photos), "--batch-size", "12", "--mode", mode])
+    task = build_task(config)
+    estimate = memory_estimate(task, train.train_options(config, "fp32", None), torch.device("cpu"))
+    batch = next(iter(task.train_loader(0, task.train_batches(0)[:1])))
+    optimizer = torch.optim.AdamW([p for p in task.model.parameters() if p.requires_grad])
+
+    def two_steps():
+        for _ in range(2):
+            optimizer.zero_grad()
+            task.loss(task.model, batch)[0].backward()
+            optimizer.step()
+
+    allocated = sum(estimate.values()) - estimate["weights"]  # the weights are there before
+    assert allocated == pytest.approx(allocated_at_most(two_steps), rel=rel)
 
 
 def test_without_the_plots_extra_everything_else_works(photos, tmp_path, monkeypatch, capsys):

@@ -42,9 +42,10 @@ def target_lines(model: nn.Module) -> list[str]:
 
 
 def memory_estimate(task: base.Task, options: TrainOptions, device: torch.device) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer memory, and of what one batch leaves for the backward pass.
+    """Bytes of weights, gradients, optimizer memory, of what one batch leaves for the backward pass, and in passing.
 
-    The last is counted, not guessed: a forward pass with the first two items, every saved tensor once, times the rest.
+    Activations are counted, not guessed: a forward pass with the first two items, every saved tensor once, times the
+    rest. In passing live the widest layer's input and output, two tensors as large as the largest one.
     """
     parameters = list(task.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -53,17 +54,20 @@ def memory_estimate(task: base.Task, options: TrainOptions, device: torch.device
     first = share_steps(task.train_batches(0, turns(accumulate))[:1], accumulate)[0].batches[0]
     few = first[: min(2, len(first))]
     batch = next(iter(task.train_loader(0, [few])))
-    saved = saved_bytes(task, to_device(batch, device), options.amp, device)
+    saved, largest = saved_bytes(task, to_device(batch, device), options.amp, device)
+    activations = saved * len(first) // len(few)
     return {
         "weights": weights,
-        "gradients": trained,
+        # without accumulation gradients only take the place of the activations that backward frees
+        "gradients": trained if accumulate > 1 else max(0, trained - activations),
         "optimizer": STATES[options.opt] * trained,
-        "activations": saved * len(first) // len(few),
+        "activations": activations,
+        "in passing": 2 * largest * len(first) // len(few),
     }
 
 
-def saved_bytes(task: base.Task, batch: dict, amp: str, device: torch.device) -> int:
-    """Bytes that autograd keeps for the backward pass of this batch, weights not counted."""
+def saved_bytes(task: base.Task, batch: dict, amp: str, device: torch.device) -> tuple[int, int]:
+    """(bytes that autograd keeps for the backward pass of this batch, weights not counted; largest layer output)."""
     own = {t.untyped_storage().data_ptr() for t in (*task.model.parameters(), *task.model.buffers())}
     kept: dict[int, int] = {}
 
@@ -73,7 +77,17 @@ def saved_bytes(task: base.Task, batch: dict, amp: str, device: torch.device) ->
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    largest = 0
+
+    def measure(module: nn.Module, inputs: tuple, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.nbytes)
+
     task.model.to(device).train()
+    hooks = [module.register_forward_hook(measure) for module in task.model.modules()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), base.autocast(device, amp):
         task.loss(task.model, batch)
-    return sum(kept.values())
+    for hook in hooks:
+        hook.remove()
+    return sum(kept.values()), largest
