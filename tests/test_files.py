@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from minilora import LoRAConfig, export_adapter, inject_lora, save_adapter
+from minilora.config import read_run_config
+from minilora.tasks import build_task
+from minilora.tasks.results import write_results
+from minilora.tasks.runfiles import read_summary
 from reference_models import ModelError, create_model, save_pretrained
 from reference_models.bpe import ClipTokenizer
 from reference_models.files import read_safetensors, write_safetensors
@@ -100,3 +104,15 @@ def test_bad_json_names_the_file_and_the_place(text, told, tmp_path):
 def test_of_a_key_given_twice_config_json_has_the_last(tmp_path):
     (tmp_path / "config.json").write_text('{"a": 1, "a": 2}')
     assert read_json(tmp_path / "config.json") == {"a": 2}
+
+
+def test_a_test_loss_that_is_no_number_does_not_make_a_summary_look_damaged(tmp_path):
+    """A test set of which no answer is known has no loss; the run must open all the same."""
+    photos = write_photos(tmp_path / "photos", train=1, val=1)
+    run_dir = tmp_path / "run"
+    words = [*QUICK, "--mode", "linear", "--max-steps", "1", "--data-dir", str(photos)]
+    assert program("train").main([*words, "--output", str(run_dir)]) == 0
+    task = build_task(read_run_config(run_dir)[0])
+    result = read_summary(run_dir)
+    write_results(task, run_dir, result, {"loss": float("nan"), "accuracy": 0.5}, torch.device("cpu"))
+    assert read_summary(run_dir)["test"] == {"loss": None, "accuracy": 0.5}

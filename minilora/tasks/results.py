@@ -18,6 +18,7 @@ from minilora.rundir import size_mb, write_summary
 from minilora.tasks import load_run
 from minilora.tasks.base import Task, weights_sha256
 from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
+from minilora.training.progress import finite_or_none
 from minilora.training.trainer import TrainOptions
 
 HOW_TO_READ = (
@@ -71,7 +72,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "metric": task.metric,
         "best": result["best"],
         "final": result["final"],
-        "test": test,
+        "test": test and {key: finite_or_none(value) for key, value in test.items()},
         "parameters": {"trainable": counts.trainable, "total": counts.total},
         **{key: result[key] for key in ("steps", "seconds", "images_per_second", "peak_memory_mb")},
         "weights_sha256": result["weights_sha256"],

@@ -10,7 +10,7 @@ from minilora.errors import UserError
 from minilora.tasks.base import read_json, weights_sha256
 
 RESIZES = ("squash", "shortest")
-NUMBERS = ("best", "parameters")  # parts of summary.json that hold numbers
+NUMBERS = ("best", "test", "parameters")  # parts of summary.json that hold numbers
 
 
 def read_labels(run_dir: Path) -> tuple[list[str], list[str]]:
