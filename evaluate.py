@@ -1,12 +1,12 @@
 """Use what train.py made: scores, predictions, a report page, attention maps, exported weights.
 
-python evaluate.py runs/classify-lora-000                                    scores on the validation data
-python evaluate.py RUN --data-dir photos --predictions out.csv               also for a folder without labels
+python evaluate.py runs/classify-lora-000                          scores on the validation data
+python evaluate.py RUN --data-dir photos --predictions out.csv    also for pictures without labels
 python evaluate.py RUN --image dog.jpg
-python evaluate.py RUN1 RUN2 RUN3 --report comparison.html                   mean and spread over seeds
-python evaluate.py RUN --merge-to DIR --layout transformers                  a model that transformers loads
-python evaluate.py RUN --prune 0.5 --prune-scope units --merge-to DIR         a smaller and faster model
-python evaluate.py --model vit-tiny-patch16-224 --weights FILE --data-dir photos      a base model, untrained
+python evaluate.py RUN1 RUN2 RUN3 --report comparison.html         mean and spread over seeds
+python evaluate.py RUN --merge-to DIR --layout transformers        a model that transformers loads
+python evaluate.py RUN --prune 0.5 --prune-scope units --merge-to DIR    smaller and faster
+python evaluate.py --model clip-nano --task choice --data-format shapes  a base model, untrained
 """
 
 import csv
@@ -39,7 +39,9 @@ from reference_models import ModelError, save_pretrained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(EvalConfig, "evaluate.py", "RUN ... [flags]", __doc__.partition("\n")[0])
+    title, _, examples = __doc__.partition("\n\n")
+    examples = "examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines())
+    parser = Parser(EvalConfig, "evaluate.py", "RUN ... [flags]", title, examples)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories; several are compared")
     typed, args = parser.read(argv)
     options = EvalConfig(**typed)

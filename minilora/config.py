@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.flags import Config, Rule, rules
+from minilora.flags import TASKS, Config, Rule, rules
 from minilora.values import close_match, convert, option
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -104,7 +104,11 @@ def train_parser() -> Parser:
         "Fine-tune an encoder with LoRA, in full, or its head alone. With no flags: LoRA on the bundled nano ViT "
         "and generated shapes, under a minute on two CPU cores. Defaults stand in [brackets].",
         "NAME ... may be one value or one for each tower: vision=A text=B. A switch that a recipe has turned on is "
-        "turned off by --no-SWITCH.",
+        "turned off by --no-SWITCH.\n\nexamples:\n"
+        "  python train.py --task vqa\n"
+        "  python train.py --data-dir photos --model vit-tiny-patch16-224 --weights deit_tiny.safetensors\n"
+        "  python train.py --recipe imagewoof-vit-tiny --data-dir imagewoof2-320 --dry-run\n"
+        "  python train.py --resume runs/classify-lora-000",
     )
     lists = parser.add_argument_group("print and exit")
     lists.add_argument("--list-models", action="store_true", help="the names for --model")
@@ -126,6 +130,7 @@ def _add_flag(group, name: str, rule: Rule, default: Any) -> None:
     shown = f"{shown:g}" if isinstance(shown, float) else shown
     shown = rule.shown or shown
     text = f"{rule.help} [{shown}]" if shown is not None else rule.help
+    text += f" ({', '.join(rule.tasks)})" * (rule.tasks != TASKS and not rule.group.startswith("text"))
     metavar = "|".join(rule.choices) or rule.meta or {int: "N", float: "X"}.get(rule.kind, "NAME")
     several = {"nargs": "+"} if rule.many or rule.towers else {}
     group.add_argument(option(name), metavar=metavar, help=text.replace("%", "%%"), **several, **keep)
@@ -134,6 +139,12 @@ def _add_flag(group, name: str, rule: Rule, default: Any) -> None:
 class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=29, width=100)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Lines with two spaces before them stay as they are: they are commands to copy."""
+        paragraphs = (p if p.startswith("  ") else super(_HelpFormatter, self)._fill_text(p, width, indent)
+                      for p in text.split("\n"))  # fmt: skip
+        return "\n".join(paragraphs)
 
     def _format_args(self, action, default_metavar):
         return (

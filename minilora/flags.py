@@ -57,7 +57,8 @@ def rules(table: type) -> dict[str, Rule]:
     return {f.name: f.metadata["rule"] for f in fields(table)}
 
 
-W, M, O, I, T, S, C, R = "what", "method", "optimiser", "input", "text", "speed", "compression", "run"
+W, M, O, I, S, C, R = "what", "method", "optimiser", "input", "speed", "compression", "run"
+T = "text, for --task vqa and --task choice"
 
 
 # fmt: off
@@ -117,15 +118,15 @@ class Config:
     bad_data: str = flag(I, "error", "a broken picture ends the run, or is left out", choices=("error",
         "skip"))
 
-    num_answers: int = flag(T, 1000, "classes: the K most frequent answers", int, low=2, tasks=("vqa",))
-    fusion: str = flag(T, "product", "how picture and question meet", choices=("concat", "product"),
+    num_answers: int = flag(T, 1000, "vqa: classes are the K most frequent answers", int, low=2, tasks=("vqa",))
+    fusion: str = flag(T, "product", "vqa: how picture and question meet", choices=("concat", "product"),
         tasks=("vqa",))
     max_length: int = flag(T, None, "longest text in tokens", int, low=4, tasks=TEXT, shown="the model's")
-    group_by_image: bool = flag(T, False, "questions of one picture share a batch and its encoding", bool,
+    group_by_image: bool = flag(T, False, "vqa: questions of one picture share a batch and its encoding", bool,
         tasks=("vqa",))
-    soft_targets: bool = flag(T, False, "learn from all ten people's answers, binary cross entropy", bool,
+    soft_targets: bool = flag(T, False, "vqa: learn from all ten people's answers, one by one", bool,
         tasks=("vqa",))
-    prompt: str = flag(T, None, "template", tasks=("choice",), meta="TEXT",
+    prompt: str = flag(T, None, "choice: how a choice becomes a sentence", tasks=("choice",), meta="TEXT",
         shown="Question: {question} Answer: {choice}")
 
     amp: str = flag(S, "auto", "precision; auto: bf16 or fp16 on a GPU, fp32 on a CPU", choices=AMP)

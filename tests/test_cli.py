@@ -296,6 +296,8 @@ def test_lists_print_and_exit(capsys):
     assert train.main(["--list-targets", "vit-tiny-patch16-224"]) == 0
     out = capsys.readouterr().out
     assert "vit-base-patch16-224" in out and "imagewoof-vit-tiny" in out and "q_proj" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert any(line.split() == ["clip-nano", "choice,", "zero-shot", "bundled"] for line in out.splitlines())
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(run, photos, tmp_path):

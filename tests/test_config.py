@@ -1,5 +1,6 @@
 """The configuration: where a value comes from, what is refused and with which words, and config.toml there and back."""
 
+import shlex
 import tomllib
 from dataclasses import fields
 
@@ -12,6 +13,7 @@ from minilora.errors import UserError
 from minilora.flags import Config, rules
 from minilora.flags_evaluate import EvalConfig
 from minilora.values import convert
+from tests.cli_data import program
 
 
 def parsed(*words: str) -> Config:
@@ -180,11 +182,21 @@ def test_any_bytes_as_toml_are_read_or_refused(tmp_path_factory, content):
         pass
 
 
-def test_help_fits_100_columns_and_names_every_flag():
-    text = train_parser().format_help()
+@pytest.mark.parametrize("name, table", [("train", Config), ("evaluate", EvalConfig)])
+def test_help_fits_100_columns_names_every_flag_and_ends_with_examples(name, table, capsys):
+    with pytest.raises(SystemExit):
+        program(name).main(["--help"])
+    text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    for f in fields(Config):
+    for f in fields(table):
         assert f"--{f.name.replace('_', '-')}" in text
+    assert text.rpartition("examples:\n")[2].count(f"  python {name}.py ") >= 4
+
+
+def test_examples_of_the_help_are_commands_that_are_understood():
+    lines = train_parser().format_help().rpartition("examples:\n")[2].splitlines()
+    for line in lines:
+        parse_args(shlex.split(line)[2:])
 
 
 def test_help_shows_defaults():

@@ -1,6 +1,7 @@
 """--list-models, --list-recipes and --list-targets: print and exit."""
 
 import argparse
+import textwrap
 
 import torch
 from torch import nn
@@ -8,21 +9,36 @@ from torch import nn
 from minilora.config import recipes
 from minilora.report.tables import text_table
 from reference_models import create_model, list_models
-from reference_models.load import bundled_weights
+from reference_models.load import bundled_weights, config_for
 
 
 def print_lists(args: argparse.Namespace) -> bool:
     """Prints the lists that were asked for; True if there was one."""
     if args.list_models:
-        for name in list_models():
-            print(name + "   (weights bundled)" * (bundled_weights(name) is not None))
+        rows = [[name, use_of(name), "bundled" if bundled_weights(name) else ""] for name in list_models()]
+        print(text_table(["model", "for", "weights"], rows))
+        print("Weights that are not bundled: --weights with a safetensors file, a folder, or hf:org/name.")
     if args.list_recipes:
-        print(text_table(["recipe", "what it is"], list(recipes().items())))
+        for name, text in recipes().items():
+            print(textwrap.fill(text, 96, initial_indent=f"{name:25}", subsequent_indent=" " * 25))
+        print("Use: python train.py --recipe NAME --data-dir DIR; flags beside it win.")
     if args.list_targets:
         with torch.device("meta"):
             model = create_model(args.list_targets)
         print(text_table(["target", "layers", "in", "out"], target_rows(model)))
     return bool(args.list_models or args.list_recipes or args.list_targets)
+
+
+def use_of(model: str) -> str:
+    """The tasks, or the part of one, that a model is made for."""
+    family = config_for(model).family
+    known = {
+        "clip": "choice, zero-shot",
+        "bert": "vqa: text=",
+        "fusion": "vqa",
+        "student": "vqa: learns from --teacher",
+    }
+    return known.get(family, "classify; vqa: vision=")
 
 
 def target_rows(model: nn.Module) -> list[list]:
