@@ -30,8 +30,10 @@ __all__ = ["atomic_write", "export_adapter", "load_adapter", "save_adapter", "wr
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
-    """Write every trainable tensor of `model`, and the configuration to rebuild its adapters. Returns the
-    directory.
+    """Write every trainable tensor of `model`, and the configuration to rebuild its adapters, as PEFT lays them out.
+
+    adapter_model.safetensors and adapter_config.json, each whole or not at all. Returns the directory. Raises
+    UserError for NaN or infinity in a tensor, RunError where the disk is full.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 def export_adapter(model: nn.Module, directory: str | Path, layout: str = "transformers5") -> Path:
     """Write the adapter with the names of another library, for `PeftModel.from_pretrained` on its model.
 
-    layout: one of the model's, such as "transformers5", "transformers4", "timm". See minilora/foreign.py.
+    layout: one of the model's, such as "transformers5", "transformers4", "timm". Returns the directory. Raises
+    UserError for a layout without a place for something that was trained. See minilora/foreign.py.
     """
     from minilora.foreign import export_adapter as export
 

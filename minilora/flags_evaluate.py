@@ -48,5 +48,5 @@ class EvalConfig:
     model: Any = flag(B, None, "a name of train.py --list-models, or a folder", towers=True, meta="NAME")
     tokenizer: str = flag(B, None, "vocabulary", tasks=("vqa", "choice"), meta="PATH")
     image_size: int = flag(B, None, "side in pixels", int, low=8, high=2048, shown="as the model was trained")
-    prompt: str = flag(B, None, "how a choice, or a class, becomes a sentence", tasks=("classify", "choice"), meta="TEXT")
+    prompt: str = flag(B, None, "how a choice or class becomes a sentence", tasks=("classify", "choice"), meta="TEXT")
 # fmt: on

@@ -29,16 +29,19 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
 class LoRAConfig:
     """What to adapt and how. Field names and meanings are those of PEFT's LoraConfig, plus `train_norms`.
 
-    target_modules: names of linear layers; each is a full dotted name or its end ("q_proj" takes every layer
-    called
+    r, lora_alpha, lora_dropout: rank, scale (alpha / r; use_rslora: alpha / sqrt(r), arXiv:2312.03732), dropout of x.
+    target_modules: names of linear layers; each is a full dotted name or its end ("q_proj" takes every layer called
       q_proj, never xq_proj); "vision.q_proj" takes those below `vision`. One string is a regular expression
       that must match the whole name; "all-linear" takes every nn.Linear outside the head.
     modules_to_save: modules trained in full and stored with the adapter, such as the classification head.
     layers_to_transform: numbers of the layers to adapt (the last number in the dotted name), None for all.
-    rank_pattern, alpha_pattern: other r or lora_alpha for some layers, {regular expression for the name's
-    end: value}.
+    rank_pattern, alpha_pattern: {regular expression for the name's end: another r or lora_alpha}.
+    use_dora: learn magnitude and direction apart, arXiv:2402.09353; LoRALinear has the equation.
     bias: "none", "lora_only" (biases of the adapted layers are trained) or "all" (every bias is).
     init_lora_weights: True (B = 0), "gaussian" (B = 0, A normal), False (B random, for tests).
+    train_norms: train the weights and biases of all normalisation layers too.
+
+    Raises UserError for a value that no layer can have, naming the field.
     """
 
     r: int = 8
@@ -167,8 +170,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_lora(model: nn.Module):
-    """Within the `with` block the low-rank paths are off; a trained head, norms and biases stay as
-    trained.
+    """Within the `with` block y = W x + b: the low-rank paths are off; trained heads, norms and biases stay.
+
+    Yields the model. Blocks may stand in one another; an exception switches the paths on again as they were.
     """
     layers = [(layer, layer.enabled) for _, layer in lora_layers(model)]
     try:
@@ -206,6 +210,6 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count every parameter once, adapters included; buffers are not parameters."""
+    """Numbers, not bytes: every parameter once, adapters included; buffers are not parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))

@@ -91,10 +91,12 @@ def saved_modules(model: nn.Module, config) -> list[str]:
 
 
 def ends(name: str, suffix: str) -> bool:
+    """Whether a dotted name is `suffix` or ends with it: a.q_proj ends with q_proj, a.xq_proj does not."""
     return name == suffix or name.endswith("." + suffix)
 
 
 def below(name: str, module: str) -> bool:
+    """Whether a dotted name is that of `module` or of something in it."""
     return name == module or name.startswith(module + ".")
 
 
@@ -104,6 +106,7 @@ def _layer_number(name: str) -> int | None:
 
 
 def from_pattern(name: str, pattern: dict, default):
+    """The value of the first key, a regular expression for the name's end, that fits; else `default`."""
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
 
 

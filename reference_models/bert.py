@@ -127,6 +127,10 @@ class Bert(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        """input_ids, attention_mask (1 token, 0 padding), token_type_ids: (B, T) -> hidden (B, T, d), pooled (B, d).
+
+        Raises ValueError for more tokens than the model has positions.
+        """
         x = self.forward_features(input_ids, attention_mask, token_type_ids)
         return x, None if self.pooler is None else self.pooler(x[:, 0])
 

@@ -254,6 +254,7 @@ class CLIP(nn.Module):
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine, as (B, C) and transposed, (C, B)."""
         image = F.normalize(self.encode_image(images), dim=-1)  # (B, e)
         text = F.normalize(self.encode_text(input_ids, attention_mask), dim=-1)  # (C, e)
         logits = self.logit_scale.exp() * image @ text.T  # (B, C)

@@ -70,8 +70,10 @@ def config_for(name: str):
 
 
 def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.Module:
-    """A model with random weights. `overrides` replace fields of its configuration, such as image_size or
-    depth.
+    """A model with random weights, for torch's present seed.
+
+    num_classes: outputs of the head, None for the name's own number. `overrides` replace fields of its configuration,
+    such as image_size (pixels) or depth (blocks). Raises ModelError for an unknown name or field.
     """
     config = config_for(name)
     if num_classes is not None:
@@ -100,10 +102,8 @@ def load_pretrained(
     name_or_dir: a model name; or a directory with config.json or "hf:org/name", which then is the checkpoint too.
     weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory, "hf:org/name", None
     for random.
-    num_classes: None keeps the checkpoint's head; another number than the checkpoint's replaces it (one line
-    is printed).
-    image_size: None keeps the size of the name or the checkpoint; position tables are interpolated to another
-    one.
+    num_classes: None keeps the checkpoint's head; another number replaces it (one line is printed).
+    image_size: side in pixels; position tables are interpolated to it. None keeps that of the name or checkpoint.
 
     Every key must find its place and every tensor its weights, with the right shape and finite values;
     otherwise ModelError names the file and the keys.
@@ -141,8 +141,7 @@ def load_pretrained(
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "minilora") -> Path:
-    """Write config.json, model.safetensors and preprocessor_config.json, for us ("minilora") or another
-    library.
+    """Write config.json, model.safetensors and preprocessor_config.json, for us ("minilora") or another library.
 
     layout: "minilora", or one of the model's: "transformers", "timm", "torchvision", "open_clip".
     Raises ModelError for a layout that the model does not have, and for a model that still has LoRA layers.

@@ -80,10 +80,11 @@ class MobileNet(nn.Module):
         return self.forward_features(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> logits (B, num_classes)."""
         return self.head(self.pooled(x))
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
-        """None: a convolutional network has no attention."""
+        """[]: a convolutional network has no attention."""
         return []
 
     def key_table(self, layout: str) -> list[Entry]:

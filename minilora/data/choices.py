@@ -28,6 +28,8 @@ SHAPES = {"train": 700, "val": 400, "test": 400}  # pictures of the generated se
 
 
 class Question(NamedTuple):
+    """One question about one picture, with its choices in the order in which they are shown."""
+
     id: int | str
     picture: int  # number in the split's pictures
     question: str
@@ -49,9 +51,11 @@ class ChoiceSplit(Sequence):
         return self.questions[i]
 
     def load(self, i: int) -> Image.Image:
+        """The picture of question i as RGB; BadImage where it cannot be opened."""
         return self.pictures.load(self.questions[i].picture)
 
     def path(self, i: int) -> str:
+        """Its file, relative to the data folder."""
         return self.pictures[self.questions[i].picture].path
 
     def take(self, indices: Iterable[int]) -> ChoiceSplit:

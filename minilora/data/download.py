@@ -33,6 +33,8 @@ NOTES = ".downloaded.json"
 
 @dataclass(frozen=True)
 class Archive:
+    """One file to fetch, and what is known of it before it is here."""
+
     url: str
     size: int | None = None  # bytes
     md5: str | None = None
@@ -44,6 +46,8 @@ class Archive:
 
 @dataclass(frozen=True)
 class DataSet:
+    """The archives of a data set and what they become."""
+
     archives: tuple[Archive, ...]
     folder: str  # what --data-dir becomes, below DIR
     recipe: str

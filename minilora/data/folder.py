@@ -21,6 +21,8 @@ from minilora.errors import UserError
 
 
 class Sample(NamedTuple):
+    """One labelled picture, not opened yet."""
+
     path: str  # relative to the split's root, with forward slashes
     label: int  # class index, -1 = unknown
 
@@ -38,6 +40,7 @@ class Split(Sequence):
         return self.samples[i]
 
     def load(self, i: int) -> Image.Image:
+        """Picture i as 8-bit RGB; BadImage says why that is impossible."""
         return open_image(os.path.join(self.root, self.samples[i].path), self.root)
 
     def take(self, indices: Iterable[int]) -> Split:

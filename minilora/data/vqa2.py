@@ -77,6 +77,7 @@ class VQAPart:
 
     @property
     def answered(self) -> bool:
+        """Whether every question has answers; a test part has none."""
         return all(question.answers for question in self.questions)
 
     def only(self, keep: Callable[[int, Question], bool]) -> VQAPart:
@@ -184,6 +185,7 @@ class Faults:
         self.bad_data, self.counts = bad_data, Counter()
 
     def add(self, message: str, what: str, count: int = 1) -> None:
+        """Raises UserError with `message`, or counts it under `what`."""
         if self.bad_data == "error":
             raise UserError(f"{message}; correct the files, or use --bad-data skip")
         self.counts[what] += count

@@ -36,7 +36,7 @@ def _module(name: str, task: str):
 
 
 def build_task(config: Config, device: str = "cpu", taught: bool = True):
-    """Model and data for training, as `config` says; fills in what the configuration left open (model, lr).
+    """Model and data for training, as `config` says: a base.Task. Fills in what was left open (model, lr).
 
     taught: False takes the classes and the tokens of --teacher, but asks it nothing.
     """
@@ -49,7 +49,10 @@ def build_task(config: Config, device: str = "cpu", taught: bool = True):
 
 
 def load_run(path: str | Path, device: str = "cpu", weights: str | dict | None = None):
-    """A run directory as a Run: model, preprocess, labels, predict(...). Works after the folder was moved.
+    """A run directory as a Run: model (in eval mode), preprocess, labels, predict(...). The folder may have been moved.
+
+    predict(pictures): for each picture [(label, probability), ...], most probable first; vqa also takes question=,
+    choice takes question= and choices=.
 
     weights: where the base weights are now, if not where config.toml says.
     Raises UserError for a folder that is no run, and for base weights that are gone or have changed.

@@ -104,6 +104,7 @@ class Teacher:
 
     @torch.no_grad()
     def answer(self, batch: dict) -> Tensor:
+        """The teacher's logits for a batch of this task, (B, K)."""
         tokens, longest = batch.get("input_ids", torch.empty(0)).shape[-1], text_length(self.run.model)
         if longest and tokens > longest:
             raise UserError(

@@ -96,6 +96,7 @@ class Plateau:
     patience: int = 2
 
     def update(self, loss: float) -> None:
+        """After an epoch, with its validation loss; a loss that is no number counts as not better."""
         if math.isfinite(loss) and (self.best is None or loss < self.best * (1.0 - 1e-4)):
             self.best, self.bad_epochs = loss, 0
             return

@@ -228,6 +228,7 @@ class Trainer:
         return f"epoch {self.state.epoch + 1}, step {self.state.step + 1} ({kept})"
 
     def lr_factor(self) -> float:
+        """What every group's own rate is multiplied by in this step, between 0 and 1."""
         now, sched, total = self.state, self.options.sched, self.total_steps
         warmup = round(self.options.warmup_ratio * total)
         return now.plateau.factor * optim.schedule_factor(sched, now.step, total, warmup)
