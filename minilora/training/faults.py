@@ -46,9 +46,14 @@ def explain_nonfinite(task: object, model: nn.Module, loss: float, seen: list[tu
     return f"{what} is not finite; batch: {'; '.join(f for files, _ in found for f in files)}"
 
 
+def first_line(message: str) -> str:
+    """What a long message says first, cut to 200 characters."""
+    return next((line.strip() for line in message.splitlines() if line.strip()), "no reason given")[:200]
+
+
 @contextmanager
 def readable_errors(device: torch.device, batch_size: int, where: Callable[[], str]) -> Iterator[None]:
-    """Turns out-of-memory and a lost process into a RunError of one line; every other error passes."""
+    """Turns out-of-memory, a lost process and a failed --compile into a RunError of one line; other errors pass."""
     try:
         yield
     except RunError:
@@ -60,6 +65,11 @@ def readable_errors(device: torch.device, batch_size: int, where: Callable[[], s
                 f"{where()}: out of memory on {device} with batch size {batch_size}, peak "
                 f"{peak_memory_mb(device):.0f} MiB. Try --batch-size {max(1, batch_size // 2)} with "
                 "--grad-accum-steps 2, --amp bf16 or --grad-checkpointing"
+            ) from error
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise RunError(
+                f"{where()}: --compile failed: {first_line(message)}. On a CPU it needs a C++ compiler: g++, or "
+                "one named by the variable CXX; without --compile the run works the same"
             ) from error
         if world_size() > 1 and any(text in message for text in LOST_PEER):
             raise RunError(

@@ -3,7 +3,10 @@
 python -m tests.benchmarks.train_step                       # all models, two CPU threads, float32
 python -m tests.benchmarks.train_step --models vit-tiny --rounds 30 --save
 python -m tests.benchmarks.train_step --device cuda --amp bf16 --base bf16 --save
+python -m tests.benchmarks.train_step --bf16                # bf16 autocast and a bf16 base beside float32, one run
 """
+
+from pathlib import Path
 
 from tests.benchmarks.common import interleaved, parser, prepare, ratio, report, told
 from tests.benchmarks.models import SPECS, Case
@@ -25,6 +28,40 @@ def candidates(case: Case, arguments) -> dict:
         steps["peft"], steps["peft .05"] = case.peft(0.0, amp), case.peft(0.05, amp)
         steps["transformers full"] = case.peft(0.0, amp, mode="full")
     return steps
+
+
+def bf16_candidates(case: Case) -> dict:
+    """The LoRA step, and the full one, in float32 and in bf16: autocast, with the frozen weights in bf16 too."""
+    return {
+        "full": case.ours("full"),
+        "full bf16": case.ours("full", amp="bf16"),
+        "lora": case.ours("lora"),
+        "lora bf16, fp32 base": case.ours("lora", amp="bf16"),
+        "lora bf16": case.ours("lora", amp="bf16", base="bf16"),
+    }
+
+
+def measure_bf16(name: str, arguments) -> tuple[dict, dict]:
+    case = Case(name, arguments.device, arguments.batch)
+    seconds = interleaved(bf16_candidates(case), arguments.rounds, arguments.device)
+    row = {
+        "model": f"{name}, batch {case.batch}",
+        "lora bf16 ms": f"{1e3 * sorted(seconds['lora bf16'])[len(seconds['lora bf16']) // 2]:.0f}",
+        "lora, float32 / bf16": told(ratio(seconds["lora"], seconds["lora bf16"])),
+        "same, base in float32": told(ratio(seconds["lora"], seconds["lora bf16, fp32 base"])),
+        "full, float32 / bf16": told(ratio(seconds["full"], seconds["full bf16"])),
+        "full / lora, both bf16": told(ratio(seconds["full bf16"], seconds["lora bf16"])),
+    }
+    return row, seconds
+
+
+def cpu_bf16() -> str:
+    """Which bf16 instructions the processor has."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        words = set()
+    return ", ".join(sorted(words & {"avx512_bf16", "amx_bf16"})) or "no bf16 instructions"
 
 
 def measure(name: str, arguments) -> tuple[dict, dict]:
@@ -58,17 +95,16 @@ def main() -> None:
         "--base", default="fp32", choices=("fp32", "bf16", "fp16"), help="dtype of the frozen weights"
     )
     flags.add_argument("--no-peers", action="store_true", help="leave transformers and peft out")
+    flags.add_argument("--bf16", action="store_true", help="float32 beside bf16, and nothing else")
     arguments = flags.parse_args()
-    header = (
-        prepare(arguments)
-        + f"; amp {arguments.amp}, frozen weights {arguments.base}, {arguments.rounds} rounds"
-    )
+    told_of = cpu_bf16() if arguments.bf16 else f"amp {arguments.amp}, frozen weights {arguments.base}"
+    header = f"{prepare(arguments)}; {told_of}, {arguments.rounds} rounds"
     rows, raw = [], {}
     for name in arguments.models:
-        row, raw[name] = measure(name, arguments)
+        row, raw[name] = (measure_bf16 if arguments.bf16 else measure)(name, arguments)
         print(row, flush=True)
         rows.append(row)
-    suffix = f"{arguments.device.split(':')[0]}_{arguments.amp}"
+    suffix = f"{arguments.device.split(':')[0]}_{'bf16_beside_fp32' if arguments.bf16 else arguments.amp}"
     report(f"train_step_{suffix}", header, rows, arguments.save, raw)
 
 
