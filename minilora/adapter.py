@@ -24,7 +24,7 @@ from minilora.atomic import atomic_write, write_json, write_safetensors
 from minilora.errors import UserError
 from minilora.inject import LoRAConfig, inject_lora, lora_layers, lora_state_dict
 from minilora.peft_format import PREFIX, adapter_config, read_adapter
-from minilora.targets import ends
+from minilora.targets import below, ends
 
 __all__ = ["atomic_write", "export_adapter", "load_adapter", "save_adapter", "write_safetensors"]
 
@@ -59,7 +59,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         from minilora.foreign import adapter_to_ours  # names of transformers, timm: only when they are met
 
         config, tensors = adapter_to_ours(model, config, tensors, unknown, str(directory))
-    config = replace(config, modules_to_save=_present(model, config.modules_to_save))
+    config = replace(config, modules_to_save=_present(model, config.modules_to_save, tensors))
     _check_shapes(model, config, tensors, directory)
     if not any(True for _ in lora_layers(model)):
         inject_lora(model, config)
@@ -81,10 +81,16 @@ def export_adapter(model: nn.Module, directory: str | Path, layout: str = "trans
     return export(model, Path(directory), layout)
 
 
-def _present(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `names` that the model has: PEFT lists every head of a task type ("classifier", "score")."""
+def _present(model: nn.Module, names: tuple[str, ...], tensors: dict) -> tuple[str, ...]:
+    """Those of `names` that the model has: PEFT lists every head of a task type ("classifier", "score").
+
+    A full name is also the end of others for PEFT ("norm": "layers.1.norm" too); those come in if the file has them.
+    """
     own = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    return tuple(name for name in names if any(ends(full, name) for full in own))
+    ending = {name: [full for full in own if ends(full, name)] for name in names}
+    named = {full for name in names if name in own for full in ending[name]}
+    others = [full for full in named - {*names} if any(below(tensor, full) for tensor in tensors)]
+    return (*(name for name in names if ending[name]), *sorted(others))
 
 
 def _has_place(model: nn.Module, name: str) -> bool:

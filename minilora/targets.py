@@ -75,12 +75,15 @@ def matches(name: str, target: str) -> bool:
 
 def saved_modules(model: nn.Module, config) -> list[str]:
     """Full names of the modules (or parameters) of `modules_to_save`; UserError where a name finds
-    nothing.
+    nothing. A full name is that module alone, others are all whose names end so.
     """
     known = [name for name, _ in model.named_modules() if name] + [
         name for name, _ in model.named_parameters()
     ]
-    found = {target: [name for name in known if ends(name, target)] for target in config.modules_to_save}
+    found = {
+        target: [target] if target in known else [name for name in known if ends(name, target)]
+        for target in config.modules_to_save
+    }
     for target, names in found.items():
         if not names:
             top = ", ".join(name for name, _ in model.named_children())

@@ -15,8 +15,9 @@ from torch import nn
 from minilora import LoRAConfig, export_adapter, inject_lora, load_adapter, save_adapter
 from minilora.errors import UserError
 from minilora.inject import lora_state_dict
-from reference_models import save_pretrained
+from reference_models import create_model, load_pretrained, save_pretrained
 from tests.helpers import logits_of, randomise, randomise_trained, same_bits, tiny_vit
+from tests.parity import fill
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 WEIGHTS = "adapter_model.safetensors"
@@ -247,3 +248,84 @@ def test_an_unknown_layout_and_a_layer_without_a_place_are_refused(base, tmp_pat
         export_adapter(
             inject_lora(nn.Sequential(nn.Linear(3, 3)), LoRAConfig(target_modules=("0",))), tmp_path, "timm"
         )
+
+
+# ---- PEFT's adapters on every family of transformers, saved there and loaded into our model
+
+FAMILIES = {  # model: (class, query, value, head, last norm)
+    "beit-nano-patch8-48": (
+        "BeitForImageClassification",
+        "q_proj",
+        "v_proj",
+        "classifier",
+        "pooler.layernorm",
+    ),
+    "swin-nano-patch4-window6-48": (
+        "SwinForImageClassification",
+        "q_proj",
+        "v_proj",
+        "classifier",
+        "layernorm",
+    ),
+    "swinv2-nano-patch4-window6-48": (
+        "Swinv2ForImageClassification",
+        "query",
+        "value",
+        "classifier",
+        "layernorm",
+    ),
+    "bert-nano": ("BertModel", "query", "value", "pooler.dense", "embeddings.LayerNorm"),
+    "clip-nano": ("CLIPModel", "q_proj", "v_proj", "visual_projection", "post_layernorm"),
+}
+SETTINGS = {
+    "dora": lambda query, *_: {"use_dora": True},
+    "rslora and patterns": lambda query, *_: {
+        "use_rslora": True,
+        "rank_pattern": {query: 3},
+        "alpha_pattern": {query: 5},
+    },
+    "all biases": lambda *_: {"bias": "all"},
+    "head and norm": lambda _, head, norm: {"modules_to_save": [head, norm]},
+    "every layer": lambda *_: {"target_modules": "all-linear"},
+}
+
+
+def answers_of(model: nn.Module, name: str) -> torch.Tensor:
+    """What ours and theirs answer to the same input."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, 48, 48, generator=generator)
+    texts = torch.randint(5, 300, (2, 7), generator=generator)
+    ours = hasattr(model, "preprocess")
+    with torch.no_grad():
+        if name == "bert-nano":
+            found = model(texts)
+            return (
+                torch.cat([found[0][:, 0], found[1]])
+                if ours
+                else torch.cat([found[0][:, 0], found.pooler_output])
+            )
+        if name == "clip-nano":
+            return model.encode_image(images) if ours else model.get_image_features(images).pooler_output
+        found = model(images)
+        return found if ours else found.logits
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_trained_by_peft_on_any_family_loads_into_ours_and_survives_saving(
+    name, setting, tmp_path
+):
+    kind, query, value, head, norm = FAMILIES[name]
+    base = fill(create_model(name, **({} if name in ("bert-nano", "clip-nano") else {"num_classes": 5})))
+    save_pretrained(base, tmp_path / "base", "transformers")
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path / "base")
+    options = {"target_modules": [query, value], **setting(query, head, norm)}
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 2, **options})
+    theirs = randomise_trained(peft.get_peft_model(theirs, config)).eval()
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    wanted = answers_of(theirs, name)
+    ours = load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert ((answers_of(ours, name) - wanted).abs().max() / wanted.std()).item() <= 1e-5
+    save_adapter(ours, tmp_path / "ours")
+    again = load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
+    assert torch.equal(answers_of(again, name), answers_of(ours, name))
