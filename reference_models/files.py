@@ -32,12 +32,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         files = _shards(file)
     state: dict[str, Tensor] = {}
     for one in files:
-        state.update(_read_bin(one) if one.suffix in (".bin", ".pt", ".pth") else read_safetensors(one))
-    for key, tensor in state.items():
-        if tensor.is_floating_point():
-            if not torch.isfinite(tensor).all():
-                raise ModelError(f"{file}: {key} holds NaN or infinite values; the file is damaged")
-            state[key] = tensor.float()
+        read = _read_bin(one) if one.suffix in (".bin", ".pt", ".pth") else read_safetensors(one)
+        for key, tensor in read.items():
+            if tensor.is_floating_point():
+                if not torch.isfinite(tensor).all():
+                    raise ModelError(f"{one}: {key} holds NaN or infinite values; the file is damaged")
+                tensor = tensor.float()
+            state[key] = tensor
     return state, str(file)
 
 

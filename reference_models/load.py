@@ -128,7 +128,7 @@ def load_pretrained(
         found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         config = _final(found, wanted, num_classes, image_size, overrides)
         family.adapt(tensors, found, config)
-    tensors = _fitting(config, tensors, found, family, files)
+    tensors = _fitting(config, tensors, found, family, files, layout)
     defaults = _preprocess(config)
     if hasattr(family, "file_preprocess"):
         defaults = defaults | family.file_preprocess(path.name)
@@ -300,8 +300,9 @@ def _classes(config) -> int | None:
     return getattr(config, "num_classes", None)  # None: a family without classifier
 
 
-def _fitting(config, tensors: dict[str, Tensor], found, family, files: str) -> dict[str, Tensor]:
-    """The tensors for the model of `config`, strictly: shapes, missing keys and extra keys in one message.
+def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layout: str) -> dict[str, Tensor]:
+    """The tensors for the model of `config`, strictly: shapes, missing keys and extra keys in one message, by our
+    names and by those of the file.
 
     Asked of a model without storage: a config.json of somebody else's may describe one that no memory holds.
     """
@@ -318,11 +319,15 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str) -> d
         )
     extra = [key for key in tensors if key not in own and not re.search(family.optional, key)]
     missing = [key for key in own if key not in tensors and not (new_head and key.startswith(heads))]
+    table = [] if layout == "minilora" else family.key_table(found, layout)
+    theirs = {ours: f" ({entry.theirs})" for entry in table for ours in entry.ours if ours != entry.theirs}
+    shapes = {key: (tuple(tensors[key].shape), tuple(own[key].shape)) for key in own if key in tensors}
     wrong = [
-        f"{key} is {tuple(tensors[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
+        f"{key} is {file} in the file{theirs.get(key, '')}, {model} in the model"
+        for key, (file, model) in shapes.items()
+        if file != model
     ]
+    missing = [key + theirs.get(key, "") for key in missing]
     problems = {"missing": missing, "no place for": extra, "wrong shape": wrong}
     if any(problems.values()):
         told = [f"{what} {len(keys)}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]

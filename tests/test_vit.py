@@ -388,7 +388,7 @@ def test_wrong_size(tmp_path):
     refused(
         tmp_path / "source",
         "wrong shape",
-        "blocks.0.mlp.fc1.weight is (48, 32) in the file, (64, 32) in the model",
+        "blocks.0.mlp.fc1.weight is (48, 32) in the file (vit.encoder.layer.0.intermediate.dense.weight), (64, 32) in",
     )
 
 
@@ -396,7 +396,12 @@ def test_extra_and_missing_keys(tmp_path):
     folder, _ = rewritten(tmp_path, lambda state: {**state, "vit.surprise.weight": torch.zeros(2)})
     refused(folder, "1 keys have no place", "vit.surprise.weight", "model.safetensors")
     folder, _ = rewritten(tmp_path, lambda state: {k: t for k, t in state.items() if "layer.1" not in k})
-    refused(folder, "missing 16", "blocks.1.norm1.weight", "model.safetensors")
+    refused(
+        folder,
+        "missing 16",
+        "blocks.1.norm1.weight (vit.encoder.layer.1.layernorm_before.weight)",
+        "model.safetensors",
+    )
 
 
 def test_nan_weights(tmp_path):
@@ -405,6 +410,16 @@ def test_nan_weights(tmp_path):
         return state
 
     refused(rewritten(tmp_path, change)[0], "vit.layernorm.bias holds NaN", "model.safetensors")
+
+
+def test_nan_in_a_shard_names_the_shard(tmp_path):
+    hf_vit().save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    state = load_file(shard)
+    key = sorted(state)[0]
+    state[key].view(-1)[0] = float("inf")
+    save_file(state, shard)
+    refused(tmp_path, f"{shard}: {key} holds NaN or infinite values")
 
 
 def test_truncated_and_empty_files(tmp_path):
