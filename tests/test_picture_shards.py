@@ -1,5 +1,6 @@
 """Shards of labelled pictures: the same batches as the files, crops that depend on (seed, epoch, picture) alone."""
 
+import json
 import shutil
 
 import pytest
@@ -190,6 +191,20 @@ def test_shards_of_another_model_task_or_plan_are_refused(source, shards):
         build_task(Config(task="choice", data_dir=str(shards), device="cpu"))
     with pytest.raises(UserError, match="no shards here"):
         task(source, data_format="shards")
+
+
+@pytest.mark.parametrize(
+    "key", ["classes", "keys", "info", "parts", "preprocess", "made", "shards", "format"]
+)
+def test_a_damaged_index_is_named(shards, key):
+    index = json.loads((shards / "index.json").read_text())
+    for value in (None, 7, ["x"], {"../other.safetensors": 1}):
+        (shards / "index.json").write_text(json.dumps(index | {key: value}))
+        if value is None:
+            (shards / "index.json").write_text(json.dumps({k: v for k, v in index.items() if k != key}))
+        if (key, value) != ("info", {"../other.safetensors": 1}):
+            with pytest.raises(UserError, match="index.json"):
+                task(shards)
 
 
 def test_a_broken_picture_ends_the_writing_or_is_left_out(source, tmp_path):

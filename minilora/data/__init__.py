@@ -15,6 +15,8 @@ vqa2       the files of VQA v2                                 vqa_sets    load_
 vqa_batches  each picture and each text once in a batch        choices     load_choices, from visual7w, csv, scenes
 choice_batches  the texts of all choices as token ids          choice_csv, visual7w  their files
 
-Beside them: shards (pictures and tokens prepared once), download (the public archives), captions and
+Prepared once: picture_shards, shards (with questions), on shard_files; batch_augment is their last step on the device.
+
+Beside them: download (the public archives), captions and
 sentences (what the bundled nano models were made from).
 """

@@ -29,6 +29,7 @@ from minilora.data.images import BadImage
 from minilora.data.loader import mix
 from minilora.data.shard_files import (
     FORMATS,
+    INDEX,
     ShardPictures,
     checked_files,
     per_shard,
@@ -37,6 +38,7 @@ from minilora.data.shard_files import (
     write_files,
 )
 from minilora.data.transforms import resampling, to_tensor, to_uint8
+from minilora.errors import UserError
 
 FORMAT = FORMATS["classify"]
 
@@ -66,7 +68,7 @@ def write_picture_shards(
         "made": made | {"pictures_per_shard": each, "wide": wide},
     }
     plan |= {"classes": splits.classes, "keys": splits.keys, "info": splits.info}
-    plan["parts"] = {name: len(split) for name, split in parts.items() if split is not None}
+    plan["parts"] = {name: len(split) for name, split in parts.items() if split}
     shards = []
     for name, count in plan["parts"].items():
         side = wide if name == "train" else 0
@@ -134,9 +136,27 @@ def read_picture_shards(directory: str | os.PathLike) -> Splits:
     """What `write_picture_shards` wrote; every shard is checked against its sha256, UserError names a damaged one."""
     folder = Path(directory)
     index, files = checked_files(folder, FORMAT)
-    parts = {part: read_part(folder, files.get(part, []), index) for part in index["parts"]}
+    check_index(index, files, folder / INDEX)
+    parts = {part: read_part(folder, names, index) for part, names in files.items()}
+    known = {sample.label for part in parts.values() for sample in part}
+    if not known <= set(range(-1, len(index["classes"]))):
+        raise UserError(f"{folder / INDEX}: damaged (fewer classes than labels); write the shards again")
     train, val, test = (parts.get(name) for name in ("train", "val", "test"))
     return Splits(train, val, test, index["classes"], index["keys"], index["info"])
+
+
+def check_index(index: dict, files: dict[str, list[str]], path: Path) -> None:
+    """UserError where somebody has changed what the index says of the set as a whole."""
+    kinds = {"classes": list, "keys": list, "info": dict, "parts": dict, "preprocess": dict, "made": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(index.get(key), kind)]
+    if not wrong:
+        names = [*index["classes"], *index["keys"]]
+        uneven = 2 * len(index["classes"]) != len(names) or not all(isinstance(name, str) for name in names)
+        wrong += ["classes"] * uneven + ["parts"] * (set(index["parts"]) != set(files))
+        wrong += ["preprocess"] * (not {"image_size", "mean", "std"} <= index["preprocess"].keys())
+        wrong += ["made"] * (not isinstance(index["made"].get("wide"), int))
+    if wrong:
+        raise UserError(f"{path}: damaged ({', '.join(wrong)}); write the shards again")
 
 
 def read_part(folder: Path, names: Sequence[str], index: dict) -> ShardSplit:

@@ -107,6 +107,8 @@ def checked_files(folder: Path, wanted: str) -> tuple[dict, dict[str, list[str]]
     files: dict[str, list[str]] = {}
     for file, entry in index["shards"].items():
         path = folder / file
+        if not isinstance(entry, dict) or not {"part", "sha256"} <= entry.keys() or Path(file).name != file:
+            raise UserError(f"{folder / INDEX}: damaged (the entry {file!r}); write the shards again")
         if not path.is_file():
             raise UserError(f"{path}: this shard is missing; write the shards again, the others are kept")
         if file_sha256(path) != entry["sha256"]:
