@@ -159,3 +159,20 @@ def test_bad_input_is_one_line_before_any_run(words, told, tmp_path, monkeypatch
         backbones.main([*words, "--output", str(tmp_path / "out")])
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_table_that_is_told_to_stop_tells_its_run_and_goes_on_from_there(photos, tmp_path):
+    words = [*arguments(photos, tmp_path, "--models", VIT, "--modes", "linear"), "--log-interval", "1"]
+    words[words.index("--max-steps") + 1] = "200"
+    command = [sys.executable, "-m", "minilora.tasks.backbones", *words, "--epochs", "400"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "step 5/" in line:
+            break
+    process.terminate()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 143 and "go on with: python train.py --resume" in told
+    assert list((tmp_path / "out" / f"{VIT}-linear-none" / "checkpoints").glob("step-*"))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed from" in done.stderr and f"{VIT}  linear" in done.stdout
