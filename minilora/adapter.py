@@ -118,7 +118,8 @@ def _check_shapes(model: nn.Module, config: LoRAConfig, tensors: dict, directory
             wanted = options["lora_alpha"] / (options["r"] ** 0.5 if config.use_rslora else options["r"])
             if name + ".lora_A.weight" in tensors and abs(wanted - layer.scaling) > 1e-6 * abs(wanted):
                 raise UserError(
-                    f"{directory}: scaling of {name} is {wanted:g} in the file, {layer.scaling:g} in the model"
+                    f"{directory}: scaling of {name} is {wanted:g} in the file, {layer.scaling:g} in the model; "
+                    "inject with the file's lora_alpha"
                 )
     else:
         trained = _skeleton(model, config)

@@ -169,7 +169,9 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         if name in typed and name.startswith("distill") and not config.teacher:
             raise UserError(f"{option(name)} needs --teacher RUN, the model to learn from")
     if config.head_lr and config.mode == "linear":
-        raise UserError("--head-lr has no effect with --mode linear, where --lr is the head's learning rate")
+        raise UserError(
+            "--head-lr has no effect with --mode linear, where --lr is the head's learning rate; leave it out"
+        )
     check_device(config.device)
     if config.base_dtype != "fp32" and config.mode == "full":
         raise UserError(

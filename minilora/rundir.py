@@ -129,7 +129,8 @@ def _same_run(path: Path, config: Config, base: dict[str, Any], labels: Sequence
         )
     if "data_dir" in moved and _labels_of(path) not in (None, list(labels)):
         raise UserError(
-            f"--data-dir {config.data_dir} has other classes than the data that {path} began with"
+            f"--data-dir {config.data_dir} has other classes than the data that {path} began with; "
+            "choose another --output"
         )
     return bool(moved)
 

@@ -295,4 +295,6 @@ def test_run_whose_config_names_another_task(run, tmp_path):
 def test_base_model_whose_classes_are_not_those_of_the_folder(weights, photos):
     words = ["--model", "vit-nano-patch8-48", "--weights", weights, "--data-dir", photos]
     told = refused(evaluate.main, *words)
-    assert "class 'class_0'" in told and json.dumps("imagenet_index") in told
+    assert "class 'class_0' is none of the 5 classes" in told and "train a head" in told
+    words = ["--model", "vit-tiny-patch16-224", "--weights", "none", "--data-dir", photos]
+    assert json.dumps("imagenet_index") in refused(evaluate.main, *words)

@@ -124,7 +124,10 @@ def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict
             return list(content), list(content), {}
         if len(content) == len(keys) and len(set(content)) == len(keys):
             return keys, list(content), {}
-        raise UserError(f"{path}: lists {len(content)} classes, the folder has {len(keys)}")
+        raise UserError(
+            f"{path}: lists {len(content)} classes, the folder has {len(keys)}; "
+            "name each once, in the order of the folders"
+        )
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a list of names or an object of class folder: name")
     info = {key: value if isinstance(value, dict) else {"name": value} for key, value in content.items()}
@@ -149,7 +152,10 @@ def read_folders(root: Path) -> Splits:
     for part, folders in listed.items():
         unknown = sorted(set(folders) - set(index))
         if unknown:
-            raise UserError(f"{root / part}: class folder {unknown[0]!r} is not among the training classes")
+            raise UserError(
+                f"{root / part}: class folder {unknown[0]!r} is not among the training classes; "
+                "add it to train/ or take it away"
+            )
         prefix = f"{part}/" if parts else ""
         splits[part] = Split(
             (Sample(f"{prefix}{key}/{name}", index[key]) for key in keys for name in folders.get(key, ())),

@@ -61,7 +61,9 @@ def load_classification(
             f"{data_dir}: only one class ({splits.classes[0]!r}); a classifier needs at least two"
         )
     if splits.train is None and require_train:
-        raise UserError(f"{data_dir}: no training pictures (no train/ and no class folders)")
+        raise UserError(
+            f"{data_dir}: no training pictures (no train/ and no class folders); expected train/<class>/*.jpg"
+        )
     if splits.train is not None:
         splits.train, splits.val = _carve(splits, val_split, subset, seed, data_dir)
     return splits
@@ -124,7 +126,10 @@ def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir)
             raise UserError(f"{data_dir}: no val/ part; give --val-split, for example --val-split 0.1")
         held, kept = stratified(train, lambda n: min(max(1, round(n * val_split)), n - 1), seed)
         if not held:
-            raise UserError(f"{data_dir}: every class has one picture, none can be held out for validation")
+            raise UserError(
+                f"{data_dir}: every class has one picture, none can be held out for validation; "
+                "add pictures or a val/ folder"
+            )
         train, val = train.take(kept), train.take(held)
     share = subset if subset <= 1 else min(subset / len(train), 1.0)
     if share < 1:

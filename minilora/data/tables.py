@@ -118,7 +118,7 @@ def contained(file: str, where: str) -> str:
     slashed = file.replace("\\", "/")
     parts = PurePosixPath(slashed).parts
     if not parts or "\0" in file:
-        raise UserError(f"{where}: the picture's path {file!r} is empty or broken")
+        raise UserError(f"{where}: the picture's path {file!r} is empty or broken; correct the row")
     if slashed.startswith("/") or PureWindowsPath(file).drive or ".." in parts:
         raise UserError(f"{where}: the picture {file!r} lies outside the data folder; use a path below it")
     return "/".join(parts)
@@ -135,7 +135,7 @@ def _labelled_rows(table: Path, part: str, required: bool):
     for line, row in rows:
         where = f"{table}, line {line}"
         if not row[label_column]:
-            raise UserError(f"{where}: the label is empty")
+            raise UserError(f"{where}: the label is empty; every row of training data needs one")
         name = "train" if part == "all" else part
         if part == "all" and VALID_COLUMN in lower:
             valid = row[lower[VALID_COLUMN]].lower()
@@ -183,4 +183,7 @@ def _all_exist(splits: dict[str, Split], root: Path) -> None:
     ]
     if missing:
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise UserError(f"{len(missing)} of the pictures in the table are not below {root}: {some}")
+        raise UserError(
+            f"{len(missing)} of the pictures in the table are not below {root}: {some}; "
+            "paths in a table are relative to its folder"
+        )

@@ -74,7 +74,9 @@ def choose_device(wanted: str) -> torch.device:
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise UserError(f"--device {wanted}: this machine has {found or 'no'} CUDA device{'s' * (found > 1)}")
+        raise UserError(
+            f"--device {wanted}: this machine has {found or 'no'} CUDA device{'s' * (found > 1)}; try --device cpu"
+        )
     return device
 
 
@@ -273,7 +275,7 @@ def set_grad_checkpointing(model: nn.Module) -> None:
     """Switch on recomputation in every part of the model that knows it."""
     parts = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
     if not parts:
-        raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it")
+        raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it; leave it out")
     for module in parts:
         module.grad_checkpointing = True
 

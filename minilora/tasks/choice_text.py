@@ -74,7 +74,9 @@ class Texts:
         self.tokenizer, self.prompt = tokenizer, config.prompt or PROMPT
         self.limit = config.max_length or min(tokenizer.max_length, context)
         if self.limit > context:
-            raise UserError(f"--max-length {self.limit}: this model has positions for {context} tokens")
+            raise UserError(
+                f"--max-length {self.limit}: this model has positions for {context} tokens; use at most that"
+            )
         self.cut = 0
 
     def __call__(self, question: str, choices: Sequence[str]) -> list[list[int]]:

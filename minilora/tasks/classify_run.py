@@ -258,9 +258,13 @@ def head_columns(model, splits: Splits, name: str) -> list[int]:
         index = splits.info.get(key, {}).get("imagenet_index") if size == 1000 else None
         index = names.get(label, names.get(key)) if index is None else index
         if not isinstance(index, int) or not 0 <= index < size:
-            raise UserError(
-                f"class {label!r}: which of the {size} classes of {name} is it? Put a classes.json beside the class "
-                'folders: {"folder": {"name": ..., "imagenet_index": ...}}'
+            known = f"; it knows {', '.join(list(names)[:8])} ..." if names else ", which does not name them"
+            way = 'put a classes.json beside the class folders: {"folder": {"name": ..., "imagenet_index": ...}}'
+            way = (
+                way
+                if size == 1000
+                else "name the class folders as the model does, or train a head with train.py"
             )
+            raise UserError(f"class {label!r} is none of the {size} classes of {name}{known}; {way}")
         columns.append(index)
     return columns

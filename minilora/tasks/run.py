@@ -123,7 +123,9 @@ def restore_base(
     """The base model that the run started from, and the record of what was found."""
     source, model = weights or recorded.get("weights") or config.weights, base.one_value(config, "model")
     if isinstance(source, dict):
-        raise UserError(f"--task {config.task} has one encoder, but its weights are named by tower: {source}")
+        raise UserError(
+            f"--task {config.task} has one encoder, but its weights are named by tower: {source}; give one path"
+        )
     name = source if "/" in model and not os.path.isdir(model) else model
     with restoring([source]):
         return base.load_base(name, source, config.seed, classes, config.image_size)

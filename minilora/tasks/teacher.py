@@ -47,10 +47,13 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
     excused = same_data and (config.subset != taught.subset or taught.teacher)
     if not excused and (unknown := [key for key in keys if key not in set(names["keys"])]):
         told = ", ".join(map(repr, unknown[:5])) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
-        raise UserError(f"--teacher {path} was trained on other {kinds}: it does not know {told}")
+        raise UserError(
+            f"--teacher {path} was trained on other {kinds}: it does not know {told}; train it on these data first"
+        )
     if config.task == "vqa" and config.num_answers < len(names["keys"]):
         raise UserError(
-            f"--teacher {path} has {len(names['keys'])} answers, but --num-answers is {config.num_answers}; a student "
+            f"--teacher {path} has {len(names['keys'])} answers, but --num-answers is {config.num_answers}; "
+            "a student "
             "has the answers of its teacher"
         )
     return names
@@ -69,6 +72,7 @@ class Teacher:
         if config.soft_targets or self.run.config.soft_targets:
             raise UserError(
                 "--teacher compares two distributions over the answers, --soft-targets learns each answer for itself; "
+                ""
                 "train teacher and student without it"
             )
         merge_lora(self.run.model).eval().requires_grad_(False)
@@ -87,7 +91,10 @@ class Teacher:
             )
         if self.config.prompt != self.run.config.prompt:
             here, there = self.config.prompt, self.run.config.prompt
-            raise UserError(f"--teacher {self.run.path} was trained with --prompt {there!r}, not {here!r}")
+            raise UserError(
+                f"--teacher {self.run.path} was trained with --prompt {there!r}, not {here!r}; "
+                "give the student the same"
+            )
 
     def added(self, hard: Tensor, student: Tensor, batch: dict, counted: Tensor) -> Tensor:
         """The task's own loss () and the teacher's share; student (B, K) logits, counted (B,) rows of the loss."""

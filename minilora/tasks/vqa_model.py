@@ -127,7 +127,9 @@ def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int
     config = model.text.config
     longest = getattr(config, "max_positions", tokenizer.max_length)
     if wanted and wanted > longest:
-        raise UserError(f"--max-length {wanted}: {config.name} reads at most {longest} tokens")
+        raise UserError(
+            f"--max-length {wanted}: {config.name} reads at most {longest} tokens; use at most that"
+        )
     size = getattr(config, "vocab_size", tokenizer.vocab_size)
     if tokenizer.vocab_size > size:
         raise UserError(

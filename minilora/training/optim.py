@@ -28,7 +28,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
-        raise UserError("nothing to train: no parameter of the model has requires_grad=True")
+        raise UserError(
+            "nothing to train: no parameter of the model has requires_grad=True; call inject_lora first"
+        )
     for name, parameter in trainable.items():
         if parameter.dtype != torch.float32:
             raise UserError(
