@@ -1,5 +1,6 @@
 """The table of backbones: which runs there are, what is said of wrong ones, and what is printed in the end."""
 
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from minilora.errors import UserError
 from minilora.tasks import backbones
 from reference_models import ModelError, create_model, save_pretrained
 from tests.cli_data import ROOT, program, write_photos
+from tests.test_readme import README
 
 VIT, BEIT, SWIN = "vit-nano-patch8-48", "beit-nano-patch8-48", "swin-nano-patch4-window6-48"
 TINY = ["--weights", "none", "--max-steps", "1", "--batch-size", "4", "--lora-r", "2", "--device", "cpu"]
@@ -176,3 +178,15 @@ def test_a_table_that_is_told_to_stop_tells_its_run_and_goes_on_from_there(photo
     assert list((tmp_path / "out" / f"{VIT}-linear-none" / "checkpoints").glob("step-*"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "resumed from" in done.stderr and f"{VIT}  linear" in done.stdout
+
+
+def test_the_readmes_commands_are_tables_of_8_and_16_runs(tmp_path, monkeypatch):
+    """Read up to the first run; the big weights stay where they are."""
+    write_photos(tmp_path / "photos", train=1, val=1)
+    (tmp_path / "deit_tiny.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in README.splitlines() if line.startswith("python -m minilora.tasks.backbones")]
+    plans = [backbones.read_plan(shlex.split(line)[3:])[0] for line in lines]
+    assert [len(plan) for plan in plans] == [8, 16]
+    first = plans[0]["swin-large-patch4-window12-384-full-none"]
+    assert (first.lora_r, first.val_split, first.weights) == (16, 0.05, f"hf:microsoft/{first.model}")
