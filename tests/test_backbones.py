@@ -93,6 +93,18 @@ def test_a_failed_run_is_named_and_the_others_go_on(photos, tmp_path, monkeypatc
     assert [row[0] for row in table(shown.out)] == [VIT]
 
 
+def test_a_damaged_run_is_named_and_the_others_are_shown(photos, tmp_path, monkeypatch, capsys):
+    in_this_process(monkeypatch)
+    words = arguments(photos, tmp_path, "--models", VIT, "--modes", "linear", "--augment", "none", "basic")
+    assert backbones.main(words) == 0
+    (tmp_path / "out" / f"{VIT}-linear-none" / "summary.json").write_text('{"best": 3')
+    capsys.readouterr()
+    assert backbones.main(words) == 1
+    shown = capsys.readouterr()
+    assert f"failed: {VIT}-linear-none: " in shown.err and "summary.json: cannot be read" in shown.err
+    assert [row[2] for row in table(shown.out)] == ["basic"]
+
+
 def test_seeds_make_one_row_with_mean_and_spread(photos, tmp_path, monkeypatch, capsys):
     started = in_this_process(monkeypatch)
     assert (

@@ -65,11 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, (name, config) in enumerate(plan.items(), 1):
         path = output / name
         print(f"{number} of {len(plan)}: {name}", file=sys.stderr, flush=True)
-        if not finished(path, config) and (reason := train(path, config)) is not None:
+        try:
+            reason = None if finished(path, config) else train(path, config)
+            rows += [summary_row(path, config, read_summary(path))] if reason is None else []
+        except (UserError, OSError) as error:  # the folder holds something else, or a damaged run
+            reason = str(error)
+        if reason is not None:
             failed[name] = reason
-            continue
-        rows.append(summary_row(path, config, read_summary(path)))
-        write_table(output, rows)
+        else:
+            write_table(output, rows)
     if rows:
         print(comparison_table(rows, columns=BACKBONES))
     for name, reason in failed.items():
@@ -103,6 +107,8 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
     shared = (read_recipe(recipe) if recipe else {}) | from_file | typed
     if shared.get("task", "classify") != "classify":
         raise UserError(f"--task {shared['task']}: a table of backbones is for --task classify")
+    if not TRAIN.is_file():
+        raise UserError(f"{TRAIN} is missing: this command needs the project's folder, not the package alone")
     plan = combinations(Config(**shared), lists)
     classify.open_data(next(iter(plan.values())))
     try:
@@ -177,8 +183,6 @@ def finished(path: Path, config: Config) -> bool:
 
 def train(path: Path, config: Config) -> str | None:
     """One run of train.py in a process of its own; None, or why it failed. Our end asks it to save and stop."""
-    if not TRAIN.is_file():
-        raise UserError(f"{TRAIN} is missing: this command needs the project's folder, not the package alone")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
         file.write_text(to_toml(config), encoding="utf-8")
