@@ -46,6 +46,12 @@ def test_batches_are_those_of_the_files_bit_for_bit(source, tmp_path, grouped):
     assert one == two
 
 
+def test_a_folder_with_questions_needs_no_task_flag(source, tmp_path):
+    assert main([str(source), str(tmp_path / "shards"), *TINY[2:]]) == 0
+    assert write(source, tmp_path / "shards") == 0  # the same set: nothing is refused, nothing written again
+    assert len(build_task(Config(**SMALL, data_dir=str(tmp_path / "shards"))).data["val"]) == 12
+
+
 def test_basic_augmentation_is_the_files_where_pictures_have_the_models_size(tmp_path):
     write(write_vqa(tmp_path / "source", 4, 2, size=48), tmp_path / "shards")
     flags = SMALL | {"augment": "basic"}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minilora.config import Parser
+from minilora.data.vqa2 import has_questions
 from minilora.errors import UserError
 from minilora.flags import Config, flag
 from minilora.tasks import base
@@ -44,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="class folders, a table, or VQA v2 questions (--task vqa); shapes: the generated ones",
+        help="class folders, a table, or VQA v2 questions; shapes: the generated ones (of --task)",
     )
     parser.add_argument("target", metavar="DST", help="the folder for the shards")
     typed, args = parser.read(argv)
+    if "task" not in typed and has_questions(args.source):
+        typed["task"] = "vqa"
     own = {name: typed.pop(name, getattr(ShardConfig, name)) for name in ("shard_mb", "wide")}
     config = Config(**typed, data_dir=None if args.source == "shapes" else args.source)
     if config.data_format == "shards":
