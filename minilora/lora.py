@@ -153,8 +153,10 @@ class LoRALinear(nn.Module):
         return self.base_layer(x) + (gain - 1).to(x.dtype) * base + gain.to(x.dtype) * low_rank
 
     def low_rank_product(self) -> Tensor:
-        """s B A, (out, in), in the precision of the adapters."""
-        return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        """s B A, (out, in), in the precision of the adapters, also inside autocast."""
+        device = self.lora_A.weight.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+            return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:

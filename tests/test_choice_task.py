@@ -109,12 +109,11 @@ def test_loss_is_label_smoothed_cross_entropy_of_scaled_cosines(clip, scpc):
     assert stats["count"] == 4 and stats["correct"] == (logits.argmax(-1) == batch["label"]).sum()
 
 
-@pytest.mark.parametrize("dropout", ["0", "0.0"])
-def test_choices_sharing_their_prefix_give_the_plain_logits_and_lora_gradients(
-    clip, scpc, dropout, monkeypatch
-):
-    task = task_of(clip, scpc, "--lora-dropout", dropout)
-    model, batch = task.model.train(), first_batch(task)
+def test_choices_sharing_their_prefix_give_the_plain_logits_and_lora_gradients(clip, scpc, monkeypatch):
+    """In float64, where a difference would be a mistake and not rounding."""
+    task = task_of(clip, scpc)
+    model, batch = task.model.train().double(), first_batch(task)
+    batch["image"] = batch["image"].double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B.weight"):
@@ -128,7 +127,7 @@ def test_choices_sharing_their_prefix_give_the_plain_logits_and_lora_gradients(
         logits.softmax(-1)[:, 0].log().mean().backward()
         found.append([logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for ours, plain in zip(*found, strict=True):
-        assert (ours - plain).abs().max() <= 1e-6 * max(1.0, plain.abs().max().item())
+        assert (ours - plain).abs().max() <= 1e-10 * max(1.0, plain.abs().max().item())
 
 
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])

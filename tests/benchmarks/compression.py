@@ -53,7 +53,8 @@ def label(arguments: Namespace) -> str:
 
 
 def teacher_of(arguments: Namespace) -> tuple[Path, float]:
-    words = ["--mode", "full", "--lr", "5e-4", "--epochs", arguments.teacher_epochs, "--group-by-image"]
+    words = ["--mode", "full", "--lr", "7e-4", "--head-lr", "3e-3", "--clip-grad", 1, "--group-by-image"]
+    words += ["--batch-size", 256, "--epochs", arguments.teacher_epochs]
     return trained(arguments, f"{label(arguments)}-teacher", *vqa_words(arguments), *words)
 
 
@@ -160,7 +161,7 @@ def main() -> None:
     flags.add_argument("--pictures", type=int, default=40, help="training pictures of the students")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--epochs", type=int, default=40, help="of the students")
-    flags.add_argument("--teacher-epochs", type=int, default=12)
+    flags.add_argument("--teacher-epochs", type=int, default=24)
     flags.add_argument(
         "--alphas", type=float, nargs="+", default=[0.1, 0.5], help="to choose from, with --distill-t2"
     )

@@ -82,7 +82,7 @@ class Case:
             picture, text = model.encode_image(images), model.encode_text(self.ids, self.mask)
             scale = model.logit_scale.exp()
         else:
-            core = model.get_base_model()
+            core = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's, or plain
             output = core(input_ids=self.ids, attention_mask=self.mask, pixel_values=images)
             picture, text, scale = output.image_embeds, output.text_embeds, core.logit_scale.exp()
         picture = F.normalize(picture, dim=-1)[:, None]

@@ -99,13 +99,10 @@ def main() -> None:
     arguments = flags.parse_args()
     told_of = cpu_bf16() if arguments.bf16 else f"amp {arguments.amp}, frozen weights {arguments.base}"
     header = f"{prepare(arguments)}; {told_of}, {arguments.rounds} rounds"
-    rows, raw = [], {}
-    for name in arguments.models:
-        row, raw[name] = (measure_bf16 if arguments.bf16 else measure)(name, arguments)
-        print(row, flush=True)
-        rows.append(row)
     suffix = f"{arguments.device.split(':')[0]}_{'bf16_beside_fp32' if arguments.bf16 else arguments.amp}"
-    report(f"train_step_{suffix}", header, rows, arguments.save, raw)
+    for name in arguments.models:  # a file for each, so that they can be measured one at a time
+        row, seconds = (measure_bf16 if arguments.bf16 else measure)(name, arguments)
+        report(f"train_step_{suffix}_{name}", header, [row], arguments.save, seconds)
 
 
 if __name__ == "__main__":
