@@ -3,7 +3,8 @@
     python -m tests.benchmarks.vqa_table easy_vqa --seeds 0 1 2 --output /tmp/vqa
     python -m tests.benchmarks.vqa_table daquar_small vqav2_small --modes lora
 
-DeiT-tiny and bert-nano, smaller pictures than 224 so that a run takes minutes on two cores.
+DeiT-tiny and bert-nano, smaller pictures than 224 so that a run takes minutes on two cores; easy_vqa_nano is easy_vqa
+with both bundled encoders, small enough for full fine-tuning.
 Every run is one train.py command, which is printed; a run that is there already is not made again.
 """
 
@@ -26,6 +27,7 @@ TEXT = "text.q_proj text.k_proj text.v_proj text.out_proj text.fc1 text.fc2"
 SMALL = "--fusion concat --num-answers 200 --weight-decay 0.1 --smoothing 0.1"  # against learning few pictures by heart
 COMMON = {
     "easy_vqa": f"{MODEL} --image-size 96 --batch-size 256 --epochs 24 --clip-grad 1",
+    "easy_vqa_nano": "--group-by-image --batch-size 256 --epochs 24 --clip-grad 1",
     "daquar_small": f"{MODEL} --batch-size 32 --epochs 12 --clip-grad 1 {SMALL}",
     "vqav2_small": f"{MODEL} --image-size 128 --batch-size 16 --epochs 10 --val-split 0.25",
 }
@@ -41,11 +43,14 @@ LORA = {  # where LoRA wants other flags
     "daquar_small": "--lr 3e-3 --head-lr 1e-3 --lora-r 16 --lora-alpha 32 --cache-features "
     f"--target-modules {TEXT} text.pooler.dense",
 }
+WHOLE = {"easy_vqa_nano": "--lr 7e-4 --head-lr 3e-3"}  # where full fine-tuning and scratch want other flags
 DEIT = Path("weights") / "deit_tiny_patch16_224.fp16.safetensors"
 
 
 def shared(name: str | Path) -> Path:
-    return Path(os.environ.get("MINILORA_SHARED", ROOT.parent / "shared" / "data")) / name
+    return Path(os.environ.get("MINILORA_SHARED", ROOT.parent / "shared" / "data")) / str(name).removesuffix(
+        "_nano"
+    )
 
 
 def train(name: str, mode: str, seed: int, output: Path) -> Path:
@@ -54,8 +59,12 @@ def train(name: str, mode: str, seed: int, output: Path) -> Path:
     if not (run_dir / "summary.json").is_file():
         flags, pretrained = MODES[mode]
         flags += f" {LORA[name]}" * (mode == "lora" and name in LORA)
-        words = shlex.split(f"--task vqa {COMMON[name]} {flags} --seed {seed} --weights")
-        words.append(f"vision={shared(DEIT)}" if pretrained else "none")
+        flags += f" {WHOLE.get(name, '')}" * (mode in ("scratch", "full"))
+        words = shlex.split(f"--task vqa {COMMON[name]} {flags} --seed {seed}")
+        if not pretrained:
+            words += ["--weights", "none"]
+        elif name != "easy_vqa_nano":
+            words += ["--weights", f"vision={shared(DEIT)}"]
         command = ["train.py", *words, "--data-dir", str(shared(name)), "--output", str(run_dir)]
         print("python", *command, flush=True)
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
