@@ -75,7 +75,8 @@ class FusedLoRALinear(torch.autograd.Function):
         need_x, need_dropped, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])  # (N, out)
         rows = dropped.reshape(-1, dropped.shape[-1])  # (N, in)
-        multiply = torch.matmul if torch.is_grad_enabled() else multiply_fast  # create_graph=True wants a graph
+        # create_graph=True wants a graph of the backward pass itself
+        multiply = torch.matmul if torch.is_grad_enabled() else multiply_fast
         gB = multiply(g, B).mul_(ctx.scaling)  # (N, r)
         dx = d_dropped = None
         if need_x:
