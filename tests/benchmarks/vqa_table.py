@@ -22,14 +22,15 @@ from minilora.report.vqa_metric import score_vqa
 from minilora.tasks import load_run
 
 ROOT = Path(__file__).parents[2]
-MODEL = "--model vision=vit-tiny-patch16-224 text=bert-nano --group-by-image"
+MODEL = "--model vision=vit-tiny-patch16-224 text=bert-nano"
 TEXT = "text.q_proj text.k_proj text.v_proj text.out_proj text.fc1 text.fc2"
 SMALL = "--fusion concat --num-answers 200 --weight-decay 0.1 --smoothing 0.1"  # against learning few pictures by heart
 COMMON = {
-    "easy_vqa": f"{MODEL} --image-size 96 --batch-size 256 --epochs 24 --clip-grad 1",
+    "easy_vqa": f"{MODEL} --group-by-image --image-size 96 --batch-size 256 --epochs 24 --clip-grad 1",
     "easy_vqa_nano": "--group-by-image --batch-size 256 --epochs 24 --clip-grad 1",
+    # not grouped: a batch of few pictures is a noisy step, and cached features need no grouping
     "daquar_small": f"{MODEL} --batch-size 32 --epochs 12 --clip-grad 1 {SMALL}",
-    "vqav2_small": f"{MODEL} --image-size 128 --batch-size 16 --epochs 10 --val-split 0.25",
+    "vqav2_small": f"{MODEL} --group-by-image --image-size 128 --batch-size 16 --epochs 10 --val-split 0.25",
 }
 MODES = {  # flags, and whether the towers start from weights
     "scratch": ("--mode full --lr 5e-4", False),
@@ -39,6 +40,7 @@ MODES = {  # flags, and whether the towers start from weights
 }
 LORA = {  # where LoRA wants other flags
     "easy_vqa": f"--head-lr 5e-3 --lora-r 16 --lora-alpha 32 --cache-features --target-modules {TEXT}",
+    "easy_vqa_nano": "--head-lr 5e-3 --lora-r 16 --lora-alpha 32 --target-modules all-linear",
     # chosen on a quarter of the training pictures, before the validation questions were asked
     "daquar_small": "--lr 3e-3 --head-lr 1e-3 --lora-r 16 --lora-alpha 32 --cache-features "
     f"--target-modules {TEXT} text.pooler.dense",
@@ -48,9 +50,8 @@ DEIT = Path("weights") / "deit_tiny_patch16_224.fp16.safetensors"
 
 
 def shared(name: str | Path) -> Path:
-    return Path(os.environ.get("MINILORA_SHARED", ROOT.parent / "shared" / "data")) / str(name).removesuffix(
-        "_nano"
-    )
+    root = Path(os.environ.get("MINILORA_SHARED", ROOT.parent / "shared" / "data"))
+    return root / str(name).removesuffix("_nano")
 
 
 def train(name: str, mode: str, seed: int, output: Path) -> Path:
@@ -58,7 +59,7 @@ def train(name: str, mode: str, seed: int, output: Path) -> Path:
     run_dir = output / f"{name}-{mode}-{seed}"
     if not (run_dir / "summary.json").is_file():
         flags, pretrained = MODES[mode]
-        flags += f" {LORA[name]}" * (mode == "lora" and name in LORA)
+        flags += f" {LORA.get(name, '')}" * (mode == "lora")
         flags += f" {WHOLE.get(name, '')}" * (mode in ("scratch", "full"))
         words = shlex.split(f"--task vqa {COMMON[name]} {flags} --seed {seed}")
         if not pretrained:
