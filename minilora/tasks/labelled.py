@@ -3,6 +3,7 @@
 loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + smoothing / K
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Predictions:
         return {"loss": float(-np.log(np.maximum(truth, 1e-30)).mean()), "accuracy": float(right.mean())}
 
 
-class Labelled:
+class Labelled(ABC):
     """The larger half of a task; base.Task says what each method is for.
 
     A task adds its data, and says how the model answers: `logits`, `predict`, `loader` and `encoded`.
@@ -56,21 +57,21 @@ class Labelled:
     data: dict  # {"train": data set, ...}
     features: dict[str, dict[str, Tensor]]  # of each part, once they are computed
 
+    @abstractmethod
     def logits(self, model: nn.Module, batch: dict) -> Tensor:
         """(B, K) for a batch, or for its features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, model: nn.Module, loader: Iterable[dict]) -> Predictions:
         """The answers to every row of `loader`, in its order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
         """The collated batches of a part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoded(self, batch: dict) -> dict[str, Tensor]:
         """What the frozen encoders say of a batch: {name: (B, ...) features}, on any device."""
-        raise NotImplementedError
 
     def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
         size = times * self.config.batch_size
