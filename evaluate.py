@@ -17,23 +17,23 @@ from pathlib import Path
 
 import torch
 
-from minilora import cli
 from minilora.adapter import export_adapter
 from minilora.atomic import atomic_write, write_json, write_png
-from minilora.config import Parser
+from minilora.commands.compression import check_pruning, compression_report
+from minilora.commands.results import attention_figures, report_data, run_row
 from minilora.errors import UserError
-from minilora.evaluate_checks import check
-from minilora.flags import Config
-from minilora.flags_evaluate import EvalConfig
 from minilora.inject import merge_lora
 from minilora.report.page import write_report
 from minilora.report.spectrum import format_spectrum, full_updates, lora_updates, spectrum, spectrum_figure
 from minilora.report.tables import comparison_table
 from minilora.report.vqa_metric import write_results as write_vqa_results
+from minilora.settings import exit_codes as cli
+from minilora.settings.checks_evaluate import check
+from minilora.settings.flags import Config
+from minilora.settings.flags_evaluate import EvalConfig
+from minilora.settings.parse import Parser
 from minilora.tasks import load_run, run_module
 from minilora.tasks.base import choose_device
-from minilora.tasks.compression import check_pruning, compression_report
-from minilora.tasks.results import attention_figures, report_data, run_row
 from minilora.tasks.run import Evaluation, Run, latency
 from reference_models import ModelError, save_pretrained
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from minilora import cli
-from minilora.config import parse_args
+from minilora.commands.dryrun import describe_plan
+from minilora.commands.listing import print_lists
+from minilora.commands.results import method_line, next_commands, result_line, write_results
 from minilora.errors import UserError
-from minilora.flags import Config
 from minilora.inject import count_parameters
-from minilora.rundir import continued, open_run_dir
+from minilora.settings import exit_codes as cli
+from minilora.settings.flags import Config
+from minilora.settings.parse import parse_args
 from minilora.tasks import build_task
 from minilora.tasks.base import Task, choose_amp, choose_device
-from minilora.tasks.dryrun import describe_plan
-from minilora.tasks.listing import print_lists
-from minilora.tasks.results import method_line, next_commands, result_line, write_results
+from minilora.tasks.rundir import continued, open_run_dir
 from minilora.training import distributed
 from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer, TrainOptions

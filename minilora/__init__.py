@@ -5,15 +5,16 @@
 The house, from the inside out:
 
 lora, fused, inject, adapter    the layer, its arithmetic, into a model and out again, its files: read these four first
-targets, config_checks          which layers a name means, which values make sense        gemm  a faster float32 product
-peft_format, foreign            PEFT's files, other libraries' names
-flags, values, config           command line and TOML; evaluate_checks: which flags go together
-rundir, atomic, errors, cli     run directories, files written whole, one line for each mistake
+targets, lora_config            which layers a name means, which values make sense
+atomic, errors                  files written whole, one line for each mistake
+lessons                         small programs to learn from              speed    faster forms of the same sums
+formats                         adapter files of PEFT and others          settings command line, recipes, TOML
+commands                        what one types besides train.py and evaluate.py
 training                        the loop             data     pictures and questions
 report                          figures and pages    compress distillation and pruning
 tasks                           where models and data meet; train.py and evaluate.py stand on it
 
-The names are looked up when they are first used, so that `python -m minilora.lora` imports each module once.
+The names are looked up when they are first used: `import minilora` alone imports no torch.
 """
 
 import importlib

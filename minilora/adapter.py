@@ -10,7 +10,7 @@ A tensor's name is "base_model.model." + the parameter's name in the model:
     ....q_proj.lora_magnitude_vector (out,), ....q_proj.base_layer.bias       with use_dora, with
     bias="lora_only"
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. Names of other libraries:
-minilora/foreign.py.
+minilora/formats/foreign.py.
 """
 
 import copy
@@ -22,8 +22,8 @@ from torch import nn
 
 from minilora.atomic import atomic_write, write_json, write_safetensors
 from minilora.errors import UserError
+from minilora.formats.peft import PREFIX, adapter_config, read_adapter
 from minilora.inject import LoRAConfig, inject_lora, lora_layers, lora_state_dict
-from minilora.peft_format import PREFIX, adapter_config, read_adapter
 from minilora.targets import below, ends
 
 __all__ = ["atomic_write", "export_adapter", "load_adapter", "save_adapter", "write_safetensors"]
@@ -56,7 +56,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     directory = Path(directory)
     config, tensors = read_adapter(directory)
     if unknown := [name for name in tensors if not _has_place(model, name)]:
-        from minilora.foreign import adapter_to_ours  # names of transformers, timm: only when they are met
+        from minilora.formats.foreign import (
+            adapter_to_ours,  # names of transformers, timm: only when they are met
+        )
 
         config, tensors = adapter_to_ours(model, config, tensors, unknown, str(directory))
     config = replace(config, modules_to_save=_present(model, config.modules_to_save, tensors))
@@ -74,9 +76,9 @@ def export_adapter(model: nn.Module, directory: str | Path, layout: str = "trans
     """Write the adapter with the names of another library, for `PeftModel.from_pretrained` on its model.
 
     layout: one of the model's, such as "transformers5", "transformers4", "timm". Returns the directory. Raises
-    UserError for a layout without a place for something that was trained. See minilora/foreign.py.
+    UserError for a layout without a place for something that was trained. See minilora/formats/foreign.py.
     """
-    from minilora.foreign import export_adapter as export
+    from minilora.formats.foreign import export_adapter as export
 
     return export(model, Path(directory), layout)
 

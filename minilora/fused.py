@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minilora.gemm import product
+from minilora.speed.gemm import product
 
 enabled = True  # False: always the readable form. torch.compile also takes that one and fuses it by itself.
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minilora.config_checks import check_values
 from minilora.errors import UserError
 from minilora.lora import InputDropout, LoRALinear
+from minilora.lora_config import check_values
 from minilora.targets import below, find_targets, from_pattern, saved_modules
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)

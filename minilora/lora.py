@@ -23,10 +23,11 @@ W has 768 * 768 = 589,824 entries, A and B together 8 * (768 + 768) = 12,288, wh
 
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024, arXiv:2402.09353.
-A worked example with numbers to follow by hand: `python -m minilora.lora`.
+A worked example with numbers to follow by hand: `python -m minilora.lessons.equation`.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +202,4 @@ class LoRALinear(nn.Module):
 
 
 if __name__ == "__main__":
-    from minilora.worked_example import table
-
-    print(table())
+    sys.exit("the worked example is now: python -m minilora.lessons.equation")

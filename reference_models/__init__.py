@@ -29,7 +29,9 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):  # looked up at first use, so that `python -m reference_models.names` imports once
+def __getattr__(
+    name: str,
+):  # looked up at first use, so that `python -m reference_models.files.names` imports once
     if name not in _HOME:
         raise AttributeError(f"module 'reference_models' has no attribute {name!r}")
     return getattr(importlib.import_module(f"reference_models.{_HOME[name]}"), name)

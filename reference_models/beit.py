@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reference_models.files.names import Entry
 from reference_models.layers import (
     MLP,
     Attention,
@@ -23,7 +24,6 @@ from reference_models.layers import (
     run_blocks,
     take_rows,
 )
-from reference_models.names import Entry
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,6 @@ class Beit(Classifier):
         return self.encode(x, last_rows=0 if self.pooled_last_block else None)[:, 0]
 
     def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.beit_files import key_table
+        from reference_models.files.beit import key_table
 
         return key_table(self.config, layout)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reference_models.errors import ModelError
+from reference_models.files.names import Entry, linear, rename
 from reference_models.layers import (
     MLP,
     Attention,
@@ -21,7 +22,6 @@ from reference_models.layers import (
     run_blocks,
     take_rows,
 )
-from reference_models.names import Entry, linear, rename
 
 #             vocabulary positions width depth heads hidden
 SIZES = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reference_models.files.names import Entry
 from reference_models.layers import (
     Block,
     PatchEmbed,
@@ -22,7 +23,6 @@ from reference_models.layers import (
     run_blocks,
     take_rows,
 )
-from reference_models.names import Entry
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,6 @@ class CLIP(nn.Module):
         return self.vision.attention_maps(images)
 
     def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.clip_files import key_table
+        from reference_models.files.clip import key_table
 
         return key_table(self.config, layout)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reference_models.errors import ModelError
-from reference_models.names import Entry
+from reference_models.files.names import Entry
 
 DEFAULTS = {
     "concat": {"hidden": 128, "inner": 0, "dropout": 0.0},

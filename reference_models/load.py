@@ -27,20 +27,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reference_models.config_check import check_config, readable
 from reference_models.errors import ModelError
-from reference_models.files import read_weights, write_model_files
-from reference_models.names import is_head, strip_wrappers, to_ours, to_theirs
-from reference_models.preprocess import preprocess_for, preprocessor_files
-from reference_models.textfiles import read_json
+from reference_models.files.config_check import check_config, readable
+from reference_models.files.names import is_head, strip_wrappers, to_ours, to_theirs
+from reference_models.files.preprocess import preprocess_for, preprocessor_files
+from reference_models.files.safetensors import read_weights, write_model_files
+from reference_models.text.textfiles import read_json
 
 FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "student")
 MODULES = {
-    "vit": "vit_files",
-    "beit": "beit_files",
-    "swin": "swin_files",
-    "swinv2": "swinv2_files",
-    "clip": "clip_files",
+    "vit": "files.vit",
+    "beit": "files.beit",
+    "swin": "files.swin",
+    "swinv2": "files.swinv2",
+    "clip": "files.clip",
 }  # vit.py itself is the model alone, a chapter to read
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
 
@@ -188,7 +188,7 @@ def _make(config) -> nn.Module:
 
 def _resolve(source: str | Path) -> Path:
     if str(source).startswith("hf:"):
-        from reference_models.hub import resolve
+        from reference_models.files.hub import resolve
 
         return resolve(str(source))
     path = Path(source)

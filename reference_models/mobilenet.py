@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import MobileNetV2
 
+from reference_models.files.names import Entry, linear, rename
 from reference_models.layers import init_weights
-from reference_models.names import Entry, linear, rename
 
 # layers of each stage, its stride and where its blocks widen first: the order of timm's blocks.{stage}.{block}
 STAGES = (1, 2, 3, 4, 3, 3, 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from reference_models.files.names import Entry
 from reference_models.layers import (
     MLP,
     Attention,
@@ -24,7 +25,6 @@ from reference_models.layers import (
     init_weights,
     relative_index,
 )
-from reference_models.names import Entry
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,6 @@ class SwinTransformer(Classifier):
         return self.forward_features(x).mean(1)
 
     def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.swin_files import key_table
+        from reference_models.files.swin import key_table
 
         return key_table(self.config, layout)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reference_models.files.names import Entry
 from reference_models.layers import Attention, relative_index
-from reference_models.names import Entry
 from reference_models.swin import PatchMerging, SwinBlock, SwinConfig, SwinTransformer
 
 
@@ -108,6 +108,6 @@ class SwinTransformerV2(SwinTransformer):
     block, merging = SwinV2Block, PatchMergingV2
 
     def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.swinv2_files import key_table
+        from reference_models.files.swinv2 import key_table
 
         return key_table(self.config, layout)

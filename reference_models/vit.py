@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from reference_models.files.names import Entry
 from reference_models.layers import (
     Block,
     PatchEmbed,
@@ -17,7 +18,6 @@ from reference_models.layers import (
     init_weights,
     run_blocks,
 )
-from reference_models.names import Entry
 
 #             width depth heads hidden
 SIZES = {
@@ -127,6 +127,6 @@ class VisionTransformer(nn.Module):
         return collect_attention_maps(self, lambda: self.forward_features(x))
 
     def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.vit_files import key_table
+        from reference_models.files.vit import key_table
 
         return key_table(self.config, layout)

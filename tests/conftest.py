@@ -30,8 +30,8 @@ def seeded():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub in small, to which `hf:` leads, with an empty cache."""
-    from reference_models import download as download_module
-    from tests.hub_server import Hub
+    from reference_models.files import download as download_module
+    from tests.support.hub_server import Hub
 
     server = Hub()
     monkeypatch.setattr(download_module, "WAIT", 0)

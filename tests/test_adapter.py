@@ -12,7 +12,7 @@ from torch import nn
 from minilora import LoRAConfig, inject_lora, load_adapter, save_adapter
 from minilora.errors import UserError
 from minilora.inject import lora_state_dict
-from tests.helpers import adapted, randomise_trained, same_bits, snapshot, tiny_vit
+from tests.support.helpers import adapted, randomise_trained, same_bits, snapshot, tiny_vit
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

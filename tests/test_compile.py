@@ -5,9 +5,9 @@ import torch
 
 from minilora.errors import RunError
 from minilora.training.trainer import Trainer, TrainOptions
-from tests.cli_data import QUICK, program
-from tests.lora_steps import Step, gradients
-from tests.toy_task import ToyTask
+from tests.support.cli_data import QUICK, program
+from tests.support.lora_steps import Step, gradients
+from tests.support.toy_task import ToyTask
 
 
 def compiled_gradients(name: str, backend: str) -> dict[str, torch.Tensor]:

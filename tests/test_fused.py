@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilora import LoRAConfig, LoRALinear, inject_lora
-from tests.helpers import (
+from tests.support.helpers import (
     SHAPES,
     TOLERANCE,
     TwoReaders,

@@ -14,7 +14,7 @@ from minilora import LoRAConfig, LoRALinear, count_parameters, disable_lora, inj
 from minilora.errors import UserError
 from minilora.inject import cast_frozen, lora_layers, lora_state_dict
 from reference_models import create_model
-from tests.helpers import adapted, randomise_trained, same_bits, snapshot, tiny_vit, train_steps
+from tests.support.helpers import adapted, randomise_trained, same_bits, snapshot, tiny_vit, train_steps
 
 ALL = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 

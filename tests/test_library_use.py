@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from minilora import LoRAConfig, count_parameters, inject_lora, load_adapter, merge_lora, save_adapter
-from tests.helpers import adapted, logits_of, same_bits, snapshot, train_steps
+from tests.support.helpers import adapted, logits_of, same_bits, snapshot, train_steps
 
 
 def torchvision_vit():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora import LoRAConfig, LoRALinear, inject_lora, merge_lora
 from minilora.inject import lora_layers
-from tests.helpers import (
+from tests.support.helpers import (
     SHAPES,
     TOLERANCE,
     TwoReaders,
@@ -352,7 +352,7 @@ def test_training_with_lora_lowers_the_loss_and_merging_keeps_what_was_learned()
 
 
 def test_worked_example_by_hand_equals_the_code_digit_by_digit():
-    from minilora.worked_example import by_code, by_hand, working
+    from minilora.lessons.equation import by_code, by_hand, working
 
     hand, code = by_hand(), by_code()
     assert hand == code
@@ -361,7 +361,9 @@ def test_worked_example_by_hand_equals_the_code_digit_by_digit():
 
 
 def test_worked_example_prints_from_the_command_line():
-    done = subprocess.run([sys.executable, "-m", "minilora.lora"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "minilora.lessons.equation"], capture_output=True, text=True, check=True
+    )
     assert "agree in every digit" in done.stdout and "DIFFER" not in done.stdout
     assert "0.5*2 + -1*1 + 1.5*1" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100 and not done.stderr

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from reference_models.load import bundled_weights
-from tests.cli_data import ROOT, program, write_photos
+from tests.support.cli_data import ROOT, program, write_photos
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
     line.partition("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
 ]
-SHARDS = "python -m minilora.data.shards"
+SHARDS = "python -m minilora.commands.shards"
 STARTS = ("python train.py", "python evaluate.py", SHARDS)
 PROGRAMS = [command for command in COMMANDS if command.startswith(STARTS)]
 DOWNLOADS = ("hf:", "--recipe")  # what needs the network is only read by the parser
@@ -61,9 +61,9 @@ def test_links_lead_to_files():
 
 
 def test_every_flag_in_the_readme_exists():
-    from minilora.config import Parser, train_parser
-    from minilora.flags_evaluate import EvalConfig
-    from minilora.tasks.shards import ShardConfig
+    from minilora.commands.shards import ShardConfig
+    from minilora.settings.flags_evaluate import EvalConfig
+    from minilora.settings.parse import Parser, train_parser
 
     known = train_parser().format_help() + Parser(EvalConfig, "evaluate.py", "", "").format_help()
     known += Parser(ShardConfig, SHARDS, "", "").format_help()
@@ -76,7 +76,7 @@ def test_every_flag_in_the_readme_exists():
 def workplace(tmp_path_factory):
     """A folder as the README's reader has it: pictures and weights under the names that the commands use."""
     if bundled_weights("vit-nano-patch8-48") is None:
-        pytest.fail("the bundled nano weights are missing: run python -m minilora.pretrain vit-nano")
+        pytest.fail("the bundled nano weights are missing: run python -m minilora.commands.pretrain vit-nano")
     place = tmp_path_factory.mktemp("reader")
     write_photos(place / "photos")
     write_photos(place / "more_photos")
@@ -89,7 +89,7 @@ def workplace(tmp_path_factory):
 
 def test_the_commands_run_as_they_are_written(workplace, monkeypatch, tmp_path):
     """In their order, in one folder, with few steps; `vit-tiny` stands for itself with weights made on the spot."""
-    from minilora.tasks.shards import main as write_shards
+    from minilora.commands.shards import main as write_shards
     from reference_models import create_model, save_pretrained
 
     saved = save_pretrained(create_model("vit-tiny-patch16-224", num_classes=5), tmp_path / "tiny")

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from minilora import fused, gemm
-from minilora.tasks import choice
+from minilora import fused
+from minilora.speed import gemm
+from minilora.tasks.choice import task as choice
 from reference_models import layers
-from tests.lora_steps import train
+from tests.support.lora_steps import train
 
 SWITCHES = {
     "fused product": lambda patch, step: patch.setattr(fused, "enabled", False),

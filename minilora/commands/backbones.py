@@ -1,6 +1,6 @@
 """A table of backbones: train each of a list, with LoRA or in full, with or without augmentation, side by side.
 
-    python -m minilora.tasks.backbones --models vit-tiny-patch16-224 swin-tiny-patch4-window7-224 --weights none \\
+    python -m minilora.commands.backbones --models vit-tiny-patch16-224 swin-tiny-patch4-window7-224 --weights none \\
         --modes lora full --augment none basic --data-dir photos --output backbones --epochs 3
 
 The other flags are train.py's. Each combination is a run of train.py in a process of its own, so that its peak of
@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora import cli
 from minilora.atomic import atomic_write
-from minilora.config import Parser, check, read_recipe, read_toml, to_toml
+from minilora.commands.results import summary_row
 from minilora.errors import UserError
-from minilora.flags import Config, flag, rules
 from minilora.report.tables import BACKBONES, RunRow, comparison_table
-from minilora.rundir import differences
-from minilora.tasks import base, classify
-from minilora.tasks.results import summary_row
+from minilora.settings import exit_codes as cli
+from minilora.settings.flags import Config, flag, rules
+from minilora.settings.parse import Parser, check, read_recipe, read_toml, to_toml
+from minilora.settings.values import convert, option
+from minilora.tasks import base
+from minilora.tasks.classify import task as classify
+from minilora.tasks.rundir import differences
 from minilora.tasks.runfiles import read_summary
-from minilora.values import convert, option
 from reference_models import ModelError
 from reference_models.load import config_for
 
@@ -88,7 +89,7 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
     """
     parser = Parser(
         Sweep,
-        "python -m minilora.tasks.backbones",
+        "python -m minilora.commands.backbones",
         "--models NAME ... --output DIR [flags of train.py]",
         __doc__.partition("\n")[0],
     )

@@ -18,13 +18,13 @@ from minilora.compress.measure import median_seconds, model_size
 from minilora.compress.prune import Pruner, scope_tensors
 from minilora.compress.structured import check_units, remove_mlp_units
 from minilora.errors import UserError
-from minilora.flags import DEFAULT_LR
 from minilora.inject import LoRAConfig, inject_lora, merge_lora
 from minilora.report.tables import text_table
+from minilora.settings.flags import DEFAULT_LR
+from minilora.settings.values import option
 from minilora.tasks import base, build_task
 from minilora.tasks.run import Run
 from minilora.training.trainer import to_device
-from minilora.values import option
 
 UNITS = "units"
 LATENCY_BATCHES = (1, 64)

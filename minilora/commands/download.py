@@ -1,8 +1,8 @@
 """Fetch and unpack the public data sets of the recipes.
 
-    python -m minilora.data.download imagewoof DIR      # 0.3 GB, class folders
-    python -m minilora.data.download vqa2 DIR           # 20 GB, questions, answers and COCO pictures
-    python -m minilora.data.download visual7w DIR       # 1.8 GB, questions and pictures
+    python -m minilora.commands.download imagewoof DIR      # 0.3 GB, class folders
+    python -m minilora.commands.download vqa2 DIR           # 20 GB, questions, answers and COCO pictures
+    python -m minilora.commands.download visual7w DIR       # 1.8 GB, questions and pictures
 
 An archive is downloaded beside its final place, compared with the size and checksum that are known of it, looked
 through for members that would land outside DIR (nothing is unpacked then), unpacked and removed. What is complete is
@@ -200,7 +200,7 @@ def _count_pictures(folder: Path, expected: int | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m minilora.data.download", description="Fetch and unpack a public data set."
+        prog="python -m minilora.commands.download", description="Fetch and unpack a public data set."
     )
     parser.add_argument("name", choices=sorted(SETS), help="the data set")
     parser.add_argument("directory", metavar="DIR", help="folder to unpack into; it is made if it is missing")

@@ -6,8 +6,8 @@ import textwrap
 import torch
 from torch import nn
 
-from minilora.config import recipes
 from minilora.report.tables import text_table
+from minilora.settings.parse import recipes
 from reference_models import create_model, list_models
 from reference_models.load import bundled_weights, config_for
 

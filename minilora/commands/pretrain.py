@@ -1,7 +1,7 @@
 """Make the bundled nano weights: small models trained from nothing on the procedural source tasks.
 
-    python -m minilora.pretrain vit-nano                 # the official weights, some minutes on two cores
-    python -m minilora.pretrain vit-nano --steps 20 --output /tmp/nano      # a quick look
+    python -m minilora.commands.pretrain vit-nano                 # the official weights, some minutes on two cores
+    python -m minilora.commands.pretrain vit-nano --steps 20 --output /tmp/nano      # a quick look
 
 Each model is one function below; what they share is the loop `fit`. Source tasks differ from the demonstrations'
 (other shapes, other colours), so that fine-tuning has something to adapt.
@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import atomic_write
-from minilora.data.captions import Captions, caption_vocabulary
-from minilora.data.loader import collate, in_order, mix, seeded_cpu
-from minilora.data.sentences import Sentences, vocabulary_texts
-from minilora.data.shapes import ShapesSplit, task_classes
-from minilora.data.transforms import Normalise
+from minilora.data.generated.captions import Captions, caption_vocabulary
+from minilora.data.generated.sentences import Sentences, vocabulary_texts
+from minilora.data.generated.shapes import ShapesSplit, task_classes
+from minilora.data.pictures.loader import collate, in_order, mix, seeded_cpu
+from minilora.data.pictures.transforms import Normalise
 from reference_models import create_model, load_pretrained, save_pretrained
 from reference_models.load import bundled_weights
-from reference_models.tokenizers import WordPieceTokenizer, build_wordpiece_vocab
+from reference_models.text.tokenizers import WordPieceTokenizer, build_wordpiece_vocab
 
-WEIGHTS = Path(__file__).parents[1] / "reference_models" / "weights"
+WEIGHTS = Path(__file__).parents[2] / "reference_models" / "weights"
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,9 @@ def pretrain(name: str, output: Path | None = None, steps: int | None = None) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m minilora.commands.pretrain", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("name", choices=sorted(RECIPES), help="the model to make")
     parser.add_argument(
         "--output", type=Path, help="folder to write to (default: where the bundled weights lie)"

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 from minilora.atomic import write_png
-from minilora.flags import Config, rules
-from minilora.flags_evaluate import EvalConfig
 from minilora.inject import count_parameters
 from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
 from minilora.report.page import Figure, ReportData, collect_versions, parameter_rows, write_report
 from minilora.report.tables import RunRow, group_key
-from minilora.rundir import size_mb, write_summary
+from minilora.settings.flags import Config, rules
+from minilora.settings.flags_evaluate import EvalConfig
 from minilora.tasks import load_run
 from minilora.tasks.base import Task, weights_sha256
 from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
+from minilora.tasks.rundir import size_mb, write_summary
 from minilora.training.progress import finite_or_none
 from minilora.training.trainer import TrainOptions
 

@@ -1,14 +1,17 @@
-"""The command `python -m minilora.data.shards SRC DST`: pictures (and questions) for a model, prepared once."""
+"""The command `python -m minilora.commands.shards SRC DST`: pictures (and questions) for a model, prepared once."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from minilora.config import Parser
-from minilora.data.vqa2 import has_questions
+from minilora.data.questions.vqa2 import has_questions
 from minilora.errors import UserError
-from minilora.flags import Config, flag
+from minilora.settings.exit_codes import run
+from minilora.settings.flags import Config, flag
+from minilora.settings.parse import Parser
 from minilora.tasks import base
+from reference_models import ModelError
 
 USED = ("task", "model", "weights", "tokenizer", "data_format", "val_split", "split_by", "subset", "seed")
 USED += ("bad_data", "image_size", "max_length")  # the flags of train.py that shards depend on
@@ -41,7 +44,7 @@ ShardConfig = dataclasses.make_dataclass(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(ShardConfig, "python -m minilora.data.shards", "SRC DST [flags]", __doc__)
+    parser = Parser(ShardConfig, "python -m minilora.commands.shards", "SRC DST [flags]", __doc__)
     parser.add_argument(
         "source",
         metavar="SRC",
@@ -72,8 +75,8 @@ def made_of(config: Config, *names: str) -> dict[str, Any]:
 
 def write_pictures(config: Config, target: str, shard_mb: float, wide: int | None) -> dict:
     """Classification: the pictures in the size of --model; returns the index."""
-    from minilora.data.picture_shards import write_picture_shards
-    from minilora.tasks.classify import DEFAULT_MODEL, open_data
+    from minilora.data.shards.pictures import write_picture_shards
+    from minilora.tasks.classify.task import DEFAULT_MODEL, open_data
 
     base.resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
@@ -87,8 +90,8 @@ def write_pictures(config: Config, target: str, shard_mb: float, wide: int | Non
 
 def write_questions(config: Config, target: str, shard_mb: float, wide: None) -> dict:
     """VQA: pictures and token ids for the two towers of --model; returns the index."""
-    from minilora.data.shards import write_shards
-    from minilora.tasks.vqa_shards import prepare
+    from minilora.data.shards.questions import write_shards
+    from minilora.tasks.vqa.shards import prepare
 
     if wide is not None:
         raise UserError("--wide does not apply to --task vqa; it belongs to --task classify")
@@ -97,3 +100,7 @@ def write_questions(config: Config, target: str, shard_mb: float, wide: None) ->
     index = write_shards(target, splits.parts, preprocess, tokens, made, shard_mb, config.bad_data)
     tokenizer.save(target)
     return index
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, (UserError, ModelError)))

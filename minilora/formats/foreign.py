@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from minilora.atomic import write_json, write_safetensors
 from minilora.errors import UserError
+from minilora.formats.peft import PREFIX, adapter_config
 from minilora.inject import LoRAConfig, lora_layers, lora_state_dict
 from minilora.lora import LoRALinear
-from minilora.peft_format import PREFIX, adapter_config
 
 
 class Layer(NamedTuple):

@@ -1,4 +1,6 @@
-"""One LoRA step on a 3x3 layer, every product written out, by hand and by the code: `python -m minilora.lora`.
+"""One LoRA step on a 3x3 layer, every product written out, by hand and by the code.
+
+    python -m minilora.lessons.equation
 
     y = W x + s B A x,  r = 1, lora_alpha = 2, so s = 2;   loss L = |y - t|^2 / 2,  so dL/dy = y - t
 
@@ -115,3 +117,7 @@ def table() -> str:
     return "\n".join(
         [*lines, "", f"Hand and code {verdict}. The step takes the loss from {before:g} to {after:g}."]
     )
+
+
+if __name__ == "__main__":
+    print(table())

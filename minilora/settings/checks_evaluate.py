@@ -4,10 +4,10 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from minilora.config import check_device
 from minilora.errors import UserError
-from minilora.flags_evaluate import EvalConfig
-from minilora.values import option
+from minilora.settings.flags_evaluate import EvalConfig
+from minilora.settings.parse import check_device
+from minilora.settings.values import option
 
 MACHINE = {"device", "amp", "batch_size", "workers"}  # how it is computed, not what
 BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt"}  # of a base model; a run knows its own

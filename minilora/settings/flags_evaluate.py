@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.flags import AMP, FORMATS, LAYOUTS, TASKS, flag
+from minilora.settings.flags import AMP, FORMATS, LAYOUTS, TASKS, flag
 
 D, O, C, P, X, B = "data", "output", "compression", "one picture", "export", "a base model, without a run"
 

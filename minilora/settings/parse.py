@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.flags import TASKS, Config, Rule, rules
-from minilora.values import close_match, convert, option
+from minilora.settings.flags import TASKS, Config, Rule, rules
+from minilora.settings.values import close_match, convert, option
 
 RECIPES = Path(__file__).parent / "recipes"
 BASE = "base"  # a table of config.toml that is no flag: the base weights with their sha256

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.flags import Rule
+from minilora.settings.flags import Rule
 
 TOWERS = ("vision", "text")
 VERBATIM = ("image", "choices")  # files and texts may hold commas

@@ -19,18 +19,18 @@ import importlib.util
 from pathlib import Path
 
 from minilora.errors import UserError
-from minilora.flags import TASKS, Config
+from minilora.settings.flags import TASKS, Config
 
 __all__ = ["TASKS", "build_task", "load_run"]
 
 
 def run_module(task: str):
     """The module that uses the runs of a task."""
-    return _module(f"{task}_run", task)
+    return _module(f"{task}.run", task)
 
 
 def _module(name: str, task: str):
-    if importlib.util.find_spec(f"minilora.tasks.{name}") is None:
+    if importlib.util.find_spec(f"minilora.tasks.{task}") is None:
         raise UserError(f"--task {task} is not part of this version of minilora")
     return importlib.import_module(f"minilora.tasks.{name}")
 
@@ -40,7 +40,7 @@ def build_task(config: Config, device: str = "cpu", taught: bool = True):
 
     taught: False takes the classes and the tokens of --teacher, but asks it nothing.
     """
-    task = _module(config.task, config.task).build(config, device)
+    task = _module(f"{config.task}.task", config.task).build(config, device)
     if config.teacher and taught:
         from minilora.tasks.teacher import Teacher
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from minilora.adapter import load_adapter
 from minilora.atomic import write_json
 from minilora.errors import UserError
-from minilora.flags import DEFAULT_LR, DEFAULT_TARGETS, Config
-from minilora.gemm import speed_up
 from minilora.inject import LoRAConfig, cast_frozen, inject_lora, mark_only_lora_as_trainable, merge_lora
-from minilora.values import option
+from minilora.settings.flags import DEFAULT_LR, DEFAULT_TARGETS, Config
+from minilora.settings.values import option
+from minilora.speed.gemm import speed_up
 from reference_models import load_pretrained
 from reference_models.load import bundled_weights, config_for
 
@@ -171,7 +171,7 @@ def find_weights(model: str, weights: str | None) -> str | Path | None:
 def weights_sha256(source: str | Path) -> str:
     """sha256 of a weight file, or of the sha256s of the weight files in a folder."""
     if str(source).startswith("hf:"):
-        from reference_models.hub import resolve as download
+        from reference_models.files.hub import resolve as download
 
         source = download(str(source))
     path = Path(source)

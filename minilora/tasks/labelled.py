@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minilora.data.loader import epoch_order, in_order, train_keys
-from minilora.flags import Config
+from minilora.data.pictures.loader import epoch_order, in_order, train_keys
+from minilora.settings.flags import Config
 from minilora.tasks import base
 from minilora.tasks.teacher import Teacher
 from minilora.training import distributed

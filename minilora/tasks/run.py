@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from minilora.adapter import load_adapter
-from minilora.config import read_run_config
 from minilora.errors import UserError
-from minilora.flags import Config
 from minilora.report.samples import Example
+from minilora.settings.flags import Config
+from minilora.settings.parse import read_run_config
 from minilora.tasks import base, run_module
 from minilora.tasks.runfiles import check_weight_file, read_summary
 from reference_models import load_pretrained

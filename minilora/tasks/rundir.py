@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora.atomic import atomic_write, write_json
-from minilora.config import NOT_SAVED, read_run_config, read_toml, to_toml
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
+from minilora.settings.parse import NOT_SAVED, read_run_config, read_toml, to_toml
+from minilora.settings.values import option
 from minilora.training.checkpoint import step_of
-from minilora.values import option
 
 ROOT = Path("runs")
 FREE = {

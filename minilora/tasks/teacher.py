@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minilora.compress.distill import distillation_loss
-from minilora.config import read_run_config
-from minilora.data.loader import in_order
+from minilora.data.pictures.loader import in_order
 from minilora.errors import UserError
-from minilora.flags import Config
 from minilora.inject import merge_lora
+from minilora.settings.flags import Config
+from minilora.settings.parse import read_run_config
 from minilora.tasks import base
 from minilora.tasks.run import open_run
 from minilora.tasks.runfiles import read_labels

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_models.beit import Beit, BeitConfig
-from reference_models.family_files import (
+from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.shared import (
     BLOCK,
     ENCODER_ARGUMENTS,
     ENCODER_FIELDS,
@@ -21,7 +22,6 @@ from reference_models.family_files import (
     with_timm_arguments,
     write_fields,
 )
-from reference_models.names import Entry, fused, linear, rename
 
 build = Beit
 layouts = {"transformers4": ("beit.",), "transformers5": ("beit.",), "timm": ("",)}

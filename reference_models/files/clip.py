@@ -7,8 +7,8 @@ from torch import Tensor
 
 from reference_models.clip import CLIP, CLIPConfig
 from reference_models.errors import ModelError
-from reference_models.family_files import adapt_positions
-from reference_models.names import Entry, fused, linear, rename
+from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.shared import adapt_positions
 
 build = CLIP
 layouts = {"transformers4": ("",), "transformers5": ("",), "open_clip": ("",)}

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from reference_models.download import Declared, NotFound, download
 from reference_models.errors import ModelError
-from reference_models.textfiles import read_json, write_atomic
+from reference_models.files.download import Declared, NotFound, download
+from reference_models.text.textfiles import read_json, write_atomic
 
 PREFIX = "hf:"
 MANIFEST = ".minilora.json"

@@ -121,9 +121,3 @@ def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(key.startswith(wrapper) for key in state if not is_head(key)):
             state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
     return state
-
-
-if __name__ == "__main__":
-    from reference_models.rename_adapter import main
-
-    main()

@@ -12,7 +12,7 @@ Read from preprocessor_config.json (transformers), pretrained_cfg (timm's config
 from pathlib import Path
 
 from reference_models.errors import ModelError
-from reference_models.textfiles import read_json
+from reference_models.text.textfiles import read_json
 
 PIL_MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL's numbers are the positions
 

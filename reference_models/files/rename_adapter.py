@@ -1,24 +1,22 @@
 """Rename an adapter between the module names of transformers 4 and 5, which PEFT itself refuses to load.
 
-    python -m reference_models.names convert SRC DST --layout transformers5
+    python -m minilora.commands.rename_adapter SRC DST --layout transformers5
 
 SRC and DST are directories with adapter_config.json and adapter_model.safetensors. Only names change: the tensors
 keep their bits. The names come from the families' key tables; which family an adapter belongs to is read from its
 tensors' names. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import argparse
 import functools
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from reference_models.errors import ModelError
-from reference_models.files import read_safetensors, write_safetensors
-from reference_models.textfiles import read_json, write_atomic
+from reference_models.files.safetensors import read_safetensors, write_safetensors
+from reference_models.text.textfiles import read_json, write_atomic
 
 LAYOUTS = ("transformers4", "transformers5")
 PREFIX = "base_model.model."
@@ -162,25 +160,3 @@ def _saved_modules(saved: list[str] | None, names: dict[str, str]) -> list[str] 
         same = all(new == name or new.endswith(f".{name}") for new in meant.values())
         result += [name] if same else sorted(meant.values())
     return result or saved
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m reference_models.names", description=__doc__.split("\n")[0]
-    )
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "convert", help="rename the tensors of an adapter"
-    )
-    command.add_argument("source", metavar="SRC", help="directory of the adapter")
-    command.add_argument("target", metavar="DST", help="directory to write")
-    command.add_argument("--layout", required=True, help=" or ".join(LAYOUTS))
-    command.add_argument("--family", choices=families(), help="where the names fit several families")
-    args = parser.parse_args(arguments)
-    try:
-        count = convert(args.source, args.target, args.layout, args.family)
-    except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(
-        f"{args.target}: {count} tensors renamed" if count else f"{args.target}: the names were right already"
-    )

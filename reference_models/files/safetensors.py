@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reference_models.errors import ModelError
-from reference_models.preprocess import preprocess_to_json
-from reference_models.textfiles import read_json, replace_file, write_atomic
+from reference_models.files.preprocess import preprocess_to_json
+from reference_models.text.textfiles import read_json, replace_file, write_atomic
 
 NAMES = (
     "model.safetensors",

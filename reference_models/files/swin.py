@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_models.errors import ModelError
-from reference_models.family_files import (
+from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.shared import (
     BLOCK,
     NO_DROPOUT,
     adapt_positions,
@@ -18,7 +19,6 @@ from reference_models.family_files import (
     with_timm_arguments,
     write_fields,
 )
-from reference_models.names import Entry, fused, linear, rename
 from reference_models.swin import SwinConfig, SwinTransformer
 
 build = SwinTransformer

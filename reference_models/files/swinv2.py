@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from reference_models import swin_files
-from reference_models.family_files import adapt_positions, timm_name, to_timm, with_timm_arguments
-from reference_models.names import Entry, fused, linear, rename
-from reference_models.swin_files import SIZES, block, block_names, stem
+from reference_models.files import swin as swin_files
+from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.shared import adapt_positions, timm_name, to_timm, with_timm_arguments
+from reference_models.files.swin import SIZES, block, block_names, stem
 from reference_models.swinv2 import SwinTransformerV2, SwinV2Config
 
 build = SwinTransformerV2

@@ -7,7 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from reference_models.errors import ModelError
-from reference_models.family_files import (
+from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.shared import (
     BLOCK,
     ENCODER_ARGUMENTS,
     ENCODER_FIELDS,
@@ -19,7 +20,6 @@ from reference_models.family_files import (
     with_timm_arguments,
     write_fields,
 )
-from reference_models.names import Entry, fused, linear, rename
 from reference_models.vit import SIZES, VisionTransformer, ViTConfig
 
 build = VisionTransformer

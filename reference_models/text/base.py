@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from reference_models.errors import ModelError
-from reference_models.textfiles import write_atomic
+from reference_models.text.textfiles import write_atomic
 
 # Unicode's White_Space. Python's `\s` also takes U+001C..U+001F, which the reference tokenizers do not.
 WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"

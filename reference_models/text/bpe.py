@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from reference_models.errors import ModelError
-from reference_models.textfiles import write_atomic
-from reference_models.tokenizer_base import WHITE_SPACE, Tokenizer
+from reference_models.text.base import WHITE_SPACE, Tokenizer
+from reference_models.text.textfiles import write_atomic
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 MERGES = (

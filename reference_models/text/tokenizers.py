@@ -11,11 +11,11 @@ import gzip
 import zlib
 from pathlib import Path
 
-from reference_models.bpe import MERGES, WORD_END, ClipTokenizer
 from reference_models.errors import ModelError
-from reference_models.textfiles import decode_utf8, read_json, read_text
-from reference_models.tokenizer_base import Tokenizer
-from reference_models.wordpiece import WordPieceTokenizer, build_wordpiece_vocab
+from reference_models.text.base import Tokenizer
+from reference_models.text.bpe import MERGES, WORD_END, ClipTokenizer
+from reference_models.text.textfiles import decode_utf8, read_json, read_text
+from reference_models.text.wordpiece import WordPieceTokenizer, build_wordpiece_vocab
 
 __all__ = ["ClipTokenizer", "Tokenizer", "WordPieceTokenizer", "build_wordpiece_vocab", "load_tokenizer"]
 

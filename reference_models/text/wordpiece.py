@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from reference_models.errors import ModelError
-from reference_models.textfiles import write_atomic
-from reference_models.tokenizer_base import Tokenizer
+from reference_models.text.base import Tokenizer
+from reference_models.text.textfiles import write_atomic
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 # Separators that survive the cleaning; the control characters among White_Space are deleted before they separate.

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import minilora.tasks.choice as choice
-from minilora.config import parse_args
+import minilora.tasks.choice.task as choice
 from minilora.inject import count_parameters
+from minilora.settings.parse import parse_args
 from minilora.tasks import build_task
 from minilora.training.trainer import Trainer, TrainOptions
 from tests.benchmarks.common import RESULTS, interleaved, parser, prepare, ratio, report, told

@@ -16,11 +16,11 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.flags_evaluate import EvalConfig
+from minilora.commands.compression import COLUMNS, compression_cells, compression_rows, pruned_run
+from minilora.settings.flags_evaluate import EvalConfig
 from minilora.tasks import load_run
-from minilora.tasks.compression import COLUMNS, compression_cells, compression_rows, pruned_run
 from tests.benchmarks.common import parser, prepare, report
-from tests.cli_data import program
+from tests.support.cli_data import program
 
 CHOOSING_SEED = 100  # alpha and temperature are chosen with it
 train = program("train").main

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minilora.data.loader import in_order
-from minilora.data.sentences import Sentences
-from minilora.data.shards import read_shards, write_shards
-from minilora.data.vqa2 import read_vqa2
-from minilora.data.vqa_batches import Texts, VQADataset, vqa_loader
-from minilora.flags import Config
+from minilora.data.generated.sentences import Sentences
+from minilora.data.pictures.loader import in_order
+from minilora.data.questions.vqa2 import read_vqa2
+from minilora.data.questions.vqa_batches import Texts, VQADataset, vqa_loader
+from minilora.data.shards.questions import read_shards, write_shards
+from minilora.settings.flags import Config
 from minilora.tasks import build_task
-from minilora.tasks.vqa import VQA
+from minilora.tasks.vqa.task import VQA
 from reference_models.load import bundled_weights
-from tests.vqa_data import write_json
+from tests.support.vqa_data import write_json
 
 PER_PICTURE = 5.3
 

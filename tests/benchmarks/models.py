@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from minilora import fused
-from minilora.gemm import speed_up
 from minilora.inject import LoRAConfig, cast_frozen, inject_lora
+from minilora.speed.gemm import speed_up
 from reference_models import create_model, save_pretrained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

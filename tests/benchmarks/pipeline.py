@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minilora.data.picture_shards import write_picture_shards
-from minilora.flags import Config
+from minilora.data.shards.pictures import write_picture_shards
+from minilora.settings.flags import Config
 from minilora.tasks import build_task
-from minilora.tasks.classify import Classify
+from minilora.tasks.classify.task import Classify
 from minilora.training.trainer import to_device
 from tests.benchmarks.common import interleaved, parser, prepare, ratio, report, told
 from tests.benchmarks.models import SPECS, Case

@@ -13,8 +13,8 @@ import time
 import torch
 from torch.nn import functional as F
 
-from minilora.gemm import speed_up
 from minilora.inject import LoRAConfig, inject_lora
+from minilora.speed.gemm import speed_up
 from reference_models import load_pretrained
 from tests.benchmarks.common import parser, prepare, ratio, report, told
 from tests.benchmarks.real_photos import peer, weights
@@ -25,8 +25,8 @@ BATCH = 32
 
 def ours() -> float:
     """Seconds of one epoch with minilora's data set, loader and model."""
-    from minilora.data.loader import PictureDataset, epoch_order, make_loader, train_keys
-    from minilora.data.sets import load_classification
+    from minilora.data.pictures.loader import PictureDataset, epoch_order, make_loader, train_keys
+    from minilora.data.pictures.sets import load_classification
 
     model = load_pretrained("vit-tiny-patch16-224", weights(), num_classes=10)
     speed_up(inject_lora(model, LoRAConfig(8, 16, 0.05, modules_to_save=("head",))))

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minilora.data.vqa_sets import load_vqa, question_only_guess
+from minilora.data.questions.vqa_sets import load_vqa, question_only_guess
 from minilora.report.vqa_metric import score_vqa
 from minilora.tasks import load_run
 
@@ -72,7 +72,7 @@ def train(name: str, mode: str, seed: int, output: Path) -> Path:
 
 def greyed(run_dir: Path) -> float:
     """The run's score with the picture greyed out, in percent."""
-    from minilora.flags_evaluate import EvalConfig
+    from minilora.settings.flags_evaluate import EvalConfig
 
     scores = load_run(run_dir).evaluate(EvalConfig(device="cpu")).vqa["question_only"]
     return next(score for name, score in scores.items() if "greyed" in name)

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from minilora.commands import backbones
 from minilora.errors import UserError
-from minilora.tasks import backbones
 from reference_models import ModelError, create_model, save_pretrained
-from tests.cli_data import ROOT, program, write_photos
+from tests.support.cli_data import ROOT, program, write_photos
 from tests.test_readme import README
 
 VIT, BEIT, SWIN = "vit-nano-patch8-48", "beit-nano-patch8-48", "swin-nano-patch4-window6-48"
@@ -132,7 +132,7 @@ def test_a_table_file_and_a_split_of_5_percent_are_taken(tmp_path, monkeypatch, 
 
 def test_as_a_program_each_run_is_a_process_and_stdout_is_the_table_alone(photos, tmp_path):
     words = arguments(photos, tmp_path, "--models", VIT, "--modes", "linear")
-    command = [sys.executable, "-m", "minilora.tasks.backbones", *words]
+    command = [sys.executable, "-m", "minilora.commands.backbones", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 3), done.stderr
     assert done.stdout.startswith("backbone ") and "result: accuracy" in done.stderr
@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_before_any_run(words, told, tmp_path, monkeypatch
 def test_a_table_that_is_told_to_stop_tells_its_run_and_goes_on_from_there(photos, tmp_path):
     words = [*arguments(photos, tmp_path, "--models", VIT, "--modes", "linear"), "--log-interval", "1"]
     words[words.index("--max-steps") + 1] = "200"
-    command = [sys.executable, "-m", "minilora.tasks.backbones", *words, "--epochs", "400"]
+    command = [sys.executable, "-m", "minilora.commands.backbones", *words, "--epochs", "400"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "step 5/" in line:
@@ -197,7 +197,7 @@ def test_the_readmes_commands_are_tables_of_8_and_16_runs(tmp_path, monkeypatch)
     write_photos(tmp_path / "photos", train=1, val=1)
     (tmp_path / "deit_tiny.safetensors").touch()
     monkeypatch.chdir(tmp_path)
-    lines = [line for line in README.splitlines() if line.startswith("python -m minilora.tasks.backbones")]
+    lines = [line for line in README.splitlines() if line.startswith("python -m minilora.commands.backbones")]
     plans = [backbones.read_plan(shlex.split(line)[3:])[0] for line in lines]
     assert [len(plan) for plan in plans] == [8, 16]
     first = plans[0]["swin-large-patch4-window12-384-full-none"]

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from minilora.data import download
-from minilora.data.download import Archive, DataSet, fetch, main, unpack
+from minilora.commands import download
+from minilora.commands.download import Archive, DataSet, fetch, main, unpack
 from minilora.errors import RunError, UserError
 
 

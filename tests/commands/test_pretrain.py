@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from minilora.data.shapes import ShapesSplit, task_classes
-from minilora.data.transforms import Normalise
-from minilora.pretrain import RECIPES, WEIGHTS, Plan, accuracy, fit, main
+from minilora.commands.pretrain import RECIPES, WEIGHTS, Plan, accuracy, fit, main
+from minilora.data.generated.shapes import ShapesSplit, task_classes
+from minilora.data.pictures.transforms import Normalise
 from reference_models import load_pretrained
 
 

@@ -10,19 +10,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from minilora.commands import compression
+from minilora.commands.compression import pruned_run
 from minilora.compress.measure import median_seconds, model_size
 from minilora.compress.prune import Pruner, magnitude_mask, polynomial_sparsity, scope_tensors
 from minilora.compress.structured import mlp_layers, remove_mlp_units, units_kept
 from minilora.errors import RunError, UserError
-from minilora.flags_evaluate import EvalConfig
 from minilora.inject import LoRAConfig, inject_lora, merge_lora
-from minilora.tasks import compression, load_run
-from minilora.tasks.compression import pruned_run
+from minilora.settings.flags_evaluate import EvalConfig
+from minilora.tasks import load_run
 from reference_models import create_model, load_pretrained, save_pretrained
 from reference_models.load import bundled_weights
-from reference_models.tokenizers import load_tokenizer
-from tests.cli_data import QUICK, program, write_photos
-from tests.vqa_data import write_vqa
+from reference_models.text.tokenizers import load_tokenizer
+from tests.support.cli_data import QUICK, program, write_photos
+from tests.support.vqa_data import write_vqa
 
 evaluate = program("evaluate")
 

@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from minilora.data.choice_batches import ChoiceDataset, Tokens, choice_collate, collate_choices, shared_size
-from minilora.data.choices import LETTERS, load_choices
-from minilora.data.images import BadImage
-from minilora.data.loader import make_loader, train_keys
-from minilora.data.visual7w import results
+from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.loader import make_loader, train_keys
+from minilora.data.questions.choice_batches import (
+    ChoiceDataset,
+    Tokens,
+    choice_collate,
+    collate_choices,
+    shared_size,
+)
+from minilora.data.questions.choices import LETTERS, load_choices
+from minilora.data.questions.visual7w import results
 from minilora.errors import UserError
 from reference_models.clip import pack_choices
-from tests.choice_data import (
+from tests.support.choice_data import (
     HEADER,
     scpc_rows,
     visual7w,

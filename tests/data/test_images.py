@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from minilora.data.images import MAX_PIXELS, BadImage, open_image
-from minilora.data.transforms import build_transform, to_uint8
+from minilora.data.pictures.images import MAX_PIXELS, BadImage, open_image
+from minilora.data.pictures.transforms import build_transform, to_uint8
 from minilora.errors import UserError
 
 RED = (255, 0, 0)

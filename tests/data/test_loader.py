@@ -6,10 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from minilora.data.folder import Sample, Split
-from minilora.data.images import BadImage
-from minilora.data.loader import PictureDataset, collate, epoch_order, in_order, make_loader, mix, train_keys
-from minilora.data.shapes import classification_splits
+from minilora.data.generated.shapes import classification_splits
+from minilora.data.pictures.folder import Sample, Split
+from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.loader import (
+    PictureDataset,
+    collate,
+    epoch_order,
+    in_order,
+    make_loader,
+    mix,
+    train_keys,
+)
 
 PREPROCESS = {
     "image_size": 24,
@@ -100,7 +108,7 @@ def test_a_broken_picture_stops_with_its_name_or_is_marked_in_its_row(broken, wo
 
 
 def test_pictures_are_kept_while_there_is_room(broken, monkeypatch):
-    from minilora.data.loader import Pictures
+    from minilora.data.pictures.loader import Pictures
 
     opened = []
     monkeypatch.setattr(type(broken), "load", lambda split, i: opened.append(i) or Image.new("RGB", (10, 10)))

@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from minilora.data.batch_augment import Finish
-from minilora.data.images import BadImage
-from minilora.data.picture_shards import ShardSplit
-from minilora.data.shapes import ShapesSplit
+from minilora.commands.shards import main
+from minilora.data.generated.shapes import ShapesSplit
+from minilora.data.pictures.batch_augment import Finish
+from minilora.data.pictures.images import BadImage
+from minilora.data.shards.pictures import ShardSplit
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
 from minilora.tasks import build_task, load_run
-from minilora.tasks.shards import main
-from tests.cli_data import QUICK, program
+from tests.support.cli_data import QUICK, program
 
 SMALL = dict(model="vit-nano-patch8-48", weights="none", batch_size=4, device="cpu")
 TINY = ["--model", "vit-nano-patch8-48", "--weights", "none", "--shard-mb", "0.06"]  # 4 pictures in a shard
@@ -73,11 +73,11 @@ def test_plain_batches_are_those_of_the_files_bit_for_bit(source, shards):
 def test_a_model_that_cuts_the_middle_out_gets_the_bits_of_the_files_too(source, tmp_path):
     made = [task(source), None]
     shortest = made[0].preprocess | {"resize": "shortest", "resize_to": 54}
-    from minilora.data.picture_shards import read_picture_shards, write_picture_shards
+    from minilora.data.shards.pictures import read_picture_shards, write_picture_shards
 
     write_picture_shards(tmp_path / "cut", made[0].splits, shortest, 0, {}, log=lambda line: None)
     split = read_picture_shards(tmp_path / "cut").val
-    from minilora.data.transforms import build_transform
+    from minilora.data.pictures.transforms import build_transform
 
     plain = build_transform(shortest)(made[0].splits.val.load(0))
     finished = Finish(shortest, "none", torch.device("cpu")).batch({"image": split.pixels(0)[None]})
@@ -142,7 +142,7 @@ def test_a_filter_that_only_pillow_has_is_refused_with_augmentation(shards):
 
 
 def test_interrupted_writing_goes_on(source, tmp_path, monkeypatch, capsys):
-    from minilora.data import picture_shards
+    from minilora.data.shards import pictures as picture_shards
 
     target, pack, calls = tmp_path / "shards", picture_shards.pack, []
 

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 
-from minilora.data.images import BadImage
-from minilora.data.shard_files import ShardPictures
+from minilora.commands.shards import main
+from minilora.data.pictures.images import BadImage
+from minilora.data.shards.files import ShardPictures
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
 from minilora.tasks import build_task
-from minilora.tasks.shards import main
-from tests.vqa_data import write_vqa
+from tests.support.vqa_data import write_vqa
 
 SMALL = dict(task="vqa", weights="none", batch_size=8, device="cpu")
 TINY = ["--task", "vqa", "--weights", "none", "--shard-mb", "0.03"]  # 4 pictures in a shard

@@ -5,9 +5,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from minilora.data.scenes import WORLDS, Scenes, ShapesChoice, ShapesVQA, Thing, plural
-from minilora.data.sets import load_classification
-from minilora.data.shapes import (
+from minilora.data.generated.scenes import WORLDS, Scenes, ShapesChoice, ShapesVQA, Thing, plural
+from minilora.data.generated.shapes import (
     COLOURS,
     OUTLINES,
     SOURCE_COLOURS,
@@ -18,6 +17,7 @@ from minilora.data.shapes import (
     outline_mask,
     task_classes,
 )
+from minilora.data.pictures.sets import load_classification
 
 
 def test_source_and_target_share_no_shape_and_no_colour():

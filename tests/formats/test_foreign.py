@@ -16,8 +16,8 @@ from minilora import LoRAConfig, export_adapter, inject_lora, load_adapter, save
 from minilora.errors import UserError
 from minilora.inject import lora_state_dict
 from reference_models import create_model, load_pretrained, save_pretrained
-from tests.helpers import logits_of, randomise, randomise_trained, same_bits, tiny_vit
-from tests.parity import fill
+from tests.support.helpers import logits_of, randomise, randomise_trained, same_bits, tiny_vit
+from tests.support.parity import fill
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 WEIGHTS = "adapter_model.safetensors"

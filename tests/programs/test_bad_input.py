@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from minilora.errors import UserError
 from minilora.tasks import load_run
 from reference_models import ModelError, create_model, save_pretrained
-from tests.cli_data import NANO, QUICK, ROOT, program, write_photos
+from tests.support.cli_data import NANO, QUICK, ROOT, program, write_photos
 
 train, evaluate = program("train"), program("evaluate")
 MISTAKES = (UserError, ModelError)

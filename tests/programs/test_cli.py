@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from minilora.config import read_toml
 from minilora.errors import UserError
+from minilora.settings.parse import read_toml
 from minilora.tasks import load_run
-from tests.cli_data import NANO, QUICK, ROOT, program, write_photos
+from tests.support.cli_data import NANO, QUICK, ROOT, program, write_photos
 
 train, evaluate = program("train"), program("evaluate")
 FILES = {"config.toml", "adapter_config.json", "adapter_model.safetensors", "labels.json", "preprocess.json"}
@@ -237,9 +237,9 @@ def test_dry_run_says_everything_and_trains_nothing(photos, tmp_path, capsys):
 
 def test_estimated_activations_are_those_that_are_kept(photos):
     """The estimate counts two items; a whole batch keeps that many times more, within a tenth."""
-    from minilora.config import parse_args
+    from minilora.commands.dryrun import memory_estimate, saved_bytes
+    from minilora.settings.parse import parse_args
     from minilora.tasks import build_task
-    from minilora.tasks.dryrun import memory_estimate, saved_bytes
 
     config, _ = parse_args([*QUICK, "--data-dir", str(photos), "--batch-size", "12"])
     task = build_task(config)
@@ -262,9 +262,9 @@ def allocated_at_most(run) -> int:
 
 @pytest.mark.parametrize(("mode", "rel"), [("lora", 0.15), ("full", 0.15), ("linear", 0.3)])
 def test_the_estimated_memory_is_what_two_steps_allocate_at_most(photos, mode, rel):
-    from minilora.config import parse_args
+    from minilora.commands.dryrun import memory_estimate
+    from minilora.settings.parse import parse_args
     from minilora.tasks import build_task
-    from minilora.tasks.dryrun import memory_estimate
 
     config, _ = parse_args([*QUICK, "--data-dir", str(photos), "--batch-size", "12", "--mode", mode])
     task = build_task(config)

@@ -11,26 +11,26 @@ import pytest
 from PIL import Image
 
 from minilora import LoRAConfig, inject_lora, load_adapter, save_adapter
-from minilora.config import parse_args, read_run_config
-from minilora.data.choice_csv import read_choice_tables
-from minilora.data.choices import load_choices
-from minilora.data.folder import read_folders
-from minilora.data.tables import read_tables
-from minilora.data.transforms import build_transform
-from minilora.data.visual7w import read_visual7w
-from minilora.data.vqa2 import read_vqa2
+from minilora.commands.results import run_row
+from minilora.data.pictures.folder import read_folders
+from minilora.data.pictures.tables import read_tables
+from minilora.data.pictures.transforms import build_transform
+from minilora.data.questions.choice_csv import read_choice_tables
+from minilora.data.questions.choices import load_choices
+from minilora.data.questions.visual7w import read_visual7w
+from minilora.data.questions.vqa2 import read_vqa2
 from minilora.report.curves import curve, read_metrics
 from minilora.report.tables import comparison_table
+from minilora.settings.parse import parse_args, read_run_config
 from minilora.tasks import load_run
-from minilora.tasks.results import run_row
 from minilora.training import checkpoint
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import create_model, load_pretrained, save_pretrained
-from reference_models.files import read_weights
-from reference_models.tokenizers import load_tokenizer
-from tests.cli_data import program
-from tests.fuzzing import Watch, strange_bytes, strange_header, strange_json
-from tests.toy_task import ToyTask
+from reference_models.files.safetensors import read_weights
+from reference_models.text.tokenizers import load_tokenizer
+from tests.support.cli_data import program
+from tests.support.fuzzing import Watch, strange_bytes, strange_header, strange_json
+from tests.support.toy_task import ToyTask
 
 SIZES = {"image_size": 16, "dim": 8, "heads": 2, "hidden": 16, "depth": 1}
 QUESTIONS = [

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from minilora.errors import RunError, UserError
 from minilora.tasks import load_run
 from minilora.training import checkpoint
-from tests.cli_data import ROOT
-from tests.test_data_images import png_header
-from tests.tiny_tasks import bits, evaluate, run_quickly, train, write_tasks
+from tests.data.test_images import png_header
+from tests.support.cli_data import ROOT
+from tests.support.tiny_tasks import bits, evaluate, run_quickly, train, write_tasks
 
 TASKS = ("classify", "vqa", "choice")
 
@@ -51,7 +51,7 @@ def test_a_full_disk_costs_nothing_and_the_run_goes_on_when_there_is_room(tmp_pa
     """Exit 1 and one line; the old checkpoint as it was, no torso; later the bits of a run that had room."""
     if not mounts_allowed():
         pytest.skip("a tmpfs cannot be mounted here (needs root); RLIMIT_FSIZE is tested in test_faults.py")
-    words = ["unshare", "-m", sys.executable, "-m", "tests.disk_lab", tmp_path, *rooms]
+    words = ["unshare", "-m", sys.executable, "-m", "tests.support.disk_lab", tmp_path, *rooms]
     done = subprocess.run(
         [str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=600
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from minilora.training import checkpoint
-from tests.cli_data import ROOT
-from tests.tiny_tasks import train, write_tasks
+from tests.support.cli_data import ROOT
+from tests.support.tiny_tasks import train, write_tasks
 
 # plain SGD: Adam divides a gradient by its own size and so makes much of the rounding in those that are nearly zero
 STEPS = ["--epochs", "4", "--max-steps", "20", "--opt", "sgd", "--lr", "0.01", "--augment", "none"]

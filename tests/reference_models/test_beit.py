@@ -7,8 +7,8 @@ import torch
 
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
-from reference_models.beit_files import resize_bias_table
-from tests.parity import (
+from reference_models.files.beit import resize_bias_table
+from tests.support.parity import (
     TARGETS,
     adapted,
     assert_adapter_travels,

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
-from reference_models.names import strip_wrappers
-from tests.text_parity import (
+from reference_models.files.names import strip_wrappers
+from tests.support.text_parity import (
     adapted_pairs,
     check_lora_gradients,
     distance,

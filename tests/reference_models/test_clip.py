@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.clip import pack_choices
-from reference_models.clip_files import FIELDS, config_for, config_from_json
-from reference_models.names import to_ours
-from tests.text_parity import (
+from reference_models.files.clip import FIELDS, config_for, config_from_json
+from reference_models.files.names import to_ours
+from tests.support.text_parity import (
     adapted_pairs,
     check_lora_gradients,
     distance,

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from minilora.config import parse_args
-from minilora.data.captions import PART, Captions, caption_vocabulary
-from minilora.flags_evaluate import EvalConfig
-from minilora.pretrain import pretrain, start_vision
+from minilora.commands.pretrain import pretrain, start_vision
+from minilora.data.generated.captions import PART, Captions, caption_vocabulary
+from minilora.settings.flags_evaluate import EvalConfig
+from minilora.settings.parse import parse_args
 from minilora.tasks import build_task
-from minilora.tasks.choice_run import zero_shot
+from minilora.tasks.choice.run import zero_shot
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import create_model, load_pretrained
 from reference_models.load import bundled_weights
-from reference_models.tokenizers import load_tokenizer
-from reference_models.wordpiece import build_wordpiece_vocab
-from tests.cli_data import program
+from reference_models.text.tokenizers import load_tokenizer
+from reference_models.text.wordpiece import build_wordpiece_vocab
+from tests.support.cli_data import program
 
 FOLDER = bundled_weights("clip-nano")
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from minilora import LoRAConfig, export_adapter, inject_lora, save_adapter
-from minilora.config import read_run_config
+from minilora.commands.results import write_results
+from minilora.settings.parse import read_run_config
 from minilora.tasks import build_task
-from minilora.tasks.results import write_results
 from minilora.tasks.runfiles import read_summary
 from reference_models import ModelError, create_model, save_pretrained
-from reference_models.bpe import ClipTokenizer
-from reference_models.files import read_safetensors, write_safetensors
-from reference_models.hub import resolve
-from reference_models.rename_adapter import convert
-from reference_models.textfiles import read_json, replace_file
-from tests.choice_data import MERGES, wordpiece
-from tests.cli_data import QUICK, program, write_photos
+from reference_models.files.hub import resolve
+from reference_models.files.rename_adapter import convert
+from reference_models.files.safetensors import read_safetensors, write_safetensors
+from reference_models.text.bpe import ClipTokenizer
+from reference_models.text.textfiles import read_json, replace_file
+from tests.support.choice_data import MERGES, wordpiece
+from tests.support.cli_data import QUICK, program, write_photos
 
 VIT = "vit-nano-patch8-48"
 

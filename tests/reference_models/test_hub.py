@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from reference_models import download as download_module
-from reference_models.download import download
 from reference_models.errors import ModelError
-from reference_models.hub import cache_folder, resolve, shard_names
-from tests.hub_server import COMMIT, CONFIG, WEIGHTS, Hub
+from reference_models.files import download as download_module
+from reference_models.files.download import download
+from reference_models.files.hub import cache_folder, resolve, shard_names
+from tests.support.hub_server import COMMIT, CONFIG, WEIGHTS, Hub
 
 
 def leftovers(folder) -> list[str]:

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from minilora.tasks import load_run
 from minilora.tasks.runfiles import read_preprocess
 from reference_models import ModelError, load_pretrained
-from reference_models.tokenizers import load_tokenizer
-from tests.choice_data import write_clip, write_scpc
-from tests.cli_data import program, write_photos
-from tests.parity import distance, fill, logits_of, pictures
-from tests.vqa_data import write_vqa
+from reference_models.text.tokenizers import load_tokenizer
+from tests.support.choice_data import write_clip, write_scpc
+from tests.support.cli_data import program, write_photos
+from tests.support.parity import distance, fill, logits_of, pictures
+from tests.support.vqa_data import write_vqa
 
 STEPS = ["--max-steps", "2", "--batch-size", "4", "--lora-r", "2", "--lr", "0.01", "--device", "cpu"]
 MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]

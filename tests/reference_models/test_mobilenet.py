@@ -11,7 +11,7 @@ from torch import nn
 
 from minilora import count_parameters
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
-from tests.text_parity import distance, randomize, surviving_mutants, write_checkpoint
+from tests.support.text_parity import distance, randomize, surviving_mutants, write_checkpoint
 
 WEIGHTS = "mobilenet_v2_features.safetensors"
 

@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from minilora.commands.rename_adapter import main
 from reference_models import ModelError
-from reference_models.names import Entry, fused, linear, rename, strip_wrappers, to_ours, to_theirs
-from reference_models.rename_adapter import convert, families, main, rules_for
+from reference_models.files.names import Entry, fused, linear, rename, strip_wrappers, to_ours, to_theirs
+from reference_models.files.rename_adapter import convert, families, rules_for
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16)
 SWIN = dict(image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=4)
@@ -148,13 +149,13 @@ def test_bad_adapters_are_named(tmp_path):
 
 def test_the_command_renames_prints_one_line_and_exits_2_on_mistakes(tmp_path, capsys):
     adapter("vit", tmp_path / "five")
-    command = [sys.executable, "-m", "reference_models.names", "convert"]
+    command = [sys.executable, "-m", "minilora.commands.rename_adapter"]
     command += [tmp_path / "five", tmp_path / "four", "--layout", "transformers4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and done.stderr == ""
     assert "12 tensors renamed" in done.stdout
     with pytest.raises(SystemExit) as exit_:
-        main(["convert", str(tmp_path / "none"), str(tmp_path / "x"), "--layout", "transformers4"])
+        main([str(tmp_path / "none"), str(tmp_path / "x"), "--layout", "transformers4"])
     assert exit_.value.code == 2 and "error: " in capsys.readouterr().err
 
 

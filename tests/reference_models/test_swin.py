@@ -9,9 +9,9 @@ import torch
 
 from minilora import count_parameters
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
+from reference_models.files.swin import resize_window_table
 from reference_models.swin import from_windows, to_windows
-from reference_models.swin_files import resize_window_table
-from tests.parity import (
+from tests.support.parity import (
     TARGETS,
     adapted,
     assert_adapter_travels,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from reference_models.errors import ModelError
-from reference_models.tokenizer_base import longest_first
-from reference_models.tokenizers import (
+from reference_models.text.base import longest_first
+from reference_models.text.tokenizers import (
     ClipTokenizer,
     WordPieceTokenizer,
     build_wordpiece_vocab,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.layers import resize_positions
-from tests.parity import (
+from tests.support.parity import (
     TARGETS,
     adapted,
     assert_adapter_travels,

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.config import check, parse_args, read_recipe, read_toml, recipes, to_toml, train_parser
 from minilora.errors import UserError
-from minilora.flags import Config, rules
-from minilora.flags_evaluate import EvalConfig
-from minilora.values import convert
-from tests.cli_data import program
+from minilora.settings.flags import Config, rules
+from minilora.settings.flags_evaluate import EvalConfig
+from minilora.settings.parse import check, parse_args, read_recipe, read_toml, recipes, to_toml, train_parser
+from minilora.settings.values import convert
+from tests.support.cli_data import program
 
 
 def parsed(*words: str) -> Config:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import gemm
+from minilora.speed import gemm
 from reference_models import create_model
 
 needs_onednn = pytest.mark.skipif(not gemm.available, reason="this torch has no oneDNN")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from minilora.data.shapes import ShapesSplit
+from minilora.data.generated.shapes import ShapesSplit
 from reference_models import create_model, save_pretrained
-from reference_models.bpe import ClipTokenizer
-from reference_models.tokenizers import WordPieceTokenizer, build_wordpiece_vocab
+from reference_models.text.bpe import ClipTokenizer
+from reference_models.text.tokenizers import WordPieceTokenizer, build_wordpiece_vocab
 
 HEADER = ["ID", "img_path", "Question", "A", "B", "C", "D", "answer"]
 TINY = dict(

@@ -3,9 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-from minilora.data.shapes import ShapesSplit
+from minilora.data.generated.shapes import ShapesSplit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NANO = ["--model", "vit-nano-patch8-48", "--weights", "none"]
 QUICK = [*NANO, "--epochs", "2", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu"]
 

@@ -1,6 +1,6 @@
 """A disk that is nearly full, for test_reliability.py.
 
-    unshare -m python -m tests.disk_lab FOLDER KIB ...
+    unshare -m python -m tests.support.disk_lab FOLDER KIB ...
 
 For each KIB mounts a small tmpfs below FOLDER, seen by this process alone, stops a run on it, leaves so much room and
 starts the run again; then makes room and starts it once more.
@@ -15,13 +15,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from minilora import cli
 from minilora.errors import UserError
+from minilora.settings import exit_codes as cli
 from minilora.training import checkpoint
 from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer
 from reference_models import ModelError
-from tests.tiny_tasks import bits, train, write_tasks
+from tests.support.tiny_tasks import bits, train, write_tasks
 
 DISK = 512 * 1024
 

@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minilora.cli import printable
 from minilora.errors import RunError, UserError
+from minilora.settings.exit_codes import printable
 from reference_models import ModelError
 
 KNOWN = (UserError, ModelError, RunError)

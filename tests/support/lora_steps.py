@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.inject import LoRAConfig, inject_lora
-from minilora.tasks.choice import logits_of
+from minilora.tasks.choice.task import logits_of
 from reference_models import create_model
 
 TEXT = {"dim": 24, "heads": 3, "hidden": 48, "depth": 2, "vocab_size": 60, "max_positions": 20}

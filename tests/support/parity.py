@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from minilora import LoRAConfig, export_adapter, inject_lora, load_adapter
 from minilora.inject import lora_layers, lora_state_dict
 from reference_models import create_model, load_pretrained, save_pretrained
+from reference_models.files.names import Entry, to_ours, to_theirs
 from reference_models.load import family_module
-from reference_models.names import Entry, to_ours, to_theirs
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 

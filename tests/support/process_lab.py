@@ -1,6 +1,6 @@
 """Runs that get killed, starved and multiplied, for test_faults.py and test_distributed.py.
 
-    python -m tests.process_lab FOLDER SCENARIO [key=value ...]
+    python -m tests.support.process_lab FOLDER SCENARIO [key=value ...]
 
 A process that has imported torch but computed nothing forks a child per run, so that a run costs milliseconds. The
 last line printed is the scenario's findings as JSON.
@@ -26,7 +26,7 @@ import torch._dynamo  # noqa: F401  the optimizers import it: once here, not onc
 from minilora.errors import RunError, UserError
 from minilora.training import checkpoint, distributed
 from minilora.training.trainer import Trainer, TrainOptions
-from tests.toy_task import ToyTask
+from tests.support.toy_task import ToyTask
 
 OPTIONS = {
     "epochs": 2,

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from reference_models.files.names import to_ours
 from reference_models.load import family_module
-from reference_models.names import to_ours
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

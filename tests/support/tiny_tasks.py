@@ -7,9 +7,9 @@ from minilora.atomic import write_json
 from minilora.training import checkpoint
 from minilora.training.state import tensors_sha256
 from reference_models import create_model, save_pretrained
-from tests.choice_data import wordpiece, write_clip, write_scpc
-from tests.cli_data import program, write_photos
-from tests.vqa_data import write_vqa
+from tests.support.choice_data import wordpiece, write_clip, write_scpc
+from tests.support.cli_data import program, write_photos
+from tests.support.vqa_data import write_vqa
 
 VISION = {"image_size": 16, "dim": 8, "heads": 2, "hidden": 16, "depth": 1}
 TEXT = {"dim": 8, "heads": 2, "hidden": 16, "depth": 1, "max_positions": 40}

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from minilora.data.loader import ignore_signals
+from minilora.data.pictures.loader import ignore_signals
 from minilora.training.distributed import gather_objects, rank, world_size
 
 

@@ -9,23 +9,23 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-import minilora.tasks.choice as choice
-from minilora.config import parse_args, read_recipe
-from minilora.data.folder import Split
+import minilora.tasks.choice.task as choice
+from minilora.commands.results import report_data
+from minilora.data.pictures.folder import Split
 from minilora.errors import UserError
-from minilora.flags_evaluate import EvalConfig
 from minilora.inject import count_parameters, lora_layers, lora_state_dict
 from minilora.report.page import write_report
+from minilora.settings.flags_evaluate import EvalConfig
+from minilora.settings.parse import parse_args, read_recipe
 from minilora.tasks import build_task, load_run
 from minilora.tasks.base import make_trainable
-from minilora.tasks.choice_text import PROMPT, Texts
-from minilora.tasks.clip_prompts import class_texts
-from minilora.tasks.results import report_data
+from minilora.tasks.choice.text import PROMPT, Texts
+from minilora.tasks.classify.prompts import class_texts
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import create_model, load_pretrained
-from reference_models.tokenizers import load_tokenizer
-from tests.choice_data import tiny_clip, wordpiece, write_clip, write_scpc, write_visual7w
-from tests.cli_data import program, write_photos
+from reference_models.text.tokenizers import load_tokenizer
+from tests.support.choice_data import tiny_clip, wordpiece, write_clip, write_scpc, write_visual7w
+from tests.support.cli_data import program, write_photos
 
 QUICK = ["--task", "choice", "--batch-size", "4", "--device", "cpu"]
 

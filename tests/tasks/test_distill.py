@@ -8,15 +8,16 @@ import torch
 from torch.nn import functional as F
 
 from minilora.compress.distill import distillation_loss, soft_divergence
-from minilora.config import parse_args
 from minilora.errors import UserError
 from minilora.inject import count_parameters, lora_layers
-from minilora.tasks import build_task, choice, load_run
+from minilora.settings.parse import parse_args
+from minilora.tasks import build_task, load_run
+from minilora.tasks.choice import task as choice
 from minilora.tasks.teacher import teacher_names
-from minilora.tasks.vqa import logits_of
-from tests.choice_data import write_clip, write_scpc
-from tests.cli_data import QUICK, program, write_photos
-from tests.vqa_data import write_vqa
+from minilora.tasks.vqa.task import logits_of
+from tests.support.choice_data import write_clip, write_scpc
+from tests.support.cli_data import QUICK, program, write_photos
+from tests.support.vqa_data import write_vqa
 
 train = program("train")
 HARD, SOFT = {"alpha": 0.9, "temperature": 15.0}, {"alpha": 0.25, "temperature": 3.0, "t2": True}

@@ -9,7 +9,7 @@ import pytest
 
 from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer
-from tests.tiny_tasks import bits, run_quickly, write_tasks
+from tests.support.tiny_tasks import bits, run_quickly, write_tasks
 
 HARD = [
     "--augment",

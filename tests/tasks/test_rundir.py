@@ -6,15 +6,15 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from minilora import rundir
-from minilora.config import read_toml
 from minilora.errors import RunError, UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
+from minilora.settings.parse import read_toml
+from minilora.tasks import rundir
 from minilora.training.signals import Interrupted
 from reference_models import create_model, save_pretrained
-from tests.cli_data import QUICK, write_photos
-from tests.test_resume_tasks import stop_after
-from tests.tiny_tasks import bits, run_quickly, train
+from tests.support.cli_data import QUICK, write_photos
+from tests.support.tiny_tasks import bits, run_quickly, train
+from tests.tasks.test_resume import stop_after
 
 BASE = {"weights": "none", "sha256": "00"}
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minilora.config import parse_args
 from minilora.errors import UserError
-from minilora.flags import DEFAULT_LR, Config
 from minilora.inject import count_parameters, lora_state_dict
+from minilora.settings.flags import DEFAULT_LR, Config
+from minilora.settings.parse import parse_args
 from minilora.tasks import build_task
 from minilora.tasks.base import choose_amp, choose_device, load_base, lora_config, make_trainable
 from minilora.tasks.labelled import Predictions
 from minilora.training.trainer import to_device
-from tests.cli_data import QUICK, write_photos
+from tests.support.cli_data import QUICK, write_photos
 
 CPU = torch.device("cpu")
 

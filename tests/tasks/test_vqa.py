@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from minilora.config import parse_args, read_recipe
-from minilora.data.vqa2 import Question, read_vqa2
-from minilora.data.vqa_sets import Answers
+from minilora.data.questions.vqa2 import Question, read_vqa2
+from minilora.data.questions.vqa_sets import Answers
 from minilora.errors import UserError
-from minilora.flags import Config
 from minilora.inject import count_parameters, inject_lora
 from minilora.report.vqa_metric import vqa_accuracy
+from minilora.settings.flags import Config
+from minilora.settings.parse import parse_args, read_recipe
 from minilora.tasks import build_task, load_run
 from minilora.tasks.base import lora_config
-from minilora.tasks.vqa import logits_of
-from minilora.tasks.vqa_targets import SoftTargets
+from minilora.tasks.vqa.targets import SoftTargets
+from minilora.tasks.vqa.task import logits_of
 from minilora.training.distributed import share_steps
 from reference_models import create_model
 from reference_models.load import bundled_weights
-from reference_models.tokenizers import load_tokenizer
-from tests.cli_data import program
-from tests.vqa_data import records, write_json, write_pictures, write_vqa
+from reference_models.text.tokenizers import load_tokenizer
+from tests.support.cli_data import program
+from tests.support.vqa_data import records, write_json, write_pictures, write_vqa
 
 SMALL = dict(task="vqa", weights="none", batch_size=8, fusion="concat", device="cpu", epochs=1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minilora.training import checkpoint, distributed
-from tests.test_faults import laboratory
+from tests.training.test_faults import laboratory
 
 
 def test_alone_every_function_is_that_of_one_process():
@@ -101,7 +101,7 @@ def test_torchrun_passes_sigterm_on_and_max_restarts_goes_on_from_the_checkpoint
         f"train({str(tmp_path / 'run')!r}, ToyTask(after=after))\n"
         "distributed.stop()\n"
     )
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "--max-restarts", "3", str(script)],  # gloo does not always connect at once

@@ -10,10 +10,10 @@ import pytest
 
 
 def laboratory(folder, *command, seconds=300):
-    """Findings of a scenario of tests/process_lab.py."""
+    """Findings of a scenario of tests/support/process_lab.py."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.process_lab", str(folder), *command],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "tests.support.process_lab", str(folder), *command],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ from torch import nn
 
 from minilora.errors import UserError
 from minilora.training import optim
-from tests.toy_task import ToyModel
+from tests.support.toy_task import ToyModel
 
 
 def test_schedule_points():

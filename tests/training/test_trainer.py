@@ -13,7 +13,7 @@ from minilora.training import checkpoint
 from minilora.training.signals import Interrupted
 from minilora.training.state import step_seed, tensors_sha256
 from minilora.training.trainer import Trainer, TrainOptions
-from tests.toy_task import ToyTask
+from tests.support.toy_task import ToyTask
 
 CASES = {  # {task}, {options}: 14 items in batches of 4 are 4 steps per epoch, the last one ragged
     "plain": ({}, {}),

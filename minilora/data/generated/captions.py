@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minilora.data.scenes import Scenes, a, reading_order
-from minilora.data.sentences import vocabulary_texts
+from minilora.data.generated.scenes import Scenes, a, reading_order
+from minilora.data.generated.sentences import vocabulary_texts
 
 WORDINGS = (
     "a picture of {}",

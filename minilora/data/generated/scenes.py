@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from minilora.data.shapes import (
+from minilora.data.generated.shapes import (
     SIZE,
     SOURCE_COLOURS,
     SOURCE_SHAPES,

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minilora.data.scenes import ShapesVQA, plural
-from minilora.data.shapes import picture_rng
+from minilora.data.generated.scenes import ShapesVQA, plural
+from minilora.data.generated.shapes import picture_rng
 
 THINGS = """
 apple arch arm back bag ball balloon banana bank bar barn barrel basin basket bat bathroom bathtub beach

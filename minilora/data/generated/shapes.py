@@ -1,7 +1,7 @@
 """Pictures of plain shapes, drawn on the fly: the data of every demonstration, with nothing to download.
 
 Two classification tasks that share no shape and no colour:
-  source  48 classes, 6 colours x 8 shapes: what the bundled nano ViT was trained on (python -m minilora.pretrain)
+  source  48 classes, 6 colours x 8 shapes: what the bundled nano ViT was trained on (commands/pretrain)
   target   8 classes, 8 other shapes in 6 other colours, turned a little further: what `train.py` fine-tunes it for
 Picture i of a set depends only on (seed, set, i).
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from minilora.data.folder import Sample, Split, Splits
+from minilora.data.pictures.folder import Sample, Split, Splits
 
 SIZE = 48  # pixels
 OVERSAMPLING = 2  # masks are drawn twice as large and averaged, for smooth edges

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from minilora.data.loader import seeded_cpu
-from minilora.data.transforms import Normalise, resampling
+from minilora.data.pictures.loader import seeded_cpu
+from minilora.data.pictures.transforms import Normalise, resampling
 from minilora.errors import UserError
 
 ON_TENSORS = ("nearest", "bilinear", "bicubic")  # the filters that torchvision has for tensors

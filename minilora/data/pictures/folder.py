@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from minilora.data.images import inside, is_picture, open_image
+from minilora.data.pictures.images import inside, is_picture, open_image
 from minilora.errors import UserError
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from minilora.data.folder import Split
-from minilora.data.images import BadImage
-from minilora.data.transforms import Stored, build_transform
+from minilora.data.pictures.folder import Split
+from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.transforms import Stored, build_transform
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures kept in memory, per process
 

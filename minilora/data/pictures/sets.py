@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.data.folder import (
+from minilora.data.generated.shapes import classification_splits
+from minilora.data.pictures.folder import (
     Sample,
     Split,
     Splits,
@@ -17,10 +18,9 @@ from minilora.data.folder import (
     list_pictures,
     read_folders,
 )
-from minilora.data.picture_shards import read_picture_shards
-from minilora.data.shapes import classification_splits
-from minilora.data.shard_files import is_shards
-from minilora.data.tables import find_tables, read_tables, read_unlabelled
+from minilora.data.pictures.tables import find_tables, read_tables, read_unlabelled
+from minilora.data.shards.files import is_shards
+from minilora.data.shards.pictures import read_picture_shards
 from minilora.errors import UserError
 
 FORMATS = ("auto", "folder", "csv", "shapes", "shards")
@@ -84,7 +84,9 @@ def unlabelled(path: str | os.PathLike) -> Split:
 
 def _read(path: Path, fmt: str, check_files: bool) -> Splits:
     if fmt == "shards" and not is_shards(path):
-        raise UserError(f"--data-dir {path}: no shards here; write them with python -m minilora.data.shards")
+        raise UserError(
+            f"--data-dir {path}: no shards here; write them with python -m minilora.commands.shards"
+        )
     if fmt == "shards" or (fmt == "auto" and is_shards(path)):
         return read_picture_shards(path)
     if fmt == "auto":

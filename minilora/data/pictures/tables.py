@@ -12,7 +12,7 @@ import io
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from minilora.data.folder import Sample, Split, Splits, class_names
+from minilora.data.pictures.folder import Sample, Split, Splits, class_names
 from minilora.errors import UserError
 
 FILE_COLUMNS = ("file", "filename", "path", "file_path", "filepath", "image_path", "img_path", "image", "img")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minilora.data.choices import ChoiceSplit
-from minilora.data.images import BadImage
-from minilora.data.loader import Pictures, mix, seeded_cpu
-from minilora.data.transforms import build_transform
+from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.loader import Pictures, mix, seeded_cpu
+from minilora.data.pictures.transforms import build_transform
+from minilora.data.questions.choices import ChoiceSplit
 
 WORTH_SHARING = (
     0.75  # of the tokens are left when the choices share their beginning: then it is faster to do so

@@ -11,9 +11,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minilora.data.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
-from minilora.data.folder import Sample, Split
-from minilora.data.tables import FILE_COLUMNS, SPLIT_COLUMN, SPLIT_NAMES, contained, find_tables, read_rows
+from minilora.data.pictures.folder import Sample, Split
+from minilora.data.pictures.tables import (
+    FILE_COLUMNS,
+    SPLIT_COLUMN,
+    SPLIT_NAMES,
+    contained,
+    find_tables,
+    read_rows,
+)
+from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
 
 PARTS = ("train", "val", "test")

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from minilora.data.folder import Sample, Split, existing_path
-from minilora.data.scenes import ShapesChoice
-from minilora.data.shard_files import is_shards
+from minilora.data.generated.scenes import ShapesChoice
+from minilora.data.pictures.folder import Sample, Split, existing_path
+from minilora.data.shards.files import is_shards
 from minilora.errors import UserError
 
 FORMATS = ("auto", "visual7w", "scpc", "csv", "shapes")
@@ -144,8 +144,8 @@ def _drawn(part: str, pictures: int, seed: int) -> ChoiceSplit:
 
 
 def _read(path: Path, fmt: str, seed: int) -> ChoiceSplits:
-    from minilora.data.choice_csv import read_choice_tables
-    from minilora.data.visual7w import find_visual7w, read_visual7w
+    from minilora.data.questions.choice_csv import read_choice_tables
+    from minilora.data.questions.visual7w import find_visual7w, read_visual7w
 
     if fmt in ("auto", "visual7w") and (file := find_visual7w(path, required=fmt == "visual7w")) is not None:
         return read_visual7w(file, seed)

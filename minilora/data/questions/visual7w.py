@@ -14,10 +14,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from minilora.data.choices import ChoiceSplit, ChoiceSplits, Question, check_choices
-from minilora.data.folder import Sample, Split
-from minilora.data.loader import mix
-from minilora.data.tables import contained
+from minilora.data.pictures.folder import Sample, Split
+from minilora.data.pictures.loader import mix
+from minilora.data.pictures.tables import contained
+from minilora.data.questions.choices import ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
 
 FILE = "dataset_v7w_telling.json"

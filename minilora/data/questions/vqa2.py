@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
 
-from minilora.data.folder import Sample, Split, existing_path, list_pictures
+from minilora.data.pictures.folder import Sample, Split, existing_path, list_pictures
 from minilora.errors import UserError
 
 PART = re.compile(r"(train|val|test-dev|test)\d*")

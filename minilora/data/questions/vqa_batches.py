@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minilora.data.images import BadImage
-from minilora.data.loader import Pictures, make_loader, mix, seeded_cpu
-from minilora.data.transforms import Stored, build_transform
-from minilora.data.vqa2 import Question, VQAPart
+from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.loader import Pictures, make_loader, mix, seeded_cpu
+from minilora.data.pictures.transforms import Stored, build_transform
+from minilora.data.questions.vqa2 import Question, VQAPart
 
 BUCKET = 50  # batches whose questions are sorted by length together
 

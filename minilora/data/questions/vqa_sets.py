@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from minilora.data.folder import Sample
-from minilora.data.scenes import WORLDS, Scenes, ShapesVQA, World
-from minilora.data.vqa2 import Question, VQAPart, answer_key, has_questions, read_vqa2
+from minilora.data.generated.scenes import WORLDS, Scenes, ShapesVQA, World
+from minilora.data.pictures.folder import Sample
+from minilora.data.questions.vqa2 import Question, VQAPart, answer_key, has_questions, read_vqa2
 from minilora.errors import UserError
 
 FORMATS = ("auto", "vqa2", "shapes", "shards")
@@ -100,7 +100,7 @@ def load_vqa(
         raise UserError(f"--data-format {fmt}: {wrong}")
     stored = None
     if fmt == "shards":
-        from minilora.data.shards import read_shards
+        from minilora.data.shards.questions import read_shards
 
         parts, stored = read_shards(data_dir)
     else:
@@ -117,7 +117,7 @@ def load_vqa(
 
 
 def _guess(data_dir: str | os.PathLike) -> str:
-    from minilora.data.shard_files import is_shards
+    from minilora.data.shards.files import is_shards
 
     if is_shards(data_dir):
         return "shards"

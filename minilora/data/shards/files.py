@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.atomic import write_json, write_safetensors
-from minilora.data.folder import Sample
+from minilora.data.pictures.folder import Sample
 from minilora.errors import UserError
 
 INDEX = "index.json"

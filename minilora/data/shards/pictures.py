@@ -1,6 +1,6 @@
 """Labelled pictures, decoded and resized once: class folders or a table as uint8 pictures in safetensors shards.
 
-    python -m minilora.data.shards photos shards --model vit-tiny-patch16-224 --weights ...
+    python -m minilora.commands.shards photos shards --model vit-tiny-patch16-224 --weights ...
     python train.py --data-dir shards ...               nothing but the shards is read, names of the classes included
 
     index.json                classes, how the set was made; of every shard its file, sha256 and number of pictures
@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minilora.data.folder import Sample, Split, Splits
-from minilora.data.images import BadImage
-from minilora.data.loader import mix
-from minilora.data.shard_files import (
+from minilora.data.pictures.folder import Sample, Split, Splits
+from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.loader import mix
+from minilora.data.pictures.transforms import resampling, to_tensor, to_uint8
+from minilora.data.shards.files import (
     FORMATS,
     INDEX,
     ShardPictures,
@@ -37,7 +38,6 @@ from minilora.data.shard_files import (
     to_records,
     write_files,
 )
-from minilora.data.transforms import resampling, to_tensor, to_uint8
 from minilora.errors import UserError
 
 FORMAT = FORMATS["classify"]

@@ -1,7 +1,7 @@
 """Questions and pictures, prepared once: uint8 pictures of the model's size and token ids in safetensors shards.
 
-    python -m minilora.data.shards vqa_v2 shards --task vqa --model vision=vit-base-patch16-224 text=bert-base ...
-    python -m minilora.data.shards photos shards --model vit-tiny-patch16-224 --weights ...      see picture_shards.py
+    python -m minilora.commands.shards vqa_v2 shards --task vqa --model vision=vit-base-patch16-224 text=bert-base ...
+    python -m minilora.commands.shards photos shards --model vit-tiny-patch16-224 --weights ...   see pictures.py
     python train.py --task vqa --data-dir shards ...                  nothing but the shards is read
 
     index.json                how they were made; of every shard its file, sha256, pictures and questions
@@ -16,7 +16,6 @@ crop the stored picture, which is the same only where the source pictures have t
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minilora.data.images import BadImage
-from minilora.data.shard_files import (
+from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.transforms import to_uint8
+from minilora.data.questions.vqa2 import Question, VQAPart
+from minilora.data.shards.files import (
     FORMATS,
     ShardPictures,
     check_geometry,
@@ -35,8 +36,6 @@ from minilora.data.shard_files import (
     to_records,
     write_files,
 )
-from minilora.data.transforms import to_uint8
-from minilora.data.vqa2 import Question, VQAPart
 from minilora.errors import UserError
 
 FORMAT = FORMATS["vqa"]
@@ -145,11 +144,3 @@ def check_shards(index: dict, preprocess: dict, limit: int, directory: str | os.
             f"{directory}: the shards hold texts of at most {index['made'].get('max_length')} tokens, not {limit}; "
             "set --max-length to that, or write them again"
         )
-
-
-if __name__ == "__main__":
-    from minilora.cli import run
-    from minilora.tasks.shards import main
-    from reference_models import ModelError
-
-    sys.exit(run(main, (UserError, ModelError)))

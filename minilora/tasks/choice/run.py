@@ -12,25 +12,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minilora.adapter import load_adapter
-from minilora.data.choice_batches import ChoiceDataset, choice_collate
-from minilora.data.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
-from minilora.data.folder import Sample, Split
-from minilora.data.images import open_image
-from minilora.data.loader import in_order, make_loader
-from minilora.data.visual7w import results
+from minilora.data.pictures.folder import Sample, Split
+from minilora.data.pictures.images import open_image
+from minilora.data.pictures.loader import in_order, make_loader
+from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
+from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
+from minilora.data.questions.visual7w import results
 from minilora.errors import UserError
-from minilora.flags import Config
 from minilora.report.metrics import classification_metrics
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.report.tables import text_table
+from minilora.settings.flags import Config
 from minilora.tasks import base
-from minilora.tasks.choice import accuracy_by_type, load_clip, logits_of, open_data, predict
-from minilora.tasks.choice_text import Texts, check_tokenizer, text_sizes
+from minilora.tasks.choice.task import accuracy_by_type, load_clip, logits_of, open_data, predict
+from minilora.tasks.choice.text import Texts, check_tokenizer, text_sizes
 from minilora.tasks.labelled import Predictions
 from minilora.tasks.run import Evaluation, Run, restoring
 from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
 from reference_models import load_pretrained
-from reference_models.tokenizers import Tokenizer, load_tokenizer
+from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 SHOWN = 12  # pictures of a kind on the report page
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.atomic import write_json
-from minilora.data.choice_batches import ChoiceDataset, choice_collate
-from minilora.data.choices import LETTERS, ChoiceSplit, ChoiceSplits, load_choices
-from minilora.data.loader import make_loader
+from minilora.data.pictures.loader import make_loader
+from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
+from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, load_choices
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
 from minilora.tasks import base
-from minilora.tasks.choice_text import Texts, check_tokenizer, find_tokenizer, text_sizes
+from minilora.tasks.choice.text import Texts, check_tokenizer, find_tokenizer, text_sizes
 from minilora.tasks.labelled import Labelled, Predictions
 from minilora.tasks.teacher import teacher_names
-from reference_models.tokenizers import Tokenizer
+from reference_models.text.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
 NANO_LR = 4e-3  # of LoRA on the nano model; larger models want the usual rates

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from minilora.data.choice_batches import Tokens
-from minilora.data.choices import ChoiceSplit
+from minilora.data.questions.choice_batches import Tokens
+from minilora.data.questions.choices import ChoiceSplit
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
 from minilora.tasks import base
-from minilora.tasks.vqa_model import beside
+from minilora.tasks.vqa.model import beside
 from reference_models.load import bundled_weights, config_for
-from reference_models.tokenizers import Tokenizer, load_tokenizer
+from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 PROMPT = "Question: {question} Answer: {choice}"
 

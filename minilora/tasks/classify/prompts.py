@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minilora.data.folder import Split
-from minilora.data.loader import PictureDataset, in_order, make_loader
+from minilora.data.pictures.folder import Split
+from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
 from minilora.tasks.base import autocast
-from minilora.tasks.choice_text import check_tokenizer, find_tokenizer
+from minilora.tasks.choice.text import check_tokenizer, find_tokenizer
 
 TEMPLATE = "a photo of a {}."
 

@@ -11,20 +11,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minilora.data.folder import Sample, Split, Splits
-from minilora.data.images import open_image
-from minilora.data.loader import PictureDataset, in_order, make_loader
-from minilora.data.picture_shards import ShardSplit
-from minilora.data.sets import unlabelled
-from minilora.data.shard_files import check_geometry, is_shards
-from minilora.data.tables import LABEL_COLUMNS, find_tables, read_rows
-from minilora.data.transforms import build_transform
+from minilora.data.pictures.folder import Sample, Split, Splits
+from minilora.data.pictures.images import open_image
+from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
+from minilora.data.pictures.sets import unlabelled
+from minilora.data.pictures.tables import LABEL_COLUMNS, find_tables, read_rows
+from minilora.data.pictures.transforms import build_transform
+from minilora.data.shards.files import check_geometry, is_shards
+from minilora.data.shards.pictures import ShardSplit
 from minilora.errors import UserError
-from minilora.flags import Config
 from minilora.report.metrics import classification_metrics, format_metrics
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
+from minilora.settings.flags import Config
 from minilora.tasks import base
-from minilora.tasks.classify import open_data, predict
+from minilora.tasks.classify.task import open_data, predict
 from minilora.tasks.labelled import Predictions
 from minilora.tasks.run import Evaluation, Run, restore_base, restore_single
 from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
@@ -232,7 +232,7 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
         splits, options.split, whole=config.data_dir is not None and not has_parts(config.data_dir)
     )
     if hasattr(model, "text_projection"):
-        from minilora.tasks.clip_prompts import zero_shot_line
+        from minilora.tasks.classify.prompts import zero_shot_line
 
         return zero_shot_line(model, config, split, splits.classes, options, device)
     columns = np.array(head_columns(model, splits, name))  # (K,): where the folder's classes are in the head

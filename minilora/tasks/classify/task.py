@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from minilora.atomic import write_json
-from minilora.data.batch_augment import Finish
-from minilora.data.folder import Split, Splits
-from minilora.data.loader import PictureDataset, make_loader
-from minilora.data.picture_shards import ShardDataset, ShardSplit
-from minilora.data.sets import load_classification
-from minilora.data.shard_files import check_geometry
+from minilora.data.pictures.batch_augment import Finish
+from minilora.data.pictures.folder import Split, Splits
+from minilora.data.pictures.loader import PictureDataset, make_loader
+from minilora.data.pictures.sets import load_classification
+from minilora.data.shards.files import check_geometry
+from minilora.data.shards.pictures import ShardDataset, ShardSplit
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
 from minilora.tasks import base
 from minilora.tasks.labelled import Labelled, Predictions
 from minilora.tasks.teacher import teacher_names

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.data.loader import in_order
-from minilora.data.vqa_batches import VQADataset, distinct, vqa_loader
+from minilora.data.pictures.loader import in_order
+from minilora.data.questions.vqa_batches import VQADataset, distinct, vqa_loader
 from minilora.errors import UserError
 from minilora.tasks import base
-from minilora.tasks.vqa_model import frozen_towers
+from minilora.tasks.vqa.model import frozen_towers
 
 
 class FeatureCache:

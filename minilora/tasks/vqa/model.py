@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from minilora.errors import UserError
-from minilora.flags import Config
+from minilora.settings.flags import Config
 from minilora.tasks import base
 from reference_models.fusion import TwoTower
 from reference_models.load import bundled_weights, config_for
-from reference_models.tokenizers import NAMES as TOKENIZER_FILES
-from reference_models.tokenizers import Tokenizer, load_tokenizer
+from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
+from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 TOWERS = ("vision", "text")
 STUDENTS_TEXT = "bert-nano"  # whose vocabulary a student reads where nothing is said
@@ -115,7 +115,7 @@ def beside(source: str | Path | None) -> Path | None:
     if source is None:
         return None
     if str(source).startswith("hf:"):
-        from reference_models.hub import resolve
+        from reference_models.files.hub import resolve
 
         source = resolve(str(source))
     folder = Path(source) if Path(source).is_dir() else Path(source).parent

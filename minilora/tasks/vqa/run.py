@@ -13,25 +13,25 @@ from PIL import Image
 from torch import Tensor
 
 from minilora.adapter import load_adapter
-from minilora.data.images import open_image
-from minilora.data.transforms import build_transform
-from minilora.data.vqa2 import VQAPart, clean_question
-from minilora.data.vqa_batches import Texts, VQADataset, grouped_batches, vqa_loader
-from minilora.data.vqa_sets import Answers, VQASplits, question_only_guess
+from minilora.data.pictures.images import open_image
+from minilora.data.pictures.transforms import build_transform
+from minilora.data.questions.vqa2 import VQAPart, clean_question
+from minilora.data.questions.vqa_batches import Texts, VQADataset, grouped_batches, vqa_loader
+from minilora.data.questions.vqa_sets import Answers, VQASplits, question_only_guess
 from minilora.errors import UserError
-from minilora.flags import Config
 from minilora.report.metrics import classification_metrics
 from minilora.report.samples import Example
 from minilora.report.tables import text_table
 from minilora.report.vqa_metric import format_vqa
+from minilora.settings.flags import Config
 from minilora.tasks import base
 from minilora.tasks.run import Evaluation, Run, restoring
 from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
-from minilora.tasks.vqa import Predictions, logits_of, open_data, predict, probabilities, score
-from minilora.tasks.vqa_features import grey_batches
-from minilora.tasks.vqa_model import load_towers, text_limit, tower_weights
+from minilora.tasks.vqa.features import grey_batches
+from minilora.tasks.vqa.model import load_towers, text_limit, tower_weights
+from minilora.tasks.vqa.task import Predictions, logits_of, open_data, predict, probabilities, score
 from reference_models import load_pretrained
-from reference_models.tokenizers import Tokenizer, load_tokenizer
+from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 SHOWN = 12  # pictures of a kind on the report page
 

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Callable
 
-from minilora.data.vqa_batches import Texts
-from minilora.data.vqa_sets import VQASplits
-from minilora.flags import Config
+from minilora.data.questions.vqa_batches import Texts
+from minilora.data.questions.vqa_sets import VQASplits
+from minilora.settings.flags import Config
 from minilora.tasks import base
-from minilora.tasks.vqa import open_data
-from minilora.tasks.vqa_model import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights
+from minilora.tasks.vqa.model import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights
+from minilora.tasks.vqa.task import open_data
 from reference_models.load import config_for
-from reference_models.tokenizers import Tokenizer
+from reference_models.text.tokenizers import Tokenizer
 
 
 def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:

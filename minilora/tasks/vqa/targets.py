@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minilora.data.vqa2 import Question
-from minilora.data.vqa_sets import Answers
+from minilora.data.questions.vqa2 import Question
+from minilora.data.questions.vqa_sets import Answers
 from minilora.report.vqa_metric import ANSWERS, leave_one_out
 
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.atomic import write_json
-from minilora.data.shards import check_shards
-from minilora.data.vqa2 import VQAPart
-from minilora.data.vqa_batches import (
+from minilora.data.questions.vqa2 import VQAPart
+from minilora.data.questions.vqa_batches import (
     Texts,
     VQADataset,
     bucketed_batches,
@@ -27,17 +26,18 @@ from minilora.data.vqa_batches import (
     shuffled_groups,
     vqa_loader,
 )
-from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
-from minilora.flags import Config
+from minilora.data.questions.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
+from minilora.data.shards.questions import check_shards
 from minilora.report.vqa_metric import score_vqa
+from minilora.settings.flags import Config
 from minilora.tasks import base
 from minilora.tasks.teacher import Teacher, teacher_names
-from minilora.tasks.vqa_features import FeatureCache
-from minilora.tasks.vqa_model import DEFAULT_MODEL, load_towers, open_tokenizer, text_limit, tower_weights
-from minilora.tasks.vqa_targets import SoftTargets
+from minilora.tasks.vqa.features import FeatureCache
+from minilora.tasks.vqa.model import DEFAULT_MODEL, load_towers, open_tokenizer, text_limit, tower_weights
+from minilora.tasks.vqa.targets import SoftTargets
 from minilora.training import distributed
 from reference_models.fusion import TwoTower
-from reference_models.tokenizers import Tokenizer
+from reference_models.text.tokenizers import Tokenizer
 
 TOP = 5  # answers that are kept for each question
 

@@ -1,0 +1,1 @@
+"""Data drawn on the fly: shapes, scenes with questions and captions, sentences. Nothing to download."""

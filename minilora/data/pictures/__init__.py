@@ -1,0 +1,1 @@
+"""Labelled pictures: one file -> one RGB picture; folders and tables -> a labelled set; a set -> batches."""

@@ -1,0 +1,1 @@
+"""Text to ids: WordPiece and byte-pair encoding, from the files that checkpoints come with."""
