@@ -71,17 +71,7 @@ def score_base_model(options: EvalConfig, device: torch.device) -> int:
     """Zero-shot: the base model's own head, or prompts."""
     if options.model is None or (options.data_dir is None and options.data_format != "shapes"):
         raise UserError("name a run directory, or a base model with --model, --weights and --data-dir")
-    names = (
-        "task",
-        "model",
-        "weights",
-        "tokenizer",
-        "data_dir",
-        "data_format",
-        "image_size",
-        "prompt",
-        "bad_data",
-    )
+    names = ("task", "model", "weights", "tokenizer", "data_dir", "data_format", "image_size", "prompt", "bad_data")
     config = Config(**{name: getattr(options, name) for name in names})
     print(run_module(config.task).zero_shot(config, options, device))
     return 0
@@ -89,9 +79,7 @@ def score_base_model(options: EvalConfig, device: torch.device) -> int:
 
 def answer(run: Run, options: EvalConfig) -> int:
     """The most probable answers for each picture of --image."""
-    texts = {
-        name: getattr(options, name) for name in ("question", "choices") if getattr(options, name) is not None
-    }
+    texts = {name: getattr(options, name) for name in ("question", "choices") if getattr(options, name) is not None}
     if texts and run.task == "classify":
         raise UserError(f"--{next(iter(texts))} is not for a run of --task classify; leave it out")
     images = [options.image] if isinstance(options.image, str) else options.image
@@ -101,7 +89,8 @@ def answer(run: Run, options: EvalConfig) -> int:
 
 
 def score(runs: list[Run], options: EvalConfig) -> None:
-    """Scores of each run; a comparison of several; the files that --predictions, --submission and --report name."""
+    """Scores of each run; a comparison of several; the files that --predictions, --submission
+    and --report name."""
     evaluations = [run.evaluate(options) for run in runs]
     for run, evaluation in zip(runs, evaluations, strict=True):
         print(f"{run.path} ({run.config.mode}, {run.config.model})\n{evaluation.text}")
@@ -162,7 +151,8 @@ def export(run: Run, options: EvalConfig) -> None:
 
 
 def write_submission(path: str, evaluation: Evaluation) -> None:
-    """What the data set's own toolkit reads, where it has one, else a table. Visual7W's is written to a .json file."""
+    """What the data set's own toolkit reads, where it has one, else a table. Visual7W's is written
+    to a .json file."""
     answers = evaluation.results
     if isinstance(answers, dict):
         write_vqa_results(path, answers)

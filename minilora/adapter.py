@@ -30,10 +30,11 @@ __all__ = ["atomic_write", "export_adapter", "load_adapter", "save_adapter", "wr
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
-    """Write every trainable tensor of `model`, and the configuration to rebuild its adapters, as PEFT lays them out.
+    """Write every trainable tensor of `model`, and the configuration to rebuild its adapters, as
+    PEFT lays them out.
 
-    adapter_model.safetensors and adapter_config.json, each whole or not at all. Returns the directory. Raises
-    UserError for NaN or infinity in a tensor, RunError where the disk is full.
+    adapter_model.safetensors and adapter_config.json, each whole or not at all. Returns the
+    directory. Raises UserError for NaN or infinity in a tensor, RunError where the disk is full.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -46,19 +47,18 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Fill `model` with an adapter, ours or PEFT's (also one trained on transformers or timm); returns the
-    model.
+    """Fill `model` with an adapter, ours or PEFT's (also one trained on transformers or timm);
+    returns the model.
 
-    A plain model gets LoRA injected as the file says. One that has LoRA must have the same layers, ranks and
-    scaling. Missing, unexpected and wrong-shape tensors are told in one UserError, and the model is left as
-    it was.
+    A plain model gets LoRA injected as the file says. One that has LoRA must have the same layers,
+    ranks and scaling. Missing, unexpected and wrong-shape tensors are told in one UserError, and
+    the model is left as it was.
     """
     directory = Path(directory)
     config, tensors = read_adapter(directory)
     if unknown := [name for name in tensors if not _has_place(model, name)]:
-        from minilora.formats.foreign import (
-            adapter_to_ours,  # names of transformers, timm: only when they are met
-        )
+        # names of transformers, timm: only when they are met
+        from minilora.formats.foreign import adapter_to_ours
 
         config, tensors = adapter_to_ours(model, config, tensors, unknown, str(directory))
     config = replace(config, modules_to_save=_present(model, config.modules_to_save, tensors))
@@ -73,10 +73,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 
 
 def export_adapter(model: nn.Module, directory: str | Path, layout: str = "transformers5") -> Path:
-    """Write the adapter with the names of another library, for `PeftModel.from_pretrained` on its model.
+    """Write the adapter with the names of another library, for
+    `PeftModel.from_pretrained` on its model.
 
-    layout: one of the model's, such as "transformers5", "transformers4", "timm". Returns the directory. Raises
-    UserError for a layout without a place for something that was trained. See minilora/formats/foreign.py.
+    layout: one of the model's, such as "transformers5", "transformers4", "timm". Returns the
+    directory. Raises UserError for a layout without a place for something that was trained. See
+    minilora/formats/foreign.py.
     """
     from minilora.formats.foreign import export_adapter as export
 
@@ -84,9 +86,11 @@ def export_adapter(model: nn.Module, directory: str | Path, layout: str = "trans
 
 
 def _present(model: nn.Module, names: tuple[str, ...], tensors: dict) -> tuple[str, ...]:
-    """Those of `names` that the model has: PEFT lists every head of a task type ("classifier", "score").
+    """Those of `names` that the model has: PEFT lists every head of a task type
+    ("classifier", "score").
 
-    A full name is also the end of others for PEFT ("norm": "layers.1.norm" too); those come in if the file has them.
+    A full name is also the end of others for PEFT ("norm": "layers.1.norm" too); those come in if
+    the file has them.
     """
     own = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     ending = {name: [full for full in own if ends(full, name)] for name in names}
@@ -96,12 +100,9 @@ def _present(model: nn.Module, names: tuple[str, ...], tensors: dict) -> tuple[s
 
 
 def _has_place(model: nn.Module, name: str) -> bool:
-    """True if a tensor of an adapter file belongs to a parameter, or to an adapter that inject_lora would
-    make.
-    """
-    module = (
-        name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0].removesuffix(".base_layer")
-    )
+    """True if a tensor of an adapter file belongs to a parameter, or to an adapter that
+    inject_lora would make."""
+    module = name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0].removesuffix(".base_layer")
     try:
         found = model.get_submodule(module)
     except AttributeError:
@@ -110,9 +111,8 @@ def _has_place(model: nn.Module, name: str) -> bool:
 
 
 def _check_shapes(model: nn.Module, config: LoRAConfig, tensors: dict, directory: Path) -> None:
-    """Compare the file with the shapes that the model has, or would have after injection; one message for
-    all.
-    """
+    """Compare the file with the shapes that the model has, or would have after injection; one
+    message for all."""
     if any(True for _ in lora_layers(model)):
         trained = model
         for name, layer in lora_layers(model):
@@ -138,9 +138,8 @@ def _check_shapes(model: nn.Module, config: LoRAConfig, tensors: dict, directory
 
 
 def _skeleton(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """A copy of the model without storage, LoRA injected: shapes can be checked before anything is
-    touched.
-    """
+    """A copy of the model without storage, LoRA injected: shapes can be checked before
+    anything is touched."""
     memo = {id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False) for t in model.parameters()}
     memo |= {id(t): t.to("meta") for t in model.buffers()}
     return inject_lora(copy.deepcopy(model, memo), config)

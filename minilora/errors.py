@@ -2,8 +2,10 @@
 
 
 class UserError(ValueError):
-    """A mistake of the user's: a flag, a file, a data set. The message says what, where and what to do; exit 2."""
+    """A mistake of the user's: a flag, a file, a data set. The message says what, where and
+    what to do; exit 2."""
 
 
 class RunError(RuntimeError):
-    """A run that could not go on: disk full, NaN loss, out of memory. The last checkpoint is intact; exit 1."""
+    """A run that could not go on: disk full, NaN loss, out of memory. The last checkpoint
+    is intact; exit 1."""

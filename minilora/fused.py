@@ -4,12 +4,13 @@
 
     x  (..., in)    W (out, in)    b (out,)    A (r, in)    B (out, r)    s = lora_alpha / r    y (..., out)
 
-W is frozen (Hu et al. 2021, arXiv:2106.09685, section 4.1), so a training step needs only these gradients,
-with g = dL/dy and h = x' A^T:
+W is frozen (Hu et al. 2021, arXiv:2106.09685, section 4.1), so a training step needs only these
+gradients, with g = dL/dy and h = x' A^T:
 
     dB = s * g^T h        dA = s * (g B)^T x'        dx = g W + s * (g B) A
 
-`lora_linear` is what every LoRALinear calls. `fused.enabled` is the one switch between the two forms.
+`lora_linear` is what every LoRALinear calls. `fused.enabled` is the one switch
+between the two forms.
 """
 
 import numpy as np
@@ -19,17 +20,17 @@ from torch.nn import functional as F
 
 from minilora.speed.gemm import product
 
-enabled = True  # False: always the readable form. torch.compile also takes that one and fuses it by itself.
+# False: always the readable form. torch.compile also takes that one and fuses it by itself.
+enabled = True
 
 
-def lora_linear(
-    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-):
-    """y = x W^T + b + scaling * (dropped A^T) B^T, computed in autocast's precision where autocast is on.
+def lora_linear(x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float):
+    """y = x W^T + b + scaling * (dropped A^T) B^T, computed in autocast's precision
+    where autocast is on.
 
-    Shapes: x and dropped (..., in), weight (out, in), bias (out,) or None, A (r, in), B (out, r); returns
-    (..., out). Pass x itself as `dropped` where there is no dropout: the fused form then saves one tensor,
-    not two.
+    Shapes: x and dropped (..., in), weight (out, in), bias (out,) or None, A (r, in), B (out, r);
+    returns (..., out). Pass x itself as `dropped` where there is no dropout: the fused form then
+    saves one tensor, not two.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -54,9 +55,10 @@ def plain_lora_linear(x, dropped, weight, bias, A, B, scaling):
 class FusedLoRALinear(torch.autograd.Function):
     """The same value and gradients with fewer passes over memory and nothing saved twice.
 
-    Scale and add happen inside the matrix product (`addmm_`). Of the activations only x' is kept for
-    backward: a frozen W needs no x, and h = x' A^T (N, r) is cheaper to compute again than to keep. N is the
-    number of rows, the product of the dimensions `...`.
+    Scale and add happen inside the matrix product (`addmm_`). Of the activations
+    only x' is kept for
+    backward: a frozen W needs no x, and h = x' A^T (N, r) is cheaper to compute again than to keep.
+    N is the number of rows, the product of the dimensions `...`.
     """
 
     @staticmethod
@@ -100,10 +102,10 @@ def multiply_fast(g: Tensor, weight: Tensor) -> Tensor:
 def input_dropout(x: Tensor, p: float) -> Tensor:
     """Dropout with probability p: entries become 0, the others x / (1 - p).
 
-    On a CPU torch draws its masks one number per entry, which costs more than the projection itself. One
-    64-bit draw holds four 16-bit numbers, so the mask is made from those; p is rounded to a multiple of 1 /
-    65536 and the scale follows the rounded p, so the mean stays exact. The mask is kept for backward as one
-    bit per entry.
+    On a CPU torch draws its masks one number per entry, which costs more than the projection
+    itself. One 64-bit draw holds four 16-bit numbers, so the mask is made from those; p is rounded
+    to a multiple of 1 / 65536 and the scale follows the rounded p, so the mean stays exact. The
+    mask is kept for backward as one bit per entry.
     """
     if not enabled or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
@@ -119,7 +121,8 @@ class _MaskedScale(torch.autograd.Function):
         mask = numbers >= dropped_of_65536 - 32768
         ctx.save_for_backward(torch.from_numpy(np.packbits(mask.view(torch.uint8).numpy())))
         ctx.scale = 65536 / (65536 - dropped_of_65536)
-        return mask.to(x.dtype).mul_(ctx.scale).mul_(x)  # x * mask would mix types, five times slower
+        # x * mask would mix types, five times slower
+        return mask.to(x.dtype).mul_(ctx.scale).mul_(x)
 
     @staticmethod
     def backward(ctx, grad):

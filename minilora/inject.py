@@ -1,11 +1,12 @@
-"""Put LoRA into a model: choose the linear layers by name, replace each by a LoRALinear, freeze the rest.
+"""Put LoRA into a model: choose the linear layers by name, replace each by a LoRALinear,
+freeze the rest.
 
     model = inject_lora(model, LoRAConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")))
     print(count_parameters(model))
     plain = merge_lora(model)          # nn.Linear again, W + s B A
 
-Works on any nn.Module whose layers are called; the names and meanings of the configuration are PEFT's
-(https://huggingface.co/docs/peft, LoraConfig).
+Works on any nn.Module whose layers are called; the names and meanings of the configuration are
+PEFT's (https://huggingface.co/docs/peft, LoraConfig).
 """
 
 import re
@@ -27,14 +28,18 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
 
 @dataclass
 class LoRAConfig:
-    """What to adapt and how. Field names and meanings are those of PEFT's LoraConfig, plus `train_norms`.
+    """What to adapt and how. Field names and meanings are those of PEFT's LoraConfig,
+    plus `train_norms`.
 
-    r, lora_alpha, lora_dropout: rank, scale (alpha / r; use_rslora: alpha / sqrt(r), arXiv:2312.03732), dropout of x.
+    r, lora_alpha, lora_dropout: rank, scale (alpha / r; use_rslora: alpha / sqrt(r),
+    arXiv:2312.03732), dropout of x.
     target_modules: names of linear layers; each is a full dotted name or its end ("q_proj" takes every layer called
       q_proj, never xq_proj); "vision.q_proj" takes those below `vision`. One string is a regular expression
       that must match the whole name; "all-linear" takes every nn.Linear outside the head.
-    modules_to_save: modules trained in full and stored with the adapter, such as the classification head.
-    layers_to_transform: numbers of the layers to adapt (the last number in the dotted name), None for all.
+    modules_to_save: modules trained in full and stored with the adapter, such as the
+    classification head.
+    layers_to_transform: numbers of the layers to adapt (the last number in the dotted
+    name), None for all.
     rank_pattern, alpha_pattern: {regular expression for the name's end: another r or lora_alpha}.
     use_dora: learn magnitude and direction apart, arXiv:2402.09353; LoRALinear has the equation.
     bias: "none", "lora_only" (biases of the adapted layers are trained) or "all" (every bias is).
@@ -74,31 +79,26 @@ class LoRAConfig:
         return {
             "r": from_pattern(name, self.rank_pattern, self.r),
             "lora_alpha": from_pattern(name, self.alpha_pattern, self.lora_alpha),
-            **{
-                key: getattr(self, key)
-                for key in ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
-            },
+            **{key: getattr(self, key) for key in ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")},
         }
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Replace the targeted nn.Linear layers of `model` by LoRALinear, in place, and return the model.
+    """Replace the targeted nn.Linear layers of `model` by LoRALinear, in place, and
+    return the model.
 
-    Afterwards only the adapters, `modules_to_save` and what `bias` and `train_norms` ask for require
-    gradients. The model keeps its device, train/eval mode and base precision; `model.lora_config` is the
-    configuration. Raises UserError if the model already has LoRA, if a target matches no linear layer (the
-    choices are listed), or if a target's weights are read directly by its parent so that LoRA would have no
-    effect.
+    Afterwards only the adapters, `modules_to_save` and what `bias` and `train_norms` ask for
+    require gradients. The model keeps its device, train/eval mode and base precision;
+    `model.lora_config` is the configuration. Raises UserError if the model already has LoRA, if a
+    target matches no linear layer (the choices are listed), or if a target's weights are read
+    directly by its parent so that LoRA would have no effect.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise UserError(
-            "inject_lora: this model already has LoRA layers; call merge_lora first, or load a fresh model"
-        )
+        raise UserError("inject_lora: this model already has LoRA layers; call merge_lora first, or load a fresh model")
     names = find_targets(model, config)
     model.requires_grad_(False)
-    dropouts: dict[
-        str, InputDropout
-    ] = {}  # one per parent module: siblings that read the same x share the mask
+    # one per parent module: siblings that read the same x share the mask
+    dropouts: dict[str, InputDropout] = {}
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
@@ -112,9 +112,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze everything, then make trainable: adapters, modules_to_save, and biases and norms as
-    configured.
-    """
+    """Freeze everything, then make trainable: adapters, modules_to_save, and biases and
+    norms as configured."""
     saved = saved_modules(model, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
@@ -131,20 +130,19 @@ def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def to_full_precision(parameters) -> None:
-    """Make half precision parameters float32: what is trained is never float16 or bfloat16 (their steps would
-    round away).
-    """
+    """Make half precision parameters float32: what is trained is never float16 or bfloat16 (their
+    steps would round away)."""
     for parameter in parameters:
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Store the frozen weights of linear and convolution layers in `dtype`, in place; trainable tensors stay
-    as they are.
+    """Store the frozen weights of linear and convolution layers in `dtype`, in place; trainable
+    tensors stay as they are.
 
-    With autocast to the same dtype the result does not change: autocast would round the same weights in every
-    step.
+    With autocast to the same dtype the result does not change: autocast would round the same
+    weights in every step.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -155,10 +153,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every LoRALinear by a plain nn.Linear with W + delta_weight(), in place, and return the model.
+    """Replace every LoRALinear by a plain nn.Linear with W + delta_weight(), in place, and
+    return the model.
 
-    The output is the same up to rounding. A model without LoRA is returned unchanged, so merging twice does
-    no harm.
+    The output is the same up to rounding. A model without LoRA is returned unchanged, so merging
+    twice does no harm.
     """
     for name, layer in list(lora_layers(model)):
         parent, _, child = name.rpartition(".")
@@ -170,9 +169,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_lora(model: nn.Module):
-    """Within the `with` block y = W x + b: the low-rank paths are off; trained heads, norms and biases stay.
+    """Within the `with` block y = W x + b: the low-rank paths are off; trained heads, norms
+    and biases stay.
 
-    Yields the model. Blocks may stand in one another; an exception switches the paths on again as they were.
+    Yields the model. Blocks may stand in one another; an exception switches the paths on
+    again as they were.
     """
     layers = [(layer, layer.enabled) for _, layer in lora_layers(model)]
     try:
@@ -190,10 +191,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything that is trained, by parameter name: adapters, head, norms, biases. Detached, not copied."""
-    return {
-        name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    """Everything that is trained, by parameter name: adapters, head, norms, biases.
+    Detached, not copied."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 class ParameterCount(NamedTuple):
@@ -204,9 +204,7 @@ class ParameterCount(NamedTuple):
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
-        return (
-            f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
-        )
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

@@ -37,12 +37,13 @@ from minilora import fused
 
 
 class InputDropout(nn.Module):
-    """Dropout on the input of the low-rank path only, drawn once for all projections that read the same x.
+    """Dropout on the input of the low-rank path only, drawn once for all projections that
+    read the same x.
 
-    q_proj and v_proj of one attention layer share this module and are called with the same tensor: the second
-    finds the first one's result on the tensor, where it lives as long as x does, and nothing is kept twice.
-    A layer that reads the same tensor again begins another pass (the next step, a checkpoint's recomputation)
-    and draws anew.
+    q_proj and v_proj of one attention layer share this module and are called with the same tensor:
+    the second finds the first one's result on the tensor, where it lives as long as x does, and
+    nothing is kept twice. A layer that reads the same tensor again begins another pass (the next
+    step, a checkpoint's recomputation) and draws anew.
     """
 
     def __init__(self, p: float):
@@ -50,10 +51,12 @@ class InputDropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor, reader: nn.Module) -> Tensor:
-        """x (..., in) -> dropout(x), the same tensor for every other `reader` of this x in one pass."""
+        """x (..., in) -> dropout(x), the same tensor for every other `reader` of
+        this x in one pass."""
         if not self.training or not self.p:
             return x
-        own_leaf = x.is_leaf and x.requires_grad  # its dropout points back to it: stored there, a cycle
+        # its dropout points back to it: stored there, a cycle
+        own_leaf = x.is_leaf and x.requires_grad
         if torch.compiler.is_compiling() or x.is_inference() or own_leaf:
             return fused.input_dropout(x, self.p)
         state = (id(self), x._version, torch.is_grad_enabled())
@@ -68,18 +71,20 @@ class InputDropout(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen `nn.Linear` plus a trainable low-rank update: y = W x + b + scaling * B A dropout(x).
+    """A frozen `nn.Linear` plus a trainable low-rank update: y = W x + b + scaling
+    * B A dropout(x).
 
-    `lora_A.weight` is (r, in), `lora_B.weight` is (out, r), as in PEFT; both are float32 (float64 on a
-    float64 base) whatever the precision of the base. `scaling` is lora_alpha / r, or lora_alpha / sqrt(r)
-    with use_rslora.
+    `lora_A.weight` is (r, in), `lora_B.weight` is (out, r), as in PEFT; both are float32 (float64
+    on a float64 base) whatever the precision of the base. `scaling` is lora_alpha / r, or
+    lora_alpha / sqrt(r) with use_rslora.
 
-    With use_dora the updated weight V = W + s B A keeps only its direction, and each output row gets its own
-    trained length m: y = b + (m / |V|) V x, where |V| (out,) is the norm of each row and is held constant in
-    backward.
+    With use_dora the updated weight V = W + s B A keeps only its direction, and each output
+    row gets its own
+    trained length m: y = b + (m / |V|) V x, where |V| (out,) is the norm of each row and is held
+    constant in backward.
 
-    There is no `.weight` here on purpose: code that reads weights instead of calling layers would silently
-    skip LoRA.
+    There is no `.weight` here on purpose: code that reads weights instead of calling layers would
+    silently skip LoRA.
     """
 
     def __init__(
@@ -109,16 +114,18 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(r, self.out_features, bias=False, **kind)  # (out, r)
         self.lora_dropout = InputDropout(lora_dropout)
         self.reset_lora_parameters(init_lora_weights)
-        self.lora_magnitude_vector = nn.Parameter(self._row_norms()) if use_dora else None  # m (out,)
+        # m (out,)
+        self.lora_magnitude_vector = nn.Parameter(self._row_norms()) if use_dora else None
         self.train(base_layer.training)
 
     def reset_lora_parameters(self, init: bool | str = True) -> None:
-        """True: A uniform in +-1/sqrt(in), B zero. "gaussian": A normal with deviation 1/r, B zero. False: B
-        random too.
+        """True: A uniform in +-1/sqrt(in), B zero. "gaussian": A normal with deviation 1/r, B zero.
+        False: B random too.
 
-        B = 0 makes the first forward equal to the base layer's, yet dL/dB = s g^T (A x) is not zero, so
-        training starts. False is for tests, where a zero B would hide mistakes. kaiming_uniform_ with a =
-        sqrt(5) has the bound sqrt(6 / ((1 + 5) * in)) = 1 / sqrt(in), the same as nn.Linear's own.
+        B = 0 makes the first forward equal to the base layer's, yet dL/dB = s g^T (A x) is not
+        zero, so training starts. False is for tests, where a zero B would hide mistakes.
+        kaiming_uniform_ with a = sqrt(5) has the bound sqrt(6 / ((1 + 5) * in)) = 1 / sqrt(in), the
+        same as nn.Linear's own.
         """
         if init not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init!r}")
@@ -144,9 +151,8 @@ class LoRALinear(nn.Module):
         )
 
     def _dora_forward(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """b + (m / |V|) V x, written as the base output plus a correction so that dropout meets only the
-        correction.
-        """
+        """b + (m / |V|) V x, written as the base output plus a correction so that dropout meets
+        only the correction."""
         gain = self.lora_magnitude_vector / self._row_norms()  # (out,)
         W, A, B = (layer.weight.to(x.dtype) for layer in (self.base_layer, self.lora_A, self.lora_B))
         base = F.linear(dropped, W)  # without bias: DoRA scales W, not b
@@ -166,9 +172,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """What merging adds to W: s B A, or with DoRA (m / |V|) V - W. Shape (out, in), float32 or
-        float64.
-        """
+        """What merging adds to W: s B A, or with DoRA (m / |V|) V - W. Shape (out, in),
+        float32 or float64."""
         product = self.low_rank_product()
         if self.lora_magnitude_vector is None:
             return product
@@ -177,14 +182,11 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain nn.Linear with W + delta_weight() (added in float32, rounded once) and the same bias. W is
-        not touched.
-        """
+        """A plain nn.Linear with W + delta_weight() (added in float32, rounded once) and the same
+        bias. W is not touched."""
         base, delta = self.base_layer, self.delta_weight()
         plain = nn.Linear(self.in_features, self.out_features, base.bias is not None, device="meta")
-        plain.weight = nn.Parameter(
-            (base.weight.to(delta.dtype) + delta).to(base.weight.dtype), requires_grad=False
-        )
+        plain.weight = nn.Parameter((base.weight.to(delta.dtype) + delta).to(base.weight.dtype), requires_grad=False)
         if base.bias is not None:
             plain.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
         return plain.train(self.training)

@@ -1,4 +1,6 @@
-"""What the fields of a LoRAConfig may hold, whether they come from code or from somebody's adapter_config.json."""
+"""What the fields of a LoRAConfig may hold, whether they come from code or from somebody's
+adapter_config.json.
+"""
 
 import math
 import re
@@ -7,7 +9,8 @@ from minilora.errors import UserError
 
 
 def check_values(config) -> None:
-    """UserError naming the first field with an impossible value; patterns obey the rule of what they replace."""
+    """UserError naming the first field with an impossible value; patterns obey the rule of
+    what they replace."""
     for field, rule in RULES.items():
         _check(field, getattr(config, field), *rule)
     for field, replaced in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):

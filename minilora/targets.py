@@ -1,7 +1,8 @@
-"""Choose layers by name: which linear layers of a model a LoRAConfig means, and what to say when it means
-none.
+"""Choose layers by name: which linear layers of a model a LoRAConfig means, and what to say
+when it means none.
 
-The rules are PEFT's: a name is a full dotted name or its end after a dot; one string is a regular expression.
+The rules are PEFT's: a name is a full dotted name or its end after a dot; one string is a
+regular expression.
 """
 
 import re
@@ -14,12 +15,9 @@ HEADS = ("head", "heads", "classifier", "score", "fc")  # of timm, torchvision a
 
 
 def find_targets(model: nn.Module, config) -> list[str]:
-    """Dotted names of the layers that `config` adapts, in the model's order; UserError where a target finds
-    none.
-    """
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name
-    }
+    """Dotted names of the layers that `config` adapts, in the model's order; UserError where a
+    target finds none."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
     targets, spared = config.target_modules, saved_modules(model, config)
     if targets == "all-linear":
         heads = spared + list(getattr(model, "head_modules", HEADS))
@@ -43,7 +41,8 @@ def find_targets(model: nn.Module, config) -> list[str]:
 
 
 def _refuse_unadaptable(model: nn.Module, name: str, spared: list[str]) -> None:
-    """UserError where LoRA at `name` would have no effect, or would leave out what the layer does beside W x + b."""
+    """UserError where LoRA at `name` would have no effect, or would leave out what the layer
+    does beside W x + b."""
     layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise UserError(
@@ -66,20 +65,16 @@ def _refuse_unadaptable(model: nn.Module, name: str, spared: list[str]) -> None:
 
 
 def matches(name: str, target: str) -> bool:
-    """True if `target` is `name`, its end after a dot, or "first.rest" with name below `first` and ending in
-    rest.
-    """
+    """True if `target` is `name`, its end after a dot, or "first.rest" with name below `first`
+    and ending in rest."""
     first, _, rest = target.partition(".")
     return ends(name, target) or bool(rest) and name.startswith(first + ".") and ends(name, rest)
 
 
 def saved_modules(model: nn.Module, config) -> list[str]:
     """Full names of the modules (or parameters) of `modules_to_save`; UserError where a name finds
-    nothing. A full name is that module alone, others are all whose names end so.
-    """
-    known = [name for name, _ in model.named_modules() if name] + [
-        name for name, _ in model.named_parameters()
-    ]
+    nothing. A full name is that module alone, others are all whose names end so."""
+    known = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     found = {
         target: [target] if target in known else [name for name in known if ends(name, target)]
         for target in config.modules_to_save
@@ -87,14 +82,13 @@ def saved_modules(model: nn.Module, config) -> list[str]:
     for target, names in found.items():
         if not names:
             top = ", ".join(name for name, _ in model.named_children())
-            raise UserError(
-                f"inject_lora: modules_to_save names {target!r}, which this model has not; it has {top}"
-            )
+            raise UserError(f"inject_lora: modules_to_save names {target!r}, which this model has not; it has {top}")
     return [name for names in found.values() for name in names]
 
 
 def ends(name: str, suffix: str) -> bool:
-    """Whether a dotted name is `suffix` or ends with it: a.q_proj ends with q_proj, a.xq_proj does not."""
+    """Whether a dotted name is `suffix` or ends with it: a.q_proj ends with q_proj,
+    a.xq_proj does not."""
     return name == suffix or name.endswith("." + suffix)
 
 
@@ -109,7 +103,8 @@ def _layer_number(name: str) -> int | None:
 
 
 def from_pattern(name: str, pattern: dict, default):
-    """The value of the first key, a regular expression for the name's end, that fits; else `default`."""
+    """The value of the first key, a regular expression for the name's end, that
+    fits; else `default`."""
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
 
 
@@ -118,9 +113,7 @@ def _no_match(model: nn.Module, targets, linears: dict, layers=None) -> str:
     if kinds:
         return f"inject_lora: target {targets!r} is a {kinds.pop()}, not an nn.Linear; choose {_choices(linears)}"
     where = "" if layers is None else f" in layers {list(layers)}"
-    return (
-        f"inject_lora: target {targets!r} matches no linear layer{where}; this model has {_choices(linears)}"
-    )
+    return f"inject_lora: target {targets!r} matches no linear layer{where}; this model has {_choices(linears)}"
 
 
 def _choices(linears: dict) -> str:

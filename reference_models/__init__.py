@@ -1,11 +1,13 @@
-"""Encoders written out by hand, with separate q, k, v and out projections, loaded from the files people have.
+"""Encoders written out by hand, with separate q, k, v and out projections, loaded from the
+files people have.
 
-layers.py holds what they share; one file for each family; names.py the key tables; load.py the four functions
+layers.py holds what they share; one file for each family; names.py the key tables; load.py
+the four functions
 below. Nothing here knows of LoRA: minilora adapts any of these models by the names of its layers.
 
-Why they are written anew: LoRA replaces a layer that is called. Libraries that keep q, k and v in one matrix,
-or read the weights of a projection instead of calling it, leave it nothing to replace; here every projection
-is an nn.Linear of its own.
+Why they are written anew: LoRA replaces a layer that is called. Libraries that keep q, k and v in
+one matrix, or read the weights of a projection instead of calling it, leave it nothing to replace;
+here every projection is an nn.Linear of its own.
 
 Read in this order:
 layers, vit                  attention, MLP, block; the model that the others vary
@@ -29,9 +31,8 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(
-    name: str,
-):  # looked up at first use, so that `python -m reference_models.files.names` imports once
+# looked up at first use, so that `python -m reference_models.files.names` imports once
+def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'reference_models' has no attribute {name!r}")
     return getattr(importlib.import_module(f"reference_models.{_HOME[name]}"), name)

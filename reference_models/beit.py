@@ -1,11 +1,13 @@
-"""BEiT: a ViT whose attention knows how far apart two patches are, and whose residual branches have a gain.
+"""BEiT: a ViT whose attention knows how far apart two patches are, and whose residual
+branches have a gain.
 
     scores = q k^T / sqrt(d/h) + bias[offset of the two patches]      a learned number per offset and head
     x = x + gamma_1 * attn(norm1(x));  x = x + gamma_2 * mlp(norm2(x))
 
 The keys have no bias, and the classifier reads the mean of the patch tokens (or the class token).
 Paper: Bao et al. 2021, arXiv:2106.08254. Layer scale: Touvron et al. 2021, arXiv:2103.17239.
-Shapes: B pictures, P = r c patches in r rows and c columns, T = P + 1 tokens (class token first), d width, h heads.
+Shapes: B pictures, P = r c patches in r rows and c columns, T = P + 1 tokens (class token first),
+d width, h heads.
 """
 
 from dataclasses import dataclass
@@ -28,9 +30,8 @@ from reference_models.layers import (
 
 @dataclass(frozen=True)
 class BeitConfig:
-    """Sizes of a BEiT. image_size is a side in pixels, or (height, width); layer_scale is the first value of
-    gamma, 0 for none.
-    """
+    """Sizes of a BEiT. image_size is a side in pixels, or (height, width); layer_scale is the first
+    value of gamma, 0 for none."""
 
     name: str = "beit-base-patch16-224"
     image_size: int | tuple[int, int] = 224
@@ -59,8 +60,8 @@ class BeitConfig:
 class RelativePositionBias(nn.Module):
     """What is added to the attention scores: table[offset from key to query], () -> (1, h, T, T).
 
-    table ((2 r - 1)(2 c - 1) + 3, h): a row for each offset of two patches, then class token to patch, patch to
-    class token, class token to itself.
+    table ((2 r - 1)(2 c - 1) + 3, h): a row for each offset of two patches, then class token to
+    patch, patch to class token, class token to itself.
     """
 
     def __init__(self, grid: tuple[int, int], heads: int):
@@ -78,9 +79,11 @@ class RelativePositionBias(nn.Module):
 
 
 class BeitBlock(nn.Module):
-    """Pre-norm block with layer scale and, where it has one, its own position bias, (B, T, d) -> (B, T, d).
+    """Pre-norm block with layer scale and, where it has one, its own position bias, (B, T,
+    d) -> (B, T, d).
 
-    `shared` (1, h, T, T) is the bias that all blocks share. With `rows` only that token is computed: (B, 1, d).
+    `shared` (1, h, T, T) is the bias that all blocks share. With `rows` only that token is
+    computed: (B, 1, d).
     """
 
     def __init__(self, config: BeitConfig):
@@ -111,7 +114,8 @@ class BeitBlock(nn.Module):
 class Beit(Classifier):
     """Images (B, 3, H, W) -> logits (B, num_classes)."""
 
-    # of adapters; timm's BEiT reads qkv.weight instead of calling qkv, so an adapter would do nothing there
+    # of adapters; timm's BEiT reads qkv.weight instead of calling qkv, so an adapter would
+    # do nothing there
     layouts = ("transformers5", "transformers4")
 
     def __init__(self, config: BeitConfig):
@@ -138,11 +142,10 @@ class Beit(Classifier):
         p, expected = self.config.patch_size, self.config.grid
         if (x.shape[-2] // p, x.shape[-1] // p) != expected:
             size = " x ".join(str(p * side) for side in expected)
-            raise ValueError(
-                f"{self.config.name} takes pictures of {size} pixels, got {x.shape[-2]} x {x.shape[-1]}"
-            )
+            raise ValueError(f"{self.config.name} takes pictures of {size} pixels, got {x.shape[-2]} x {x.shape[-1]}")
         x = self.patch_embed(x)  # (B, P, d)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)  # (B, T, d)
+        # (B, T, d)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 
     def encode(self, x: Tensor, last_rows: int | None = None) -> Tensor:

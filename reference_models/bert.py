@@ -1,8 +1,9 @@
-"""BERT: token, position and segment embeddings, then transformer blocks with the norm after each addition.
+"""BERT: token, position and segment embeddings, then transformer blocks with the norm
+after each addition.
 
 Paper: Devlin et al. 2018, arXiv:1810.04805; the small sizes: Turc et al. 2019, arXiv:1908.08962.
-Shapes: B sentences (or pairs), T tokens with [CLS] first, d width. Dropout is left out: a frozen or adapted
-encoder is regularised by the adapters' own.
+Shapes: B sentences (or pairs), T tokens with [CLS] first, d width. Dropout is left out: a frozen or
+adapted encoder is regularised by the adapters' own.
 """
 
 from dataclasses import dataclass, replace
@@ -50,7 +51,8 @@ class BertConfig:
 
 
 class PostNormBlock(nn.Module):
-    """x = norm1(x + attn(x)); x = norm2(x + mlp(x)), (B, T, d) -> (B, T, d), or (B, 1, d) with `rows`."""
+    """x = norm1(x + attn(x)); x = norm2(x + mlp(x)), (B, T, d) -> (B, T, d), or (B,
+    1, d) with `rows`."""
 
     def __init__(self, dim: int, heads: int, hidden: int, act: str, eps: float):
         super().__init__()
@@ -87,8 +89,9 @@ class Embeddings(nn.Module):
 class Bert(nn.Module):
     """Token ids (B, T) -> (last_hidden_state (B, T, d), pooled (B, d), or None without pooler).
 
-    attention_mask (B, T) is 1 for tokens and 0 for padding, None for no padding. `pooled` computes in the
-    last block only what [CLS] needs; `pooled_last_block = False` computes all tokens to the end.
+    attention_mask (B, T) is 1 for tokens and 0 for padding, None for no padding. `pooled`
+    computes in the last block only what [CLS] needs; `pooled_last_block = False` computes all
+    tokens to the end.
     """
 
     head_modules = ()
@@ -127,7 +130,8 @@ class Bert(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """input_ids, attention_mask (1 token, 0 padding), token_type_ids: (B, T) -> hidden (B, T, d), pooled (B, d).
+        """input_ids, attention_mask (1 token, 0 padding), token_type_ids: (B, T) -> hidden (B, T,
+        d), pooled (B, d).
 
         Raises ValueError for more tokens than the model has positions.
         """
@@ -138,9 +142,7 @@ class Bert(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> list[Tensor]:
         """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
-        return collect_attention_maps(
-            self, lambda: self.forward_features(input_ids, attention_mask, token_type_ids)
-        )
+        return collect_attention_maps(self, lambda: self.forward_features(input_ids, attention_mask, token_type_ids))
 
     def key_table(self, layout: str) -> list[Entry]:
         return key_table(self.config, layout)
@@ -150,7 +152,8 @@ class Bert(nn.Module):
 
 build = Bert
 layouts = {"transformers4": ("", "bert."), "transformers5": ("", "bert.")}
-ignored = r"^cls\.|^classifier\.|position_ids$"  # heads of the pre-training and fine-tuned models; a buffer
+# heads of the pre-training and fine-tuned models; a buffer
+ignored = r"^cls\.|^classifier\.|position_ids$"
 optional = r"^pooler"
 layout_settings = {}
 preprocess = {}

@@ -27,7 +27,8 @@ from reference_models.layers import (
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of both towers. eos_token_id 2 is the convention of old files: the text is pooled at its largest id."""
+    """Sizes of both towers. eos_token_id 2 is the convention of old files: the text is pooled
+    at its largest id."""
 
     name: str = "clip-vit-b-32"
     embed_dim: int = 512
@@ -57,7 +58,8 @@ class CLIPConfig:
 
 
 class VisionTower(nn.Module):
-    """Pictures (B, 3, H, W) -> pooled (B, d): a ViT with a norm before its blocks and no bias in its patches.
+    """Pictures (B, 3, H, W) -> pooled (B, d): a ViT with a norm before its blocks and no
+    bias in its patches.
 
     Usable alone as the picture encoder of the other tasks.
     """
@@ -79,7 +81,8 @@ class VisionTower(nn.Module):
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
-        """All tokens after the final norm, class token first: (B, T, d), or (B, 1, d) with last_rows."""
+        """All tokens after the final norm, class token first: (B, T, d), or (B, 1,
+        d) with last_rows."""
         side = self.config.image_size
         if (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size) != self.config.grid:
             raise ValueError(
@@ -87,9 +90,7 @@ class VisionTower(nn.Module):
             )
         x = self.patch_embed(x)  # (B, T - 1, d)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
-        x = run_blocks(
-            self.blocks, self.norm_pre(x), checkpointing=self.grad_checkpointing, last_rows=last_rows
-        )
+        x = run_blocks(self.blocks, self.norm_pre(x), checkpointing=self.grad_checkpointing, last_rows=last_rows)
         return self.norm(x)
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -104,7 +105,8 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids (B, T) -> pooled (B, d), the token at the end of each text; a token sees only those before it."""
+    """Token ids (B, T) -> pooled (B, d), the token at the end of each text; a token sees only
+    those before it."""
 
     head_modules = ()
 
@@ -121,7 +123,8 @@ class TextTower(nn.Module):
         self.apply(init_weights)
 
     def end_positions(self, input_ids: Tensor) -> Tensor:
-        """Where each text ends, (B, T) -> (B,): the first end token, or by the old convention the largest id."""
+        """Where each text ends, (B, T) -> (B,): the first end token, or by the old
+        convention the largest id."""
         if self.config.eos_token_id == 2:
             return input_ids.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
@@ -129,31 +132,32 @@ class TextTower(nn.Module):
     def forward_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, last_rows: Tensor | None = None
     ) -> Tensor:
-        """All tokens after the final norm: (B, T, d), or (B, 1, d) with one of last_rows (B,) for each text.
+        """All tokens after the final norm: (B, T, d), or (B, 1, d) with one of last_rows
+        (B,) for each text.
 
-        attention_mask (B, T) may be left out where padding stands behind the end token: nothing before sees it.
+        attention_mask (B, T) may be left out where padding stands behind the end token:
+        nothing before sees it.
         """
         T = input_ids.shape[1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens, but {self.config.name} has positions for {self.config.context}")
         x = self.token_embed(input_ids) + self.pos_embed[:, :T]  # (B, T, d)
         if attention_mask is not None:
-            allowed = causal_mask(T, None, x.device, padding_mask(attention_mask))[:, 0]  # (B, T, T)
+            # (B, T, T)
+            allowed = causal_mask(T, None, x.device, padding_mask(attention_mask))[:, 0]
             return self.run(x, allowed, last_rows)
         checkpointing = self.grad_checkpointing
-        return self.norm(
-            run_blocks(self.blocks, x, None, True, checkpointing=checkpointing, last_rows=last_rows)
-        )
+        return self.norm(run_blocks(self.blocks, x, None, True, checkpointing=checkpointing, last_rows=last_rows))
 
     def run(self, x: Tensor, allowed: Tensor, last_rows: Tensor | None) -> Tensor:
-        """All blocks, where query i may look at token j if allowed[:, i, j], and the final norm; the last block for
-        last_rows (B,) or (B, n) only. x (B, T, d), allowed (B, T, T) -> (B, T, d) or (B, n, d).
+        """All blocks, where query i may look at token j if allowed[:, i, j], and the final norm;
+        the last block for last_rows (B,) or (B, n) only. x (B, T, d), allowed (B, T, T) -> (B, T,
+        d) or (B, n, d).
 
-        The mask is added to the scores; it is made once because torch would convert a bool one in every block.
+        The mask is added to the scores; it is made once because torch would convert a bool
+        one in every block.
         """
-        mask = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(
-            ~allowed, float("-inf")
-        )
+        mask = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, float("-inf"))
         x = run_blocks(self.blocks[:-1], x, mask[:, None], checkpointing=self.grad_checkpointing)
         mask = take_rows(mask, last_rows)[:, None]  # (B, 1, T, T), (B, 1, 1, T) or (B, 1, n, T)
         return self.norm(self.blocks[-1](x, mask, rows=last_rows))
@@ -165,16 +169,16 @@ class TextTower(nn.Module):
         ends = self.end_positions(input_ids)
         if self.pooled_last_block:
             return self.forward_features(input_ids, attention_mask, ends)[:, 0]
-        return self.forward_features(input_ids, attention_mask)[
-            torch.arange(len(ends), device=ends.device), ends
-        ]
+        return self.forward_features(input_ids, attention_mask)[torch.arange(len(ends), device=ends.device), ends]
 
     forward = pooled
 
     def pooled_choices(self, input_ids: Tensor) -> Tensor:
-        """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as `pooled` of each text.
+        """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as
+        `pooled` of each text.
 
-        The common beginning of a question's texts is computed once, and in the last block only the end tokens.
+        The common beginning of a question's texts is computed once, and in the last block
+        only the end tokens.
         """
         packed = pack_choices(input_ids, self.end_positions(input_ids))
         x = self.token_embed(packed.ids) + self.pos_embed[0, packed.positions]  # (B, L, d)
@@ -186,9 +190,11 @@ class TextTower(nn.Module):
 
 
 class Packed(NamedTuple):
-    """The texts of a question's choices as one row, what they have in common at the front written once.
+    """The texts of a question's choices as one row, what they have in common at the
+    front written once.
 
-    ids, positions (B, L); mask (B, L, L), True where a token may look; ends (B, C), where each text ends in the row.
+    ids, positions (B, L); mask (B, L, L), True where a token may look; ends (B, C), where each text
+    ends in the row.
     """
 
     ids: Tensor
@@ -198,10 +204,12 @@ class Packed(NamedTuple):
 
 
 def pack_choices(input_ids: Tensor, ends: Tensor) -> Packed:
-    """Token ids (B, C, T) of C texts for each question, which end at `ends` (B, C) -> one row for each question.
+    """Token ids (B, C, T) of C texts for each question, which end at `ends` (B, C) -> one row
+    for each question.
 
-    A token of a causal tower depends only on what stands before it, so the tokens of a common beginning are the
-    same in all C texts. They stand once in the row, with the first text; each text sees them and itself.
+    A token of a causal tower depends only on what stands before it, so the tokens of a common
+    beginning are the same in all C texts. They stand once in the row, with the first text; each
+    text sees them and itself.
     """
     B, C, T = input_ids.shape
     place = torch.arange(T, device=input_ids.device)
@@ -210,7 +218,8 @@ def pack_choices(input_ids: Tensor, ends: Tensor) -> Packed:
     first = torch.arange(C, device=input_ids.device)[:, None] == 0
     kept = (place <= ends[..., None]) & (first | (place >= common[:, None, None]))  # (B, C, T)
     kept = kept.flatten(1)
-    order = kept.long().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]  # (B, L)
+    # (B, L)
+    order = kept.long().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
     choice, position = order // T, order % T
     before = position[:, None, :] <= position[:, :, None]  # (B, L, L): query, key
     seen = (choice[:, None, :] == choice[:, :, None]) | (position < common[:, None])[:, None, :]
@@ -226,10 +235,8 @@ class CLIP(nn.Module):
     """
 
     head_modules = ("visual_projection", "text_projection", "logit_scale")
-    layouts = (
-        "transformers5",
-        "transformers4",
-    )  # of adapters: open_clip reads its projections, never calls them
+    # of adapters: open_clip reads its projections, never calls them
+    layouts = ("transformers5", "transformers4")
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -248,13 +255,13 @@ class CLIP(nn.Module):
         return self.text_projection(self.text.pooled(input_ids, attention_mask))
 
     def encode_choices(self, input_ids: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, e): `encode_text` of C texts for each of B questions, what they share computed once."""
+        """(B, C, T) -> (B, C, e): `encode_text` of C texts for each of B questions, what they
+        share computed once."""
         return self.text_projection(self.text.pooled_choices(input_ids))
 
-    def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine, as (B, C) and transposed, (C, B)."""
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine, as (B, C) and
+        transposed, (C, B)."""
         image = F.normalize(self.encode_image(images), dim=-1)  # (B, e)
         text = F.normalize(self.encode_text(input_ids, attention_mask), dim=-1)  # (C, e)
         logits = self.logit_scale.exp() * image @ text.T  # (B, C)

@@ -1,4 +1,5 @@
-"""Two towers for questions about pictures: any picture encoder, any text encoder, and a head on both.
+"""Two towers for questions about pictures: any picture encoder, any text encoder,
+and a head on both.
 
     model = TwoTower(load_pretrained("vit-base-patch16-224", a), load_pretrained("bert-base", b),
     num_classes=1000) logits = model(images, input_ids, attention_mask)
@@ -25,11 +26,11 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """The configurations of both towers and the sizes of what joins them; None takes the fusion's own
-    default.
+    """The configurations of both towers and the sizes of what joins them; None takes the
+    fusion's own default.
 
-    hidden is the width of the last hidden layer, inner that of the product; inner 0 multiplies the features
-    as they are.
+    hidden is the width of the last hidden layer, inner that of the product; inner 0 multiplies the
+    features as they are.
     """
 
     name: str = "vqa"
@@ -91,10 +92,10 @@ class ProductFusion(nn.Module):
 class TwoTower(nn.Module):
     """Pictures (N, 3, H, W) and questions (B, T) -> logits (B, num_classes).
 
-    image_index (B,) says which picture each question is about, so that a picture with several questions is
-    encoded once; None: question i is about picture i. text_index does the same for a text that comes again.
-    Features of frozen towers may be given instead of their inputs: image_features (N, dv), text_features
-    (B, dt), as `encode_image` and `encode_text` return them.
+    image_index (B,) says which picture each question is about, so that a picture with several
+    questions is encoded once; None: question i is about picture i. text_index does the same for a
+    text that comes again. Features of frozen towers may be given instead of their inputs:
+    image_features (N, dv), text_features (B, dt), as `encode_image` and `encode_text` return them.
     """
 
     head_modules = ("fusion", "head")
@@ -132,7 +133,8 @@ class TwoTower(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes, **like)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, dv): pooled, or flattened cells of a convolutional tower in a product."""
+        """(N, 3, H, W) -> (N, dv): pooled, or flattened cells of a convolutional
+        tower in a product."""
         return self.vision.flat(images) if self.flatten else self.vision.pooled(images)
 
     def encode_text(

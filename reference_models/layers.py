@@ -1,8 +1,10 @@
-"""The layers that every transformer here is made of. A projection is always called, its weight is never read,
-so a LoRALinear in its place always takes part.
+"""The layers that every transformer here is made of. A projection is always called, its weight is
+never read, so a LoRALinear in its place always takes part.
 
-Shapes: B pictures or sentences, T tokens, d width, h heads, d/h width of a head; P patches of p x p pixels.
-Attention: Vaswani et al. 2017, arXiv:1706.03762. ViT blocks: Dosovitskiy et al. 2020, arXiv:2010.11929.
+Shapes: B pictures or sentences, T tokens, d width, h heads, d/h width of a head; P patches
+of p x p pixels.
+Attention: Vaswani et al. 2017, arXiv:1706.03762. ViT blocks: Dosovitskiy et al. 2020,
+arXiv:2010.11929.
 """
 
 import math
@@ -37,7 +39,8 @@ ACTIVATIONS = {
 
 
 def take_rows(x: Tensor, rows: Tensor | int | None) -> Tensor:
-    """The tokens that the pooled last block needs: all (None), one position for everybody, or some per sample.
+    """The tokens that the pooled last block needs: all (None), one position for everybody, or
+    some per sample.
 
     x (B, T, d), rows None | int | (B,) | (B, n) -> (B, T, d), (B, 1, d) or (B, n, d).
     """
@@ -50,17 +53,16 @@ def take_rows(x: Tensor, rows: Tensor | int | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate q, k, v and out projections: softmax(q k^T / sqrt(d/h) + mask) v.
+    """Multi-head attention with separate q, k, v and out projections: softmax(q k^T /
+    sqrt(d/h) + mask) v.
 
-    forward(x (B, T, d), mask, causal, rows) -> (B, T, d). mask is added to the scores (float, broadcast to
-    (B, h, T, T)) or keeps entries (bool). With `rows` only those queries are computed (see take_rows); keys
-    and values are those of all tokens, so the result equals the same rows of the full one. `keep_map = True`
-    stores the attention map of the next call.
+    forward(x (B, T, d), mask, causal, rows) -> (B, T, d). mask is added to the scores (float,
+    broadcast to (B, h, T, T)) or keeps entries (bool). With `rows` only those queries are computed
+    (see take_rows); keys and values are those of all tokens, so the result equals the same rows of
+    the full one. `keep_map = True` stores the attention map of the next call.
     """
 
-    def __init__(
-        self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True, dropout: float = 0.0
-    ):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True, dropout: float = 0.0):
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} is not a multiple of the number of heads {heads}")
@@ -71,16 +73,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         self.keep_map, self.map = False, None
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None
-    ):
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None):
         T = x.shape[1]
-        q = self.split_heads(self.q_proj(take_rows(x, rows)))  # (B, h, T, d/h), or (B, h, 1, d/h) with rows
+        # (B, h, T, d/h), or (B, h, 1, d/h) with rows
+        q = self.split_heads(self.q_proj(take_rows(x, rows)))
         k = self.split_heads(self.k_proj(x))  # (B, h, T, d/h)
         v = self.split_heads(self.v_proj(x))  # (B, h, T, d/h)
-        whole = (
-            causal and mask is None and rows is None
-        )  # the one case that torch's kernels know without a mask
+        # the one case that torch's kernels know without a mask
+        whole = causal and mask is None and rows is None
         if causal and not (whole and fused_attention and not self.keep_map):
             mask, whole = causal_mask(T, rows, x.device, mask), False
         out = self.attend(q, k, v, mask, whole)  # (B, h, T, d/h)
@@ -106,9 +106,8 @@ class Attention(nn.Module):
 
 
 def causal_mask(T: int, rows: Tensor | int | None, device, mask: Tensor | None = None) -> Tensor:
-    """True where a query may look: at itself and before. (T, T), or (B, 1, 1, T) for chosen rows; `mask`
-    (bool) is kept.
-    """
+    """True where a query may look: at itself and before. (T, T), or (B, 1, 1, T) for chosen rows;
+    `mask` (bool) is kept."""
     positions = torch.arange(T, device=device)
     queries = positions if rows is None else torch.as_tensor(rows, device=device).view(-1, 1, 1, 1)
     allowed = positions <= (queries[:, None] if rows is None else queries)
@@ -116,7 +115,8 @@ def causal_mask(T: int, rows: Tensor | int | None, device, mask: Tensor | None =
 
 
 def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T) with 1 for tokens and 0 for padding -> (B, 1, 1, T), True where a query may look; None stays."""
+    """(B, T) with 1 for tokens and 0 for padding -> (B, 1, 1, T), True where a query may
+    look; None stays."""
     return None if attention_mask is None else attention_mask[:, None, None].bool()
 
 
@@ -136,23 +136,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x = x + attn(norm1(x)); x = x + mlp(norm2(x)), (B, T, d) -> (B, T, d).
+    """Pre-norm transformer block: x = x + attn(norm1(x)); x = x + mlp(norm2(x)), (B, T,
+    d) -> (B, T, d).
 
     With `rows` everything after the keys and values is computed for those tokens only: (B, 1, d).
     """
 
-    def __init__(
-        self, dim: int, heads: int, hidden: int, act: str = "gelu", eps: float = 1e-6, qkv_bias: bool = True
-    ):
+    def __init__(self, dim: int, heads: int, hidden: int, act: str = "gelu", eps: float = 1e-6, qkv_bias: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, hidden, act)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None
-    ):
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None):
         x = take_rows(x, rows) + self.attn(self.norm1(x), mask, causal, rows)
         return x + self.mlp(self.norm2(x))
 
@@ -169,17 +166,16 @@ class Pooler(nn.Module):
 
 
 class PatchLinear(nn.Linear):
-    """The patch projection; a class of its own so that target_modules="all-linear" means the layers of the
-    blocks.
-    """
+    """The patch projection; a class of its own so that target_modules="all-linear" means the
+    layers of the blocks."""
 
 
 class PatchEmbed(nn.Module):
-    """Cut the picture into p x p patches and project each: a convolution with stride p, as one matrix
-    product.
+    """Cut the picture into p x p patches and project each: a convolution with stride p, as
+    one matrix product.
 
-    (B, 3, H, W) -> (B, P, d) with P = (H // p) * (W // p); what is over at the right and bottom edge is cut
-    off.
+    (B, 3, H, W) -> (B, P, d) with P = (H // p) * (W // p); what is over at the right and bottom
+    edge is cut off.
     """
 
     def __init__(self, patch_size: int, dim: int, bias: bool = True):
@@ -191,18 +187,14 @@ class PatchEmbed(nn.Module):
         B, C, H, W = x.shape
         p, rows, cols = self.patch_size, H // self.patch_size, W // self.patch_size
         x = x[:, :, : rows * p, : cols * p].reshape(B, C, rows, p, cols, p)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(
-            B, rows * cols, C * p * p
-        )  # (B, P, 3 p p), ordered like a kernel
+        # (B, P, 3 p p), ordered like a kernel
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * cols, C * p * p)
         return self.proj(x)
 
 
-def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, *arguments, checkpointing: bool = False, last_rows=None
-) -> Tensor:
-    """All blocks in turn; the last one only for `last_rows`. With checkpointing a block's activations are
-    recomputed.
-    """
+def run_blocks(blocks: nn.ModuleList, x: Tensor, *arguments, checkpointing: bool = False, last_rows=None) -> Tensor:
+    """All blocks in turn; the last one only for `last_rows`. With checkpointing a block's
+    activations are recomputed."""
     for i, block in enumerate(blocks):
         rows = last_rows if i == len(blocks) - 1 else None
         if checkpointing and torch.is_grad_enabled():
@@ -213,9 +205,8 @@ def run_blocks(
 
 
 def collect_attention_maps(model: nn.Module, run) -> list[Tensor]:
-    """Call `run()` with every Attention below `model` keeping its map; a list of (B, h, T, T), one for each
-    layer.
-    """
+    """Call `run()` with every Attention below `model` keeping its map; a list of (B, h, T, T),
+    one for each layer."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     try:
         for layer in layers:
@@ -228,12 +219,9 @@ def collect_attention_maps(model: nn.Module, run) -> list[Tensor]:
             layer.keep_map, layer.map = False, None
 
 
-def resize_positions(
-    pos: Tensor, new: tuple[int, int], prefix: int, old: tuple[int, int] | None = None
-) -> Tensor:
-    """Bicubic interpolation of position embeddings (1, prefix + h w, d) to another grid; prefix tokens stay
-    as they are.
-    """
+def resize_positions(pos: Tensor, new: tuple[int, int], prefix: int, old: tuple[int, int] | None = None) -> Tensor:
+    """Bicubic interpolation of position embeddings (1, prefix + h w, d) to another grid; prefix
+    tokens stay as they are."""
     side = math.isqrt(pos.shape[1] - prefix)
     height, width = old or (side, side)
     head, grid = pos[:, :prefix], pos[:, prefix:]
@@ -243,17 +231,21 @@ def resize_positions(
 
 
 def relative_index(rows: int, cols: int) -> Tensor:
-    """Row of a position-bias table for every pair of places in a rows x cols window, (rows cols, rows cols).
+    """Row of a position-bias table for every pair of places in a rows x cols window, (rows
+    cols, rows cols).
 
-    The table has one row for each offset (dy, dx), (2 rows - 1)(2 cols - 1) of them, ordered by dy, then dx.
+    The table has one row for each offset (dy, dx), (2 rows - 1)(2 cols - 1) of them,
+    ordered by dy, then dx.
     """
     y, x = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
-    dy, dx = y[:, None] - y + rows - 1, x[:, None] - x + cols - 1  # 0 .. 2 rows - 2, 0 .. 2 cols - 2
+    # 0 .. 2 rows - 2, 0 .. 2 cols - 2
+    dy, dx = y[:, None] - y + rows - 1, x[:, None] - x + cols - 1
     return dy * (2 * cols - 1) + dx
 
 
 class Classifier(nn.Module):
-    """A linear head on `pooled(x)` (B, num_features), shared by the encoders that see pictures only."""
+    """A linear head on `pooled(x)` (B, num_features), shared by the encoders that
+    see pictures only."""
 
     head_modules = ("head",)
 
@@ -269,14 +261,14 @@ class Classifier(nn.Module):
         return self.head(self.pooled(x))
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
-        """One (B, heads, T, T) tensor for each layer, of windows one below the other where the model has them;
-        every row sums to 1.
-        """
+        """One (B, heads, T, T) tensor for each layer, of windows one below the other where the
+        model has them; every row sums to 1."""
         return collect_attention_maps(self, lambda: self.forward_features(x))
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal weights with deviation .02 cut at two deviations, zero biases, as ViT, BERT and BEiT begin."""
+    """Normal weights with deviation .02 cut at two deviations, zero biases, as ViT,
+    BERT and BEiT begin."""
     if isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Linear):

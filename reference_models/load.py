@@ -55,25 +55,23 @@ def list_models() -> list[str]:
 
 
 def config_for(name: str):
-    """The configuration that belongs to a model name; ModelError with the nearest names where there is none."""
+    """The configuration that belongs to a model name; ModelError with the nearest names
+    where there is none."""
     for family in FAMILIES:
         if (config := family_module(family).config_for(name)) is not None:
             return config
     near = difflib.get_close_matches(name.replace("_", "-").lower(), list_models(), n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    hint = (
-        "no such folder, and a name has no slash (weights of the hub are hf:org/name); "
-        if "/" in name
-        else hint
-    )
+    hint = "no such folder, and a name has no slash (weights of the hub are hf:org/name); " if "/" in name else hint
     raise ModelError(f"unknown model {name!r}; {hint}list_models(), train.py --list-models name them all")
 
 
 def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.Module:
     """A model with random weights, for torch's present seed.
 
-    num_classes: outputs of the head, None for the name's own number. `overrides` replace fields of its configuration,
-    such as image_size (pixels) or depth (blocks). Raises ModelError for an unknown name or field.
+    num_classes: outputs of the head, None for the name's own number. `overrides` replace fields of
+    its configuration, such as image_size (pixels) or depth (blocks). Raises ModelError for an
+    unknown name or field.
     """
     config = config_for(name)
     if num_classes is not None:
@@ -99,14 +97,16 @@ def load_pretrained(
 ) -> nn.Module:
     """A model with the weights of a checkpoint.
 
-    name_or_dir: a model name; or a directory with config.json or "hf:org/name", which then is the checkpoint too.
-    weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory, "hf:org/name", None
-    for random.
+    name_or_dir: a model name; or a directory with config.json or "hf:org/name", which then is
+    the checkpoint too.
+    weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory,
+    "hf:org/name", None for random.
     num_classes: None keeps the checkpoint's head; another number replaces it (one line is printed).
-    image_size: side in pixels; position tables are interpolated to it. None keeps that of the name or checkpoint.
+    image_size: side in pixels; position tables are interpolated to it. None keeps that of the
+    name or checkpoint.
 
-    Every key must find its place and every tensor its weights, with the right shape and finite values;
-    otherwise ModelError names the file and the keys.
+    Every key must find its place and every tensor its weights, with the right shape and finite
+    values; otherwise ModelError names the file and the keys.
     """
     by_name = not (Path(name_or_dir).is_dir() or str(name_or_dir).startswith("hf:"))
     source = weights if by_name else (weights or name_or_dir)
@@ -141,10 +141,12 @@ def load_pretrained(
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "minilora") -> Path:
-    """Write config.json, model.safetensors and preprocessor_config.json, for us ("minilora") or another library.
+    """Write config.json, model.safetensors and preprocessor_config.json, for us ("minilora") or
+    another library.
 
-    layout: "minilora", or one of the model's: "transformers", "timm", "torchvision", "open_clip".
-    Raises ModelError for a layout that the model does not have, and for a model that still has LoRA layers.
+    layout: "minilora", or one of the model's: "transformers", "timm", "torchvision",
+    "open_clip". Raises ModelError for a layout that the model does not have, and for a model
+    that still has LoRA layers.
     """
     config, family = model.config, family_module(model.config.family)
     state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
@@ -198,13 +200,15 @@ def _resolve(source: str | Path) -> Path:
 
 
 def _config_file(path: Path) -> dict:
-    """config.json of a checkpoint's directory, else open_clip_config.json, else nothing; a lone file has none."""
+    """config.json of a checkpoint's directory, else open_clip_config.json, else nothing; a
+    lone file has none."""
     files = [path / name for name in ("config.json", "open_clip_config.json")] if path.is_dir() else []
     return next((read_json(file) for file in files if file.exists()), {})
 
 
 def _described(data: dict, folder: Path, wanted):
-    """The configuration of a checkpoint: from config.json where there is one, else from the model's name."""
+    """The configuration of a checkpoint: from config.json where there is one, else from
+    the model's name."""
     if "minilora" in data:
         described = saved_config(data["minilora"], folder / "config.json", wanted)
     else:
@@ -216,9 +220,7 @@ def _described(data: dict, folder: Path, wanted):
             f"{folder / 'config.json'}: {kind}: not one of the families {', '.join(FAMILIES)}; name a model"
         )
     if described is not None and wanted is not None and described.family != wanted.family:
-        raise ModelError(
-            f"{folder}: a checkpoint of the family {described.family}, but {wanted.name} was asked for"
-        )
+        raise ModelError(f"{folder}: a checkpoint of the family {described.family}, but {wanted.name} was asked for")
     if described is not None:
         check_config(described, folder / "config.json")
     return described or wanted
@@ -257,16 +259,13 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
             f"{files}: no key belongs to a {config.family} model; it begins with {', '.join(list(state)[:3])}"
         )
     if unknown := [key for key in unknown if not re.search(family.ignored, key)]:
-        raise ModelError(
-            f"{files}: {len(unknown)} keys have no place in {config.name}: {', '.join(unknown[:5])}"
-        )
+        raise ModelError(f"{files}: {len(unknown)} keys have no place in {config.name}: {', '.join(unknown[:5])}")
     return tensors, layout
 
 
 def _prefixed(state: dict, prefixes: tuple[str, ...]):
-    """{key to look for: key of `state`}: as it is, and with each prefix that the family's tables use in place of
-    another one or of none.
-    """
+    """{key to look for: key of `state`}: as it is, and with each prefix that the family's tables
+    use in place of another one or of none."""
     yield {key: key for key in state}
     for wanted in dict.fromkeys(prefixes):
         for prefix in dict.fromkeys((*prefixes, "")):
@@ -284,7 +283,8 @@ def _final(found, wanted, num_classes, image_size, overrides):
     changes = dict(overrides)
     if wanted is not None:
         changes.setdefault("name", wanted.name)
-        for key in ("image_size", "window"):  # what the name says; position tables are interpolated to it
+        # what the name says; position tables are interpolated to it
+        for key in ("image_size", "window"):
             if key in {field.name for field in fields(wanted)}:
                 changes.setdefault(key, getattr(wanted, key))
     if image_size is not None:
@@ -301,10 +301,11 @@ def _classes(config) -> int | None:
 
 
 def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layout: str) -> dict[str, Tensor]:
-    """The tensors for the model of `config`, strictly: shapes, missing keys and extra keys in one message, by our
-    names and by those of the file.
+    """The tensors for the model of `config`, strictly: shapes, missing keys and extra keys in one
+    message, by our names and by those of the file.
 
-    Asked of a model without storage: a config.json of somebody else's may describe one that no memory holds.
+    Asked of a model without storage: a config.json of somebody else's may describe one that
+    no memory holds.
     """
     with torch.device("meta"):
         model = _make(config)
@@ -314,9 +315,7 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
     if new_head or _classes(config) == 0:
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
     if new_head and found.num_classes:
-        print(
-            f"head: the checkpoint has {found.num_classes} classes; a new one for {config.num_classes} replaces it"
-        )
+        print(f"head: the checkpoint has {found.num_classes} classes; a new one for {config.num_classes} replaces it")
     extra = [key for key in tensors if key not in own and not re.search(family.optional, key)]
     missing = [key for key in own if key not in tensors and not (new_head and key.startswith(heads))]
     table = [] if layout == "minilora" else family.key_table(found, layout)

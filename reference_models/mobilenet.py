@@ -1,6 +1,7 @@
 """MobileNetV2: torchvision's layers behind this package's interface.
 
-Paper: Sandler et al. 2018, arXiv:1801.04381. Shapes: B pictures, h x w cells (7 x 7 at 224 pixels), 1280 channels.
+Paper: Sandler et al. 2018, arXiv:1801.04381. Shapes: B pictures, h x w cells (7 x 7 at 224
+pixels), 1280 channels.
 """
 
 import re
@@ -13,7 +14,8 @@ from torchvision.models import MobileNetV2
 from reference_models.files.names import Entry, linear, rename
 from reference_models.layers import init_weights
 
-# layers of each stage, its stride and where its blocks widen first: the order of timm's blocks.{stage}.{block}
+# layers of each stage, its stride and where its blocks widen first: the order of timm's
+# blocks.{stage}.{block}
 STAGES = (1, 2, 3, 4, 3, 3, 1)
 
 
@@ -29,7 +31,8 @@ class MobileNetConfig:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose statistics move only while its own weights are trained: a frozen one stays in eval mode."""
+    """BatchNorm whose statistics move only while its own weights are trained: a frozen one
+    stays in eval mode."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -41,7 +44,8 @@ class BatchNorm(nn.BatchNorm2d):
         return F.batch_norm(x, *statistics, self.weight, self.bias, moving, self.momentum, self.eps)
 
     def _load_from_state_dict(self, *args):
-        nn.Module._load_from_state_dict(self, *args)  # BatchNorm's own would ask for num_batches_tracked
+        # BatchNorm's own would ask for num_batches_tracked
+        nn.Module._load_from_state_dict(self, *args)
 
 
 class MobileNet(nn.Module):
@@ -112,13 +116,15 @@ def names() -> list[str]:
 
 
 def config_for(name: str) -> MobileNetConfig | None:
-    """mobilenet-v2, or mobilenet-v2-{width in percent} such as mobilenet-v2-50; None for other families' names."""
+    """mobilenet-v2, or mobilenet-v2-{width in percent} such as mobilenet-v2-50; None for other
+    families' names."""
     match = re.fullmatch(r"mobilenet-v2(?:-(\d+))?", name)
     return MobileNetConfig(name, width=int(match[1] or 100) / 100) if match else None
 
 
 def key_table(config: MobileNetConfig, layout: str) -> list[Entry]:
-    """Our names are torchvision's but for the head; timm counts stages and blocks where those count layers."""
+    """Our names are torchvision's but for the head; timm counts stages and blocks where
+    those count layers."""
     table = linear("head", "classifier.1" if layout == "torchvision" else "classifier")
     theirs = _timm_names()
     for ours, kind in _layers():

@@ -1,12 +1,13 @@
-"""Swin transformer: attention within small windows, which every second block shifts by half a window, and
-four neighbours merged into one token of twice the width between stages.
+"""Swin transformer: attention within small windows, which every second block shifts by half a
+window, and four neighbours merged into one token of twice the width between stages.
 
     grid 56 x 56, d --[blocks]--> merge --> 28 x 28, 2 d --[blocks]--> merge --> 14 x 14, 4 d ...
 
-Paper: Liu et al. 2021, arXiv:2103.14030. swinv2.py changes the attention and the place of the norms.
-Shapes: B pictures, H x W grid of tokens, d width (of the stage), h heads, w window side, n windows of a picture,
-N = w w tokens of a window. Where H or W is no multiple of w, zeros are appended right and below, as transformers
-does; they take part in the attention.
+Paper: Liu et al. 2021, arXiv:2103.14030. swinv2.py changes the attention and the
+place of the norms.
+Shapes: B pictures, H x W grid of tokens, d width (of the stage), h heads, w window side, n windows
+of a picture, N = w w tokens of a window. Where H or W is no multiple of w, zeros are appended right
+and below, as transformers does; they take part in the attention.
 """
 
 from dataclasses import dataclass
@@ -17,14 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reference_models.files.names import Entry
-from reference_models.layers import (
-    MLP,
-    Attention,
-    Classifier,
-    PatchEmbed,
-    init_weights,
-    relative_index,
-)
+from reference_models.layers import MLP, Attention, Classifier, PatchEmbed, init_weights, relative_index
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,8 @@ class SwinConfig:
 
 
 class WindowAttention(Attention):
-    """Attention among the N = w w tokens of each window, with a learned bias for every offset between two of them.
+    """Attention among the N = w w tokens of each window, with a learned bias for every offset
+    between two of them.
 
     relative_position_bias_table ((2 w - 1)(2 w - 1), h).
     """
@@ -125,19 +120,22 @@ def from_windows(x: Tensor, w: int, H: int, W: int) -> Tensor:
 
 
 def shift_mask(H: int, W: int, w: int, shift: int, device) -> Tensor:
-    """After the shift the last windows hold tokens of opposite edges: -100 between those that were not neighbours.
+    """After the shift the last windows hold tokens of opposite edges: -100 between those that
+    were not neighbours.
 
     (n, 1, N, N), added to the scores.
     """
     y, x = torch.arange(H, device=device), torch.arange(W, device=device)
     region_y = (y >= H - w).int() + (y >= H - shift).int()  # 0, 1, 2 from top to bottom
     region_x = (x >= W - w).int() + (x >= W - shift).int()
-    region = to_windows((3 * region_y[:, None] + region_x)[None, :, :, None], w).squeeze(-1)  # (n, N)
+    # (n, N)
+    region = to_windows((3 * region_y[:, None] + region_x)[None, :, :, None], w).squeeze(-1)
     return (region[:, None, :, None] != region[:, None, None, :]) * -100.0
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token of twice the width, (B, H, W, d) -> (B, H/2, W/2, 2 d), rounded up."""
+    """Four neighbours become one token of twice the width, (B, H, W, d) -> (B, H/2, W/2,
+    2 d), rounded up."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -149,16 +147,16 @@ class PatchMerging(nn.Module):
 
     @staticmethod
     def gather(x: Tensor) -> Tensor:
-        """(B, H, W, d) -> (B, H/2, W/2, 4 d), in the order top left, bottom left, top right, bottom right."""
+        """(B, H, W, d) -> (B, H/2, W/2, 4 d), in the order top left, bottom left, top
+        right, bottom right."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         corners = [x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
         return torch.cat(corners, dim=-1)
 
 
 class SwinTransformer(Classifier):
-    """Images (B, 3, H, W) of any size -> logits (B, num_classes). Blocks are numbered through all stages;
-    downsample.{s} stands behind stage s.
-    """
+    """Images (B, 3, H, W) of any size -> logits (B, num_classes). Blocks are numbered through all
+    stages; downsample.{s} stands behind stage s."""
 
     layouts = ("transformers5", "transformers4", "timm")
     block, merging = SwinBlock, PatchMerging
@@ -182,21 +180,21 @@ class SwinTransformer(Classifier):
         self.reset_classifier(config.num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, rows, cols, d); a picture that is no multiple of the patch gets zeros appended."""
+        """(B, 3, H, W) -> (B, rows, cols, d); a picture that is no multiple of the patch
+        gets zeros appended."""
         p = self.config.patch_size
         x = F.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
         grid = (x.shape[2] // p, x.shape[3] // p)
         x = self.patch_norm(self.patch_embed(x))  # (B, P, d)
         if self.pos_embed is not None:
             if grid != self.config.grid:
-                raise ValueError(
-                    f"{self.config.name} has positions for {self.config.grid} patches, got {grid}"
-                )
+                raise ValueError(f"{self.config.name} has positions for {self.config.grid} patches, got {grid}")
             x = x + self.pos_embed
         return x.unflatten(1, grid)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> tokens of the last stage after the final norm (B, T, num_features)."""
+        """Images (B, 3, H, W) -> tokens of the last stage after the final norm (B,
+        T, num_features)."""
         x = self.embed(x)  # (B, H, W, d)
         blocks = iter(self.blocks)
         for stage, depth in enumerate(self.config.depths):

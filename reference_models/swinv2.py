@@ -1,10 +1,11 @@
-"""Swin transformer V2: cosine attention, a position bias that a small network computes, norms behind the branches.
+"""Swin transformer V2: cosine attention, a position bias that a small network computes, norms
+behind the branches.
 
     scores = t * cos(q, k) + 16 sigmoid(cpb(log offset))      t = exp(logit_scale), at most 100
     x = x + norm1(attn(x));  x = x + norm2(mlp(x))
 
-The network sees offsets on a logarithmic scale relative to the window of pretraining, so weights move to other
-window sizes without interpolation. The keys have no bias.
+The network sees offsets on a logarithmic scale relative to the window of pretraining, so weights
+move to other window sizes without interpolation. The keys have no bias.
 Paper: Liu et al. 2021, arXiv:2111.09883. Shapes as in swin.py.
 """
 
@@ -22,7 +23,8 @@ from reference_models.swin import PatchMerging, SwinBlock, SwinConfig, SwinTrans
 
 @dataclass(frozen=True)
 class SwinV2Config(SwinConfig):
-    """Sizes of a Swin V2. pretrained_windows: the window of each stage in pretraining, 0 for the present one."""
+    """Sizes of a Swin V2. pretrained_windows: the window of each stage in pretraining, 0 for
+    the present one."""
 
     name: str = "swinv2-tiny-patch4-window8-256"
     image_size: int | tuple[int, int] = 256
@@ -36,7 +38,8 @@ class SwinV2Config(SwinConfig):
 
 
 class PositionLinear(nn.Linear):
-    """A layer of the position network; a class of its own so that "all-linear" means the layers of the blocks."""
+    """A layer of the position network; a class of its own so that "all-linear" means the
+    layers of the blocks."""
 
 
 class CosineAttention(Attention):
@@ -57,7 +60,8 @@ class CosineAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         """Scaled so that the division by sqrt(d/h) in the common form leaves t cos(q, k)."""
-        scale = self.logit_scale.clamp(max=math.log(100)).exp() * math.sqrt(q.shape[-1])  # (h, 1, 1)
+        # (h, 1, 1)
+        scale = self.logit_scale.clamp(max=math.log(100)).exp() * math.sqrt(q.shape[-1])
         q = (F.normalize(q, dim=-1) * scale).to(v.dtype)
         return super().attend(q, F.normalize(k, dim=-1).to(v.dtype), v, mask, causal)
 
@@ -74,7 +78,8 @@ class SwinV2Block(SwinBlock):
 
     def __init__(self, config: SwinV2Config, stage: int, shifted: bool):
         super().__init__(config, stage, shifted)
-        if config.grid[0] >> stage <= self.window:  # one window holds the stage of the configured size
+        # one window holds the stage of the configured size
+        if config.grid[0] >> stage <= self.window:
             self.shift = 0
 
     def make_attention(self, config: SwinV2Config, stage: int, dim: int) -> Attention:
@@ -103,7 +108,8 @@ class PatchMergingV2(PatchMerging):
 class SwinTransformerV2(SwinTransformer):
     """Images (B, 3, H, W) of any size -> logits (B, num_classes)."""
 
-    # of adapters; timm's Swin V2 reads qkv.weight instead of calling qkv, so an adapter would do nothing there
+    # of adapters; timm's Swin V2 reads qkv.weight instead of calling qkv, so an adapter would
+    # do nothing there
     layouts = ("transformers5", "transformers4")
     block, merging = SwinV2Block, PatchMergingV2
 

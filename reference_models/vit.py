@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reference_models.files.names import Entry
-from reference_models.layers import (
-    Block,
-    PatchEmbed,
-    Pooler,
-    collect_attention_maps,
-    init_weights,
-    run_blocks,
-)
+from reference_models.layers import Block, PatchEmbed, Pooler, collect_attention_maps, init_weights, run_blocks
 
 #             width depth heads hidden
 SIZES = {
@@ -31,7 +24,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a ViT. image_size is a side in pixels, or (height, width); num_classes 0 means no head."""
+    """Sizes of a ViT. image_size is a side in pixels, or (height, width); num_classes
+    0 means no head."""
 
     name: str = "vit-base-patch16-224"
     image_size: int | tuple[int, int] = 224
@@ -44,7 +38,8 @@ class ViTConfig:
     eps: float = 1e-6
     act: str = "gelu"
     qkv_bias: bool = True
-    pooler: bool = False  # the tanh layer of transformers' ViTModel; only for two-tower models, which use it
+    # the tanh layer of transformers' ViTModel; only for two-tower models, which use it
+    pooler: bool = False
     distilled: bool = False  # DeiT's second prefix token
     family: str = "vit"
 
@@ -55,9 +50,8 @@ class ViTConfig:
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, num_classes). `pooled_last_block = False` computes all tokens to the
-    end.
-    """
+    """Images (B, 3, H, W) -> logits (B, num_classes). `pooled_last_block = False` computes all
+    tokens to the end."""
 
     head_modules = ("head",)
     layouts = ("transformers5", "transformers4", "timm", "torchvision")
@@ -94,9 +88,7 @@ class VisionTransformer(nn.Module):
         p, expected = self.config.patch_size, self.config.grid
         if (x.shape[-2] // p, x.shape[-1] // p) != expected:
             size = " x ".join(str(p * side) for side in expected)
-            raise ValueError(
-                f"{self.config.name} takes pictures of {size} pixels, got {x.shape[-2]} x {x.shape[-1]}"
-            )
+            raise ValueError(f"{self.config.name} takes pictures of {size} pixels, got {x.shape[-2]} x {x.shape[-1]}")
         x = self.patch_embed(x)  # (B, P, d)
         prefix = [self.cls_token] + ([self.dist_token] if self.config.distilled else [])
         tokens = torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype) for token in prefix] + [x], dim=1)
@@ -112,9 +104,8 @@ class VisionTransformer(nn.Module):
         return self.encode(x)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The class token, (B, d). The last block computes only that one: its other tokens would not be
-        read.
-        """
+        """The class token, (B, d). The last block computes only that one: its other tokens
+        would not be read."""
         token = self.encode(x, last_rows=0 if self.pooled_last_block else None)[:, 0]
         return token if self.pooler is None else self.pooler(token)
 

@@ -78,9 +78,7 @@ def test_the_configuration_says_rank_alpha_targets_and_head(base, tmp_path):
 def test_round_trip_into_a_plain_model_is_bit_equal_and_so_is_the_second_file(base, tmp_path, options):
     model = trained(base, **options)
     loaded = load_adapter(copy.deepcopy(base), save_adapter(model, tmp_path / "a"))
-    assert same_bits(lora_state_dict(loaded), lora_state_dict(model)) and same_bits(
-        snapshot(loaded), snapshot(model)
-    )
+    assert same_bits(lora_state_dict(loaded), lora_state_dict(model)) and same_bits(snapshot(loaded), snapshot(model))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), model(x))
     save_adapter(loaded, tmp_path / "b")
@@ -100,10 +98,7 @@ def test_a_linear_probe_is_saved_and_loaded_as_an_adapter_without_layers(base, t
     model.head.requires_grad_(True)
     randomise_trained(model)
     save_adapter(model, tmp_path)
-    assert set(load_file(tmp_path / WEIGHTS)) == {
-        "base_model.model.head.weight",
-        "base_model.model.head.bias",
-    }
+    assert set(load_file(tmp_path / WEIGHTS)) == {"base_model.model.head.weight", "base_model.model.head.bias"}
     assert same_bits(snapshot(load_adapter(copy.deepcopy(base), tmp_path)), snapshot(model))
 
 
@@ -177,9 +172,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_the_model_stays_untouch
 
 def test_an_adapter_of_another_rank_scaling_or_other_layers_is_refused(base, tmp_path):
     directory = save_adapter(trained(base), tmp_path)
-    with pytest.raises(
-        UserError, match=r"scaling of blocks.0.attn.q_proj is 3 in the file, 1.5 in the model"
-    ):
+    with pytest.raises(UserError, match=r"scaling of blocks.0.attn.q_proj is 3 in the file, 1.5 in the model"):
         load_adapter(trained(base, r=4), directory)
     with pytest.raises(UserError, match=r"wrong shape 8: .*q_proj.lora_A.weight \(2, 24\), model \(4, 24\)"):
         load_adapter(trained(base, r=4, lora_alpha=12), directory)
@@ -259,9 +252,7 @@ def test_a_configuration_with_values_of_the_wrong_kind_is_refused(base, tmp_path
 def test_nan_is_refused_when_saving_and_nothing_is_written(base, tmp_path):
     model = trained(base)
     model.blocks[0].attn.q_proj.lora_A.weight.data[0, 0] = float("nan")
-    with pytest.raises(
-        UserError, match="q_proj.lora_A.weight holds NaN or infinite values; nothing was written"
-    ):
+    with pytest.raises(UserError, match="q_proj.lora_A.weight holds NaN or infinite values; nothing was written"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -270,8 +261,6 @@ def test_a_minimal_configuration_of_older_peft_is_enough(base, tmp_path):
     model = trained(base, lora_alpha=8)
     keys = ("peft_type", "r", "lora_alpha", "target_modules")
     path = save_adapter(model, tmp_path) / CONFIG
-    path.write_text(
-        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key in keys})
-    )
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key in keys}))
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(load_adapter(base, tmp_path)(x), model(x))

@@ -21,9 +21,7 @@ def compiled_gradients(name: str, backend: str) -> dict[str, torch.Tensor]:
 def assert_same(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "clip"])

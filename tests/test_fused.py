@@ -29,9 +29,7 @@ def test_the_fused_form_equals_the_readable_form(case):
         with readable_form():
             return layer(x)
 
-    assert_equal_value_and_gradients(
-        layer, readable, torch.randn(*SHAPES[shape], sizes[0], dtype=torch.float64), layer
-    )
+    assert_equal_value_and_gradients(layer, readable, torch.randn(*SHAPES[shape], sizes[0], dtype=torch.float64), layer)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -83,10 +83,7 @@ def test_of_two_numbers_in_a_name_the_last_one_is_the_layer():
 
 def test_rank_and_alpha_patterns_hold_for_the_names_that_they_match():
     model = tiny_vit()
-    patterns = {
-        "rank_pattern": {"q_proj": 3, r"blocks\.1\.attn\.v_proj": 5},
-        "alpha_pattern": {r"blocks.0.*": 1},
-    }
+    patterns = {"rank_pattern": {"q_proj": 3, r"blocks\.1\.attn\.v_proj": 5}, "alpha_pattern": {r"blocks.0.*": 1}}
     inject_lora(model, LoRAConfig(r=2, lora_alpha=4, **patterns))
     found = {name: (layer.r, layer.scaling) for name, layer in lora_layers(model)}
     assert found == {
@@ -103,22 +100,14 @@ def test_rank_and_alpha_patterns_hold_for_the_names_that_they_match():
 @pytest.mark.parametrize(
     "wanted, message",
     [
-        (
-            ("query",),
-            "target 'query' matches no linear layer; this model has proj (1), q_proj (2), k_proj (2)",
-        ),
+        (("query",), "target 'query' matches no linear layer; this model has proj (1), q_proj (2), k_proj (2)"),
         (("q_proj", "v_prj"), "target 'v_prj' matches no linear layer"),
-        (
-            ("q_proj,v_proj",),
-            "target 'q_proj,v_proj' matches no linear layer; this model has proj (1), q_proj (2)",
-        ),
+        (("q_proj,v_proj",), "target 'q_proj,v_proj' matches no linear layer; this model has proj (1), q_proj (2)"),
         (("norm1",), "target 'norm1' is a LayerNorm, not an nn.Linear; choose proj (1), q_proj (2)"),
         ("q_proj", "one string is a regular expression for the whole name; write a tuple of names"),
     ],
 )
-def test_a_target_that_matches_nothing_is_refused_with_the_choices_and_the_model_stays_as_it_was(
-    wanted, message
-):
+def test_a_target_that_matches_nothing_is_refused_with_the_choices_and_the_model_stays_as_it_was(wanted, message):
     model = tiny_vit()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(UserError, match=re.escape(message)):
@@ -132,9 +121,7 @@ def test_layers_that_do_not_exist_are_refused():
 
 
 def test_modules_to_save_that_do_not_exist_or_are_targets_too_are_refused():
-    with pytest.raises(
-        UserError, match="modules_to_save names 'clasifier'.*it has patch_embed, blocks, norm, head"
-    ):
+    with pytest.raises(UserError, match="modules_to_save names 'clasifier'.*it has patch_embed, blocks, norm, head"):
         targets(tiny_vit(), ("q_proj",), modules_to_save=("clasifier",))
     with pytest.raises(UserError, match="'head' is both in target_modules and in modules_to_save"):
         targets(tiny_vit(), ("q_proj", "head"), modules_to_save=("head",))
@@ -148,18 +135,12 @@ def test_modules_to_save_that_do_not_exist_or_are_targets_too_are_refused():
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a whole number"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0"),
         ({"bias": "some"}, "bias must be one of none, lora_only, all, got 'some'"),
-        (
-            {"init_lora_weights": "pissa"},
-            "init_lora_weights must be one of True, False, gaussian, got 'pissa'",
-        ),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of True, False, gaussian, got 'pissa'"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number, got nan"),
         ({"alpha_pattern": {"q": "a"}}, r"alpha_pattern\['q'\] must be a number, got 'a'"),
         ({"rank_pattern": [3]}, r"rank_pattern must be {regular expression: rank}, got \[3\]"),
         ({"target_modules": 3}, "target_modules must be names or one regular expression, got 3"),
-        (
-            {"target_modules": "q_(proj"},
-            r"target_modules must be names or one regular expression, got 'q_\(proj'",
-        ),
+        ({"target_modules": "q_(proj"}, r"target_modules must be names or one regular expression, got 'q_\(proj'"),
     ],
 )
 def test_impossible_settings_are_refused_naming_the_field(options, message):
@@ -249,17 +230,13 @@ def test_after_training_steps_only_the_trained_tensors_moved_and_all_of_them_did
 
 
 def test_every_adapter_of_every_target_gets_a_gradient():
-    model = inject_lora(
-        tiny_vit(), LoRAConfig(target_modules=ALL, modules_to_save=("head",), init_lora_weights=False)
-    )
+    model = inject_lora(tiny_vit(), LoRAConfig(target_modules=ALL, modules_to_save=("head",), init_lora_weights=False))
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all((p.grad is not None and p.grad.any()) == p.requires_grad for p in model.parameters())
 
 
 def test_cast_frozen_stores_frozen_weights_in_half_and_leaves_the_trained_in_float32():
-    model = inject_lora(
-        tiny_vit(), LoRAConfig(modules_to_save=("head",), train_norms=True, init_lora_weights=False)
-    )
+    model = inject_lora(tiny_vit(), LoRAConfig(modules_to_save=("head",), train_norms=True, init_lora_weights=False))
     x = torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         wanted = model(x)
@@ -280,8 +257,7 @@ def test_merge_gives_plain_linear_layers_with_the_same_output(options):
     plain = merge_lora(model)
     assert plain is model and not adapted(plain) and not hasattr(plain, "lora_config")
     assert (
-        type(plain.blocks[0].attn.q_proj) is nn.Linear
-        and plain.state_dict().keys() == tiny_vit().state_dict().keys()
+        type(plain.blocks[0].attn.q_proj) is nn.Linear and plain.state_dict().keys() == tiny_vit().state_dict().keys()
     )
     assert torch.allclose(plain(x), wanted, rtol=1e-4, atol=1e-4)
 
@@ -323,10 +299,7 @@ def test_the_parameter_line_equals_that_of_peft(capsys):
 
 @pytest.mark.parametrize(
     "options, trainable, total",
-    [
-        ({"r": 4, "target_modules": ALL, "train_norms": True}, 177_418, 5_692_234),
-        ({"r": 8}, 75_658, 5_600_074),
-    ],
+    [({"r": 4, "target_modules": ALL, "train_norms": True}, 177_418, 5_692_234), ({"r": 8}, 75_658, 5_600_074)],
     ids=["R3: r=4, all six layers, norms, head", "r=8, q and v, head"],
 )
 def test_counts_of_vit_tiny_with_ten_classes(options, trainable, total):

@@ -2,11 +2,11 @@
 
 import ast
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.layout import MODULES, PROGRAMS, ROOT
+
 DEPENDENCIES = {"torch", "torchvision", "numpy", "PIL", "safetensors"}
 EXTRAS = {"matplotlib", "tqdm"}  # only inside functions, where their absence can be told
 CORE = ["minilora/lora.py", "minilora/fused.py", "minilora/inject.py", "minilora/adapter.py"]
@@ -17,7 +17,6 @@ READING_PATH = [
     "minilora/training/trainer.py",
     "train.py",
 ]
-PROGRAMS = ("train", "evaluate")
 
 # a module or package of minilora: what it may import of the project, besides itself
 MAY_IMPORT = {
@@ -26,27 +25,11 @@ MAY_IMPORT = {
     "minilora.fused": {"minilora.speed.gemm"},
     "minilora.lora": {"minilora.fused", "minilora.errors"},
     "minilora.data": {"minilora.errors", "minilora.atomic"},
-    "minilora.report": {
-        "minilora.errors",
-        "minilora.adapter",
-        "minilora.atomic",
-        "minilora.inject",
-        "minilora.lora",
-    },
+    "minilora.report": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject", "minilora.lora"},
     "minilora.compress": {"minilora.errors", "minilora.inject"},
     "minilora.training": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject"},
     "minilora.settings.parse": {"minilora.errors", "minilora.settings.flags", "minilora.settings.values"},
 }
-
-
-def modules() -> dict[str, Path]:
-    """{dotted name: file} of everything that is shipped."""
-    files = [path for package in ("minilora", "reference_models") for path in (ROOT / package).rglob("*.py")]
-    files += [ROOT / f"{name}.py" for name in PROGRAMS]
-    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
-
-
-MODULES = modules()
 
 
 def imports(name: str, inside_functions: bool = True) -> set[str]:
@@ -55,9 +38,7 @@ def imports(name: str, inside_functions: bool = True) -> set[str]:
     What stands below `if __name__ == "__main__"` belongs to a program, not to the module, and is left out.
     """
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    tree.body = [
-        node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))
-    ]
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
     found, nodes = set(), list(ast.walk(tree))
     if not inside_functions:
         functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
@@ -143,9 +124,7 @@ def test_the_core_is_at_most_700_lines_and_the_reading_path_1600():
 
 
 def test_files_are_short_enough_to_read():
-    long = {
-        str(f.relative_to(ROOT)): n for f in MODULES.values() if (n := lines(str(f.relative_to(ROOT)))) > 350
-    }
+    long = {str(f.relative_to(ROOT)): n for f in MODULES.values() if (n := lines(str(f.relative_to(ROOT)))) > 350}
     assert not long
 
 

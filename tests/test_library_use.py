@@ -35,11 +35,7 @@ def transformers_bert():
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
     config = transformers.BertConfig(**sizes, vocab_size=40, max_position_embeddings=16, num_labels=3)
     model = transformers.BertForSequenceClassification(config)
-    return (
-        model,
-        LoRAConfig(target_modules=("query", "value"), modules_to_save=("classifier",), use_dora=True),
-        4,
-    )
+    return (model, LoRAConfig(target_modules=("query", "value"), modules_to_save=("classifier",), use_dora=True), 4)
 
 
 def logits(output) -> torch.Tensor:
@@ -51,9 +47,7 @@ def example_input(model: nn.Module) -> torch.Tensor:
     return torch.randint(0, 40, (3, 9)) if "Bert" in type(model).__name__ else torch.randn(3, 3, 32, 32)
 
 
-@pytest.mark.parametrize(
-    "build", [torchvision_vit, timm_vit, transformers_bert], ids=lambda build: build.__name__
-)
+@pytest.mark.parametrize("build", [torchvision_vit, timm_vit, transformers_bert], ids=lambda build: build.__name__)
 def test_train_save_load_merge(build, tmp_path):
     base, config, layers = build()
     x = example_input(base)

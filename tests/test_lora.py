@@ -47,9 +47,7 @@ def test_y_equals_x_times_W_plus_s_B_A_transposed_in_value_and_gradient(dtype, c
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
-def test_dL_dB_is_s_g_A_x_transposed_dL_dA_is_s_B_transposed_g_x_transposed_dL_dx_is_W_plus_s_B_A_transposed_g(
-    fused,
-):
+def test_dL_dB_is_s_g_A_x_transposed_dL_dA_is_s_B_transposed_g_x_transposed_dL_dx_is_W_plus_s_B_A_transposed_g(fused):
     """g = dL/dy of columns x; summed over the rows of a batch."""
     layer, x = lora_linear(6, 4), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     g = torch.randn(5, 4, dtype=torch.float64)
@@ -300,9 +298,7 @@ def test_torch_save_of_an_input_after_training_holds_the_tensor_alone():
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_torch_compile_traces_the_layer_without_graph_breaks(p, dora):
-    config = LoRAConfig(
-        r=4, lora_dropout=p, target_modules=("q", "v"), use_dora=dora, init_lora_weights=False
-    )
+    config = LoRAConfig(r=4, lora_dropout=p, target_modules=("q", "v"), use_dora=dora, init_lora_weights=False)
     model, x = inject_lora(TwoReaders(), config), torch.randn(5, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x).sum().backward()

@@ -14,9 +14,7 @@ from tests.support.cli_data import ROOT, program, write_photos
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    line.partition("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
-]
+COMMANDS = [line.partition("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 SHARDS = "python -m minilora.commands.shards"
 STARTS = ("python train.py", "python evaluate.py", SHARDS)
 PROGRAMS = [command for command in COMMANDS if command.startswith(STARTS)]
@@ -33,9 +31,7 @@ def test_ci_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     pattern = re.search(r'sed -n "(.*?)" README.md', script)[1]
-    found = subprocess.run(
-        ["sed", "-n", pattern, str(ROOT / "README.md")], capture_output=True, text=True
-    ).stdout
+    found = subprocess.run(["sed", "-n", pattern, str(ROOT / "README.md")], capture_output=True, text=True).stdout
     assert found == "pip install -e '.[test]' && pytest\n"
 
 
@@ -50,9 +46,7 @@ def test_line_counts_of_the_reading_path_are_right():
     assert len(rows) == 8
     for file, said in rows:
         lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
-        assert abs(lines - int(said)) <= 0.15 * int(said), (
-            f"{file} has {lines} lines, README says about {said}"
-        )
+        assert abs(lines - int(said)) <= 0.15 * int(said), f"{file} has {lines} lines, README says about {said}"
 
 
 def test_links_lead_to_files():

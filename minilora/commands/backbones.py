@@ -1,11 +1,13 @@
-"""A table of backbones: train each of a list, with LoRA or in full, with or without augmentation, side by side.
+"""A table of backbones: train each of a list, with LoRA or in full, with or without
+augmentation, side by side.
 
     python -m minilora.commands.backbones --models vit-tiny-patch16-224 swin-tiny-patch4-window7-224 --weights none \\
         --modes lora full --augment none basic --data-dir photos --output backbones --epochs 3
 
-The other flags are train.py's. Each combination is a run of train.py in a process of its own, so that its peak of
-memory is its own, in OUTPUT/MODEL-MODE-AUGMENT. Finished runs are not made again, a stopped one goes on, a failed one
-is named and the others go on. The table goes to stdout and to OUTPUT/table.md, what the runs say to stderr.
+The other flags are train.py's. Each combination is a run of train.py in a process of its own, so
+that its peak of memory is its own, in OUTPUT/MODEL-MODE-AUGMENT. Finished runs are not made again,
+a stopped one goes on, a failed one is named and the others go on. The table goes to stdout and to
+OUTPUT/table.md, what the runs say to stderr.
 """
 
 import itertools
@@ -37,13 +39,8 @@ from reference_models.load import config_for
 TRAIN = Path(__file__).parents[2] / "train.py"
 T = "the table"
 INSTEAD = {"model": "--models", "mode": "--modes", "seed": "--seeds"}
-NOT_HERE = (
-    "task",
-    "resume",
-    "adapter",
-    "teacher",
-    "dry_run",
-)  # flags of train.py that make no row of this table
+# flags of train.py that make no row of this table
+NOT_HERE = ("task", "resume", "adapter", "teacher", "dry_run")
 
 
 # fmt: off
@@ -120,11 +117,9 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
 
 
 def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
-    """One checked configuration for each model, mode, kind of augmentation and seed, by the run's name."""
-    values = {
-        key: _values(shared, key, lists[key + "s" * (key != "augment")])
-        for key in ("mode", "augment", "seed")
-    }
+    """One checked configuration for each model, mode, kind of augmentation and seed,
+    by the run's name."""
+    values = {key: _values(shared, key, lists[key + "s" * (key != "augment")]) for key in ("mode", "augment", "seed")}
     models, plan = lists["models"], {}
     places = weights_of(models, lists["weights"] or ())
     for model, mode, augment, seed in itertools.product(models, *values.values()):
@@ -134,15 +129,14 @@ def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
         base.resolve(config, None)
         name = f"{Path(model).name}-{mode}-{augment}" + f"-{seed}" * (len(values["seed"]) > 1)
         if name in plan:
-            raise UserError(
-                f"two runs would be called {name}; name each model once, folders by different names"
-            )
+            raise UserError(f"two runs would be called {name}; name each model once, folders by different names")
         plan[name] = config
     return plan
 
 
 def _values(shared: Config, key: str, words: Sequence[str] | None) -> list:
-    """The values of one flag, each read by the flag's own rule; without words what recipe or default say."""
+    """The values of one flag, each read by the flag's own rule; without words what
+    recipe or default say."""
     words = [words] if isinstance(words, str) else words
     return [convert(key, rules(Config)[key], word) for word in words] if words else [getattr(shared, key)]
 
@@ -150,7 +144,8 @@ def _values(shared: Config, key: str, words: Sequence[str] | None) -> list:
 def weights_of(models: Sequence[str], words: Sequence[str]) -> dict[str, str | None]:
     """{model: where its weights are} from MODEL=PLACE, or PLACE for all models that are not named.
 
-    Raises UserError (ModelError) for unknown models, weights of nobody's and weights that are not there.
+    Raises UserError (ModelError) for unknown models, weights of nobody's and weights
+    that are not there.
     """
     named, rest = {}, None
     for word in words:
@@ -175,26 +170,18 @@ def weights_of(models: Sequence[str], words: Sequence[str]) -> dict[str, str | N
 
 def finished(path: Path, config: Config) -> bool:
     """Whether the run is there, whole, and of this configuration."""
-    return (
-        (path / "summary.json").is_file()
-        and (path / "config.toml").is_file()
-        and not differences(path, config)
-    )
+    return (path / "summary.json").is_file() and (path / "config.toml").is_file() and not differences(path, config)
 
 
 def train(path: Path, config: Config) -> str | None:
-    """One run of train.py in a process of its own; None, or why it failed. Our end asks it to save and stop."""
+    """One run of train.py in a process of its own; None, or why it failed. Our end asks it
+    to save and stop."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
         file.write_text(to_toml(config), encoding="utf-8")
         words = [sys.executable, str(TRAIN), "--config", str(file), "--output", str(path)]
         process = subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
         )
         try:
             reason = _relay(process)
@@ -218,9 +205,7 @@ def _relay(process: subprocess.Popen) -> str:
 
 def write_table(output: Path, rows: list[RunRow]) -> None:
     """OUTPUT/table.md, after every run, so that a table that was stopped shows what there is."""
-    atomic_write(
-        output / "table.md", (comparison_table(rows, markdown=True, columns=BACKBONES) + "\n").encode()
-    )
+    atomic_write(output / "table.md", (comparison_table(rows, markdown=True, columns=BACKBONES) + "\n").encode())
 
 
 def _stop(signum: int, frame: object) -> None:

@@ -1,8 +1,10 @@
-"""evaluate.py RUN --prune S --prune-scope P: a run's model made smaller, and all sizes side by side.
+"""evaluate.py RUN --prune S --prune-scope P: a run's model made smaller, and all
+sizes side by side.
 
-Scopes of single weights (conv, backbone, all) leave a model that only a compressed file shows to be smaller; the scope
-units removes whole MLP units and leaves a model that is smaller and faster. With --prune-epochs the model learns on:
-all of it, masks kept and sparsity growing from .50, or with units through LoRA, which is merged afterwards.
+Scopes of single weights (conv, backbone, all) leave a model that only a compressed file shows to be
+smaller; the scope units removes whole MLP units and leaves a model that is smaller and faster. With
+--prune-epochs the model learns on: all of it, masks kept and sparsity growing from .50, or with
+units through LoRA, which is merged afterwards.
 """
 
 import copy
@@ -33,15 +35,14 @@ COLUMNS = ("model", "parameters", "not zero", "MB", "MB zipped", "ms at 1", "ms 
 
 
 def check_pruning(runs: Sequence[Run], options: Any, typed: Iterable[str]) -> None:
-    """UserError before anything is computed: flags that need --prune, a scope that matches nothing in a run."""
+    """UserError before anything is computed: flags that need --prune, a scope that matches
+    nothing in a run."""
     if options.prune is None:
         if flags := [name for name in ("prune_scope", "prune_epochs") if name in typed]:
             raise UserError(f"{option(flags[0])} needs --prune, the share of weights to remove")
         return
     if options.export_adapter:
-        raise UserError(
-            "--export-adapter: a pruned model has its adapter merged; use --merge-to, or leave --prune out"
-        )
+        raise UserError("--export-adapter: a pruned model has its adapter merged; use --merge-to, or leave --prune out")
     for run in runs:
         if options.prune_scope == UNITS:
             check_units(run.model, options.prune)
@@ -50,7 +51,8 @@ def check_pruning(runs: Sequence[Run], options: Any, typed: Iterable[str]) -> No
 
 
 def pruned_run(run: Run, options: Any) -> Run:
-    """A copy of the run with its LoRA merged and its model pruned as --prune, --prune-scope and --prune-epochs say."""
+    """A copy of the run with its LoRA merged and its model pruned as --prune, --prune-scope and
+    --prune-epochs say."""
     sparsity, scope, epochs = options.prune, options.prune_scope, options.prune_epochs
     model = merge_lora(copy.deepcopy(run.model))
     small = replace(run, model=model)
@@ -71,20 +73,21 @@ def pruned_run(run: Run, options: Any) -> Run:
 def learn_on(
     run: Run, model: nn.Module, epochs: int, lr: float, scope: str | None = None, sparsity: float = 0.0
 ) -> None:
-    """Train what of `model` is trainable on the run's own data: Adam, cosine. With a scope it is pruned meanwhile.
+    """Train what of `model` is trainable on the run's own data: Adam, cosine. With a scope it is
+    pruned meanwhile.
 
-    The sparsity reaches its end after half of the steps, so that the other half can repair what that did.
+    The sparsity reaches its end after half of the steps, so that the other half can
+    repair what that did.
     """
-    # as a student of the run: its classes in its order, its tokens; but only the labels are learned from
+    # as a student of the run: its classes in its order, its tokens; but only the labels
+    # are learned from
     config = replace(run.config, teacher=str(run.path), adapter=None, tokenizer=None, cache_features=False)
     if getattr(run, "tokenizer", None) is not None:
         config.tokenizer = str(run.path)
     task = build_task(config, run.device, taught=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     steps = epochs * len(task.train_batches(0))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
     pruner = Pruner(model, scope, sparsity, steps=steps // 2) if scope else None
     if pruner:
         pruner.attach(optimizer)
@@ -103,7 +106,8 @@ def learn_on(
 
 
 def compression_rows(runs: Sequence[Run], names: Sequence[str], options: Any, rounds: int = 9) -> list[dict]:
-    """A row for each run: counts, bytes, median seconds of a forward pass at batch 1 and 64, accuracy.
+    """A row for each run: counts, bytes, median seconds of a forward pass at batch 1
+    and 64, accuracy.
 
     The models take turns while they are timed.
     """
@@ -112,9 +116,7 @@ def compression_rows(runs: Sequence[Run], names: Sequence[str], options: Any, ro
     seconds = {}
     for size in LATENCY_BATCHES:
         batches = [run.batch(size, options) for run in plain]
-        calls = {
-            str(i): forward(run, batch) for i, (run, batch) in enumerate(zip(plain, batches, strict=True))
-        }
+        calls = {str(i): forward(run, batch) for i, (run, batch) in enumerate(zip(plain, batches, strict=True))}
         seconds[size] = median_seconds(calls, rounds, device=str(plain[0].device))
     rows = []
     for i, (name, run) in enumerate(zip(names, plain, strict=True)):

@@ -4,9 +4,10 @@
     python -m minilora.commands.download vqa2 DIR           # 20 GB, questions, answers and COCO pictures
     python -m minilora.commands.download visual7w DIR       # 1.8 GB, questions and pictures
 
-An archive is downloaded beside its final place, compared with the size and checksum that are known of it, looked
-through for members that would land outside DIR (nothing is unpacked then), unpacked and removed. What is complete is
-noted in DIR/.downloaded.json, so that the command can be repeated after an interruption.
+An archive is downloaded beside its final place, compared with the size and checksum that are known
+of it, looked through for members that would land outside DIR (nothing is unpacked then), unpacked
+and removed. What is complete is noted in DIR/.downloaded.json, so that the command can be repeated
+after an interruption.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torchvision.datasets.utils import calculate_md5, download_url
 
 from minilora.errors import RunError, UserError
 
-MIRROR = "MINILORA_MIRROR"  # environment variable: take every archive from this base address instead
+# environment variable: take every archive from this base address instead
+MIRROR = "MINILORA_MIRROR"
 NOTES = ".downloaded.json"
 
 
@@ -89,7 +91,8 @@ SETS = {
 def fetch(name: str, directory: str | os.PathLike, mirror: str | None = None) -> Path:
     """Download and unpack the data set `name` below `directory`; returns the folder for --data-dir.
 
-    Raises UserError for an unknown name, RunError for what the network, the archive or the disk does.
+    Raises UserError for an unknown name, RunError for what the network, the archive
+    or the disk does.
     """
     if name not in SETS:
         raise UserError(f"data set {name!r} is unknown; choose from {', '.join(SETS)}")
@@ -138,9 +141,7 @@ def _download(archive: Archive, root: Path, url: str) -> Path:
     size = part.stat().st_size
     if archive.size is not None and size != archive.size:
         part.unlink()
-        raise RunError(
-            f"{url}: got {size:,} bytes instead of {archive.size:,}; repeat the command to try again"
-        )
+        raise RunError(f"{url}: got {size:,} bytes instead of {archive.size:,}; repeat the command to try again")
     if archive.md5 is not None and calculate_md5(str(part)) != archive.md5:
         part.unlink()
         raise RunError(f"{url}: the checksum differs from {archive.md5}; repeat the command to try again")
@@ -151,7 +152,8 @@ def _download(archive: Archive, root: Path, url: str) -> Path:
 def unpack(path: Path, root: Path) -> int:
     """Unpack a .zip or .tar(.gz) into `root`; returns the number of files.
 
-    Every member is checked before the first is written: absolute paths, `..`, links and devices raise RunError.
+    Every member is checked before the first is written: absolute paths, `..`, links and
+    devices raise RunError.
     """
     try:
         if zipfile.is_zipfile(path):

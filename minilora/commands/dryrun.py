@@ -1,4 +1,6 @@
-"""--dry-run: what would be trained, on how much, for how long, and in how much memory. Nothing is trained."""
+"""--dry-run: what would be trained, on how much, for how long, and in how much memory.
+Nothing is trained.
+"""
 
 import torch
 from torch import nn
@@ -10,7 +12,8 @@ from minilora.tasks import base
 from minilora.training.distributed import share_steps, turns
 from minilora.training.trainer import TrainOptions, to_device
 
-STATES = {"adamw": 2, "adam": 2, "sgd": 1}  # float32 numbers that the optimizer keeps per trainable one
+# float32 numbers that the optimizer keeps per trainable one
+STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 MIB = 2**20
 
 
@@ -22,9 +25,7 @@ def describe_plan(task: base.Task, options: TrainOptions, device: torch.device) 
     rows = [[name, n, f"{trained:,}", f"{size:,}"] for name, n, trained, size in parameter_rows(parameters)]
     lines = [*task.data_lines(), text_table(["module", "layers", "trainable", "all"], rows)]
     lines += [str(count_parameters(task.model)), *target_lines(task.model)]
-    lines.append(
-        f"steps: {steps} per epoch, {total} in all; lr {options.lr:g} {options.sched}, {options.amp}"
-    )
+    lines.append(f"steps: {steps} per epoch, {total} in all; lr {options.lr:g} {options.sched}, {options.amp}")
     parts = memory_estimate(task, options, device)
     told = ", ".join(f"{name} {size / MIB:.0f}" for name, size in parts.items())
     lines.append(f"memory: about {sum(parts.values()) / MIB:.0f} MiB ({told}), besides torch itself")
@@ -42,10 +43,12 @@ def target_lines(model: nn.Module) -> list[str]:
 
 
 def memory_estimate(task: base.Task, options: TrainOptions, device: torch.device) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer memory, of what one batch leaves for the backward pass, and in passing.
+    """Bytes of weights, gradients, optimizer memory, of what one batch leaves for the backward
+    pass, and in passing.
 
-    Activations are counted, not guessed: a forward pass with the first two items, every saved tensor once, times the
-    rest. In passing live the widest layer's input and output, two tensors as large as the largest one.
+    Activations are counted, not guessed: a forward pass with the first two items, every saved
+    tensor once, times the rest. In passing live the widest layer's input and output, two tensors as
+    large as the largest one.
     """
     parameters = list(task.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -67,7 +70,8 @@ def memory_estimate(task: base.Task, options: TrainOptions, device: torch.device
 
 
 def saved_bytes(task: base.Task, batch: dict, amp: str, device: torch.device) -> tuple[int, int]:
-    """(bytes that autograd keeps for the backward pass of this batch, weights not counted; largest layer output)."""
+    """(bytes that autograd keeps for the backward pass of this batch, weights not counted;
+    largest layer output)."""
     own = {t.untyped_storage().data_ptr() for t in (*task.model.parameters(), *task.model.buffers())}
     kept: dict[int, int] = {}
 

@@ -42,7 +42,8 @@ def use_of(model: str) -> str:
 
 
 def target_rows(model: nn.Module) -> list[list]:
-    """(target, layers, in, out) of the linear layers that LoRA can adapt, heads left out; one row per shape."""
+    """(target, layers, in, out) of the linear layers that LoRA can adapt, heads left out;
+    one row per shape."""
     counts: dict[tuple, int] = {}
     towers = [name for name in ("vision", "text") if hasattr(model, name)]
     heads = tuple(getattr(model, "head_modules", ()))

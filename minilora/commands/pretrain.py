@@ -3,8 +3,8 @@
     python -m minilora.commands.pretrain vit-nano                 # the official weights, some minutes on two cores
     python -m minilora.commands.pretrain vit-nano --steps 20 --output /tmp/nano      # a quick look
 
-Each model is one function below; what they share is the loop `fit`. Source tasks differ from the demonstrations'
-(other shapes, other colours), so that fine-tuning has something to adapt.
+Each model is one function below; what they share is the loop `fit`. Source tasks differ from the
+demonstrations' (other shapes, other colours), so that fine-tuning has something to adapt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Plan:
 
 
 def fit(model: nn.Module, loss_of: Callable[[range], Tensor], plan: Plan) -> None:
-    """Train all of `model`. `loss_of(numbers)` makes the loss of the samples with these numbers; none comes twice."""
+    """Train all of `model`. `loss_of(numbers)` makes the loss of the samples with these numbers;
+    none comes twice."""
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
     warm = max(1, round(plan.warmup * plan.steps))
 
@@ -106,9 +107,8 @@ def vit_nano(plan: Plan) -> tuple[nn.Module, dict]:
 
 
 class SentenceModel(nn.Module):
-    """A text encoder with two tasks that are left behind: masked pieces from their surroundings, and all pieces of a
-    sentence from its pooled vector, which later has to say what was asked.
-    """
+    """A text encoder with two tasks that are left behind: masked pieces from their surroundings,
+    and all pieces of a sentence from its pooled vector, which later has to say what was asked."""
 
     def __init__(self, bert: nn.Module):
         super().__init__()
@@ -117,17 +117,17 @@ class SentenceModel(nn.Module):
         self.transform = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
         self.bias, self.bag = nn.Parameter(torch.zeros(pieces)), nn.Linear(dim, pieces)
 
-    def forward(
-        self, ids: Tensor, masked: Tensor, attention_mask: Tensor, mask_id: int
-    ) -> tuple[Tensor, Tensor]:
-        """ids, masked, attention_mask (B, T) -> scores of the M masked pieces (M, V), of the whole bag (B, V)."""
+    def forward(self, ids: Tensor, masked: Tensor, attention_mask: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+        """ids, masked, attention_mask (B, T) -> scores of the M masked pieces (M, V), of the
+        whole bag (B, V)."""
         hidden, pooled = self.bert(ids.masked_fill(masked, mask_id), attention_mask)
         decoder = self.bert.embeddings.word.weight
         return nn.functional.linear(self.transform(hidden[masked]), decoder, self.bias), self.bag(pooled)
 
 
 def sentence_batch(tokenizer: WordPieceTokenizer, sentences: Sentences, numbers: range) -> tuple[Tensor, ...]:
-    """ids, attention_mask (B, T) int64 and masked (B, T) bool: 15 % of the pieces, none of the special tokens."""
+    """ids, attention_mask (B, T) int64 and masked (B, T) bool: 15 % of the pieces, none of
+    the special tokens."""
     texts = tokenizer([sentences[i] for i in numbers], max_length=32)
     ids, attention_mask = texts["input_ids"], texts["attention_mask"]
     with seeded_cpu(mix(sentences.seed, numbers.start)):
@@ -156,42 +156,36 @@ def bert_nano(plan: Plan) -> tuple[nn.Module, dict]:
         scores, _ = model(ids, masked, attention_mask, mask_id)
         right = (scores.argmax(1) == ids[masked]).float().mean().item()
     bert.tokenizer = tokenizer
-    record = {
-        "task": "masked pieces, and all pieces from the pooled vector",
-        "accuracy": round(100 * right, 2),
-    }
+    record = {"task": "masked pieces, and all pieces from the pooled vector", "accuracy": round(100 * right, 2)}
     return bert.half(), record
 
 
 def start_vision(clip: nn.Module, pictures: Tensor) -> None:
     """Let the picture tower of CLIP begin as vit-nano, which knows colours and shapes already.
 
-    What differs: the patches' bias, which goes into the positions, and CLIP's norm before the blocks, which gets the
-    size that vit-nano's tokens have on `pictures` (B, 3, S, S).
+    What differs: the patches' bias, which goes into the positions, and CLIP's norm before the
+    blocks, which gets the size that vit-nano's tokens have on `pictures` (B, 3, S, S).
     """
     vit, tower = load_pretrained("vit-nano-patch8-48", bundled_weights("vit-nano-patch8-48")), clip.vision
     with torch.no_grad():
         vit.pos_embed[:, 1:] += vit.patch_embed.proj.bias
         state = {key: tensor for key, tensor in vit.state_dict().items() if key in tower.state_dict()}
-        tower.load_state_dict(
-            state | {f"norm_pre.{key}": p for key, p in tower.norm_pre.state_dict().items()}
-        )
+        tower.load_state_dict(state | {f"norm_pre.{key}": p for key, p in tower.norm_pre.state_dict().items()})
         tokens = tower.patch_embed(pictures) + tower.pos_embed[:, 1:]  # (B, P, d)
         tower.norm_pre.weight.fill_(tokens.std(-1).mean().item())
 
 
 def clip_nano(plan: Plan) -> tuple[nn.Module, dict]:
-    """Pictures and captions find each other: cross entropy over the cosines of a batch, both ways (CLIP, section 2).
+    """Pictures and captions find each other: cross entropy over the cosines of a batch, both ways
+    (CLIP, section 2).
 
-    The picture tower starts from vit-nano. A caption that two pictures of a batch share is right for both.
+    The picture tower starts from vit-nano. A caption that two pictures of a batch share
+    is right for both.
     """
     tokenizer = WordPieceTokenizer(build_wordpiece_vocab(caption_vocabulary(), 4000), max_length=77)
     sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
     model = create_model("clip-nano", **sizes)
-    normalise, scenes = (
-        Normalise(model.preprocess),
-        Captions("train", plan.steps * plan.batch_size, plan.seed),
-    )
+    normalise, scenes = (Normalise(model.preprocess), Captions("train", plan.steps * plan.batch_size, plan.seed))
 
     def batch(source: Captions, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
         numbers = list(numbers)
@@ -208,9 +202,7 @@ def clip_nano(plan: Plan) -> tuple[nn.Module, dict]:
         per_image, per_text = model(images, ids)
         target = (ids[:, None] == ids).all(-1).float()  # (B, B)
         target /= target.sum(1, keepdim=True)
-        return (
-            nn.functional.cross_entropy(per_image, target) + nn.functional.cross_entropy(per_text, target)
-        ) / 2
+        return (nn.functional.cross_entropy(per_image, target) + nn.functional.cross_entropy(per_text, target)) / 2
 
     fit(model, loss_of, plan)
     with torch.no_grad():
@@ -232,18 +224,15 @@ RECIPES: dict[str, tuple[Callable[[Plan], tuple[nn.Module, dict]], Plan, str]] =
 
 
 def pretrain(name: str, output: Path | None = None, steps: int | None = None) -> dict:
-    """Train the nano model `name`, write config.json and model.safetensors to `output`; returns the record."""
+    """Train the nano model `name`, write config.json and model.safetensors to `output`;
+    returns the record."""
     recipe, plan, folder = RECIPES[name]
     plan = replace(plan, steps=steps or plan.steps)
     output = output or WEIGHTS / folder
     torch.manual_seed(plan.seed)
     start = time.time()
     model, record = recipe(plan)
-    record |= {
-        "samples": plan.steps * plan.batch_size,
-        "seconds": round(time.time() - start),
-        "seed": plan.seed,
-    }
+    record |= {"samples": plan.steps * plan.batch_size, "seconds": round(time.time() - start), "seed": plan.seed}
     save_pretrained(model, output)
     if hasattr(model, "tokenizer"):
         model.tokenizer.save(output)
@@ -255,13 +244,9 @@ def pretrain(name: str, output: Path | None = None, steps: int | None = None) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m minilora.commands.pretrain", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m minilora.commands.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=sorted(RECIPES), help="the model to make")
-    parser.add_argument(
-        "--output", type=Path, help="folder to write to (default: where the bundled weights lie)"
-    )
+    parser.add_argument("--output", type=Path, help="folder to write to (default: where the bundled weights lie)")
     parser.add_argument("--steps", type=int, help="train for fewer steps, to try it out")
     options = parser.parse_args(argv)
     pretrain(options.name, options.output, options.steps)

@@ -1,4 +1,5 @@
-"""Rename an adapter between the module names of transformers 4 and 5, which PEFT itself refuses to load.
+"""Rename an adapter between the module names of transformers 4 and 5, which PEFT itself
+refuses to load.
 
 python -m minilora.commands.rename_adapter SRC DST --layout transformers5
 """
@@ -24,9 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(
-        f"{args.target}: {count} tensors renamed" if count else f"{args.target}: the names were right already"
-    )
+    print(f"{args.target}: {count} tensors renamed" if count else f"{args.target}: the names were right already")
 
 
 if __name__ == "__main__":

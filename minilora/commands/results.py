@@ -1,4 +1,6 @@
-"""What remains of a run: summary.json, curves.png, attention.png, report.html, and the lines that say how it went."""
+"""What remains of a run: summary.json, curves.png, attention.png, report.html, and the lines that
+say how it went.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -34,9 +36,7 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
     line += f", epochs {config.epochs}, {options.amp} on {device}"
     if config.teacher:
         square = f", times {config.distill_temperature**2:g}" * config.distill_t2
-        line += (
-            f"; labels {config.distill_alpha:g}, the rest from {Path(config.teacher).name} at temperature "
-        )
+        line += f"; labels {config.distill_alpha:g}, the rest from {Path(config.teacher).name} at temperature "
         line += f"{config.distill_temperature:g}{square}"
     return line
 
@@ -62,7 +62,8 @@ def next_commands(run_dir: Path, config: Config) -> list[str]:
 
 
 def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, device: torch.device) -> None:
-    """The files that a finished run leaves, made from the run directory itself as evaluate.py would."""
+    """The files that a finished run leaves, made from the run directory itself as
+    evaluate.py would."""
     counts = count_parameters(task.model)
     config = task.config
     summary = {
@@ -130,15 +131,12 @@ def report_data(runs: list[Run], evaluations: list[Evaluation], options: Any) ->
     counts = count_parameters(run.model)
     facts = {}
     if first.scores:
-        facts = {
-            name: f"{100 * first.scores[key]:.2f} %" for name, key in (("accuracy", "accuracy"), ("F1", "f1"))
-        }
+        facts = {name: f"{100 * first.scores[key]:.2f} %" for name, key in (("accuracy", "accuracy"), ("F1", "f1"))}
     trainable = (run.summary.get("parameters") or {}).get("trainable", counts.trainable)
     facts |= {"trainable": f"{trainable:,}", "all parameters": f"{counts.total:,}"}
     parameters = ((name, p.numel(), p.requires_grad) for name, p in run.model.named_parameters())
     return ReportData(
-        title=" and ".join(r.name for r in runs[:3])
-        + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
+        title=" and ".join(r.name for r in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
         subtitle=f"{run.config.task}, {run.config.model}, mode {run.config.mode}",
         facts=facts,
         runs=[run_row(r, e) for r, e in zip(runs, evaluations, strict=True)],
@@ -153,15 +151,14 @@ def report_data(runs: list[Run], evaluations: list[Evaluation], options: Any) ->
         mistakes=first.mistakes,
         unsure=first.unsure,
         examples=first.examples,
-        configuration={
-            key: value for key, value in asdict(run.config).items() if key in rules(type(run.config))
-        },
+        configuration={key: value for key, value in asdict(run.config).items() if key in rules(type(run.config))},
         versions=run.summary.get("versions") or collect_versions(),
     )
 
 
 def attention_figures(runs: list[Run], options: Any) -> list[Figure]:
-    """Attention of the base model and of each run over the same pictures; [] where a model has no attention maps."""
+    """Attention of the base model and of each run over the same pictures; [] where a model has
+    no attention maps."""
     run = runs[0]
     if not options.attention:
         return []

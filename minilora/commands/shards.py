@@ -1,4 +1,6 @@
-"""The command `python -m minilora.commands.shards SRC DST`: pictures (and questions) for a model, prepared once."""
+"""The command `python -m minilora.commands.shards SRC DST`: pictures (and questions) for a
+model, prepared once.
+"""
 
 import dataclasses
 import sys
@@ -61,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.task == "choice":
         raise UserError("--task choice trains from its files; shards are for --task classify and vqa")
     index = (write_pictures if config.task == "classify" else write_questions)(config, args.target, **own)
-    print(
-        f"{args.target}: {len(index['shards'])} shards; train with: --task {config.task} --data-dir {args.target}"
-    )
+    print(f"{args.target}: {len(index['shards'])} shards; train with: --task {config.task} --data-dir {args.target}")
     return 0
 
 
@@ -83,9 +83,7 @@ def write_pictures(config: Config, target: str, shard_mb: float, wide: int | Non
     name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
     model, _ = base.load_base(name, weights, config.seed, None, config.image_size)
     wide = round(model.preprocess["image_size"] * 8 / 7) if wide is None else wide
-    return write_picture_shards(
-        target, splits, model.preprocess, wide, made_of(config), shard_mb, config.bad_data
-    )
+    return write_picture_shards(target, splits, model.preprocess, wide, made_of(config), shard_mb, config.bad_data)
 
 
 def write_questions(config: Config, target: str, shard_mb: float, wide: None) -> dict:

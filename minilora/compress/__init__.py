@@ -8,5 +8,6 @@ prune        single weights become zero and stay zero; the file zips better, no 
 structured   whole MLP units are taken out; the model is really smaller and faster              Molchanov et al. 2017
 measure      the sizes that are worth quoting: parameters, stored bytes, zipped bytes, seconds
 
-LoRA comes in where a structured model is repaired: the update is trained on what is left, then merged.
+LoRA comes in where a structured model is repaired: the update is trained on what is
+left, then merged.
 """

@@ -1,4 +1,6 @@
-"""What compression is measured by: bytes of the stored weights, bytes when zipped, and time of a forward pass."""
+"""What compression is measured by: bytes of the stored weights, bytes when zipped, and time
+of a forward pass.
+"""
 
 import math
 import statistics
@@ -13,7 +15,8 @@ from torch import nn
 
 
 class Size(NamedTuple):
-    """Parameters, those that are not zero, and bytes of the safetensors file as it is and zipped (deflate)."""
+    """Parameters, those that are not zero, and bytes of the safetensors file as it is and
+    zipped (deflate)."""
 
     parameters: int
     nonzero: int
@@ -23,9 +26,7 @@ class Size(NamedTuple):
 
 def model_size(model: nn.Module) -> Size:
     """The size of a model, every tensor of its state dictionary stored."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     parameters = list(model.parameters())
     content = save(tensors, metadata={"format": "pt"})
     return Size(
@@ -39,9 +40,9 @@ def model_size(model: nn.Module) -> Size:
 def median_seconds(
     calls: dict[str, Callable[[], object]], rounds: int = 9, device: str = "cpu", at_least: float = 0.02
 ) -> dict[str, float]:
-    """Median seconds of each call, after two to warm up. The calls take turns, so that a busy minute of the machine
-    hits all of them; short ones are repeated for `at_least` seconds and averaged, so that no single pause decides.
-    """
+    """Median seconds of each call, after two to warm up. The calls take turns, so that a busy
+    minute of the machine hits all of them; short ones are repeated for `at_least` seconds and
+    averaged, so that no single pause decides."""
     repeats = {name: max(1, math.ceil(at_least / _seconds(call, 2, device))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

@@ -9,8 +9,9 @@
 
 Sparsity after step t of n:  s(t) = s_end + (s_start - s_end) (1 - t / n)^3     quick first, then ever more careful
 
-The tensors keep their shapes, so the model is no smaller in memory and no faster; only a compressed file is
-smaller. structured.py makes a model that really is. Paper: Zhu and Gupta 2017, arXiv:1710.01878.
+The tensors keep their shapes, so the model is no smaller in memory and no faster; only a compressed
+file is smaller. structured.py makes a model that really is. Paper: Zhu and Gupta 2017,
+arXiv:1710.01878.
 """
 
 import torch
@@ -26,18 +27,19 @@ MATRICES = (nn.Conv2d, nn.Linear, nn.Embedding, nn.LSTM)
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """`sparsity` if it is in [0, 1), else UserError."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        raise UserError(
-            f"{name} is the share of weights that become zero, at least 0 and below 1; got {sparsity!r}"
-        )
+        raise UserError(f"{name} is the share of weights that become zero, at least 0 and below 1; got {sparsity!r}")
     return float(sparsity)
 
 
 def scope_tensors(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-    """{name: weight} of what a scope means. Biases, norms and the matrices of LoRA itself are never pruned.
+    """{name: weight} of what a scope means. Biases, norms and the matrices of LoRA itself
+    are never pruned.
 
-    conv: the kernels of nn.Conv2d layers. backbone: all weight matrices of the picture encoder, without heads.
-    all: those of the whole model: convolutions, linear layers, embeddings, LSTMs. Names are those of the merged
-    model, "q_proj.weight" for LoRA's "q_proj.base_layer.weight". UserError where a scope matches nothing.
+    conv: the kernels of nn.Conv2d layers. backbone: all weight matrices of the picture
+    encoder, without heads.
+    all: those of the whole model: convolutions, linear layers, embeddings, LSTMs. Names are those
+    of the merged model, "q_proj.weight" for LoRA's "q_proj.base_layer.weight". UserError where a
+    scope matches nothing.
     """
     if scope not in SCOPES:
         raise UserError(f"the pruning scope {scope!r} is not known; the choices are {', '.join(SCOPES)}")
@@ -62,9 +64,11 @@ def scope_tensors(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
-    """True where a weight stays: all but the round(sparsity * n) smallest of its n magnitudes; bool, same shape.
+    """True where a weight stays: all but the round(sparsity * n) smallest of its n magnitudes;
+    bool, same shape.
 
-    Among equal magnitudes the first ones go, so the number of zeros is exact and a zero stays a zero.
+    Among equal magnitudes the first ones go, so the number of zeros is exact and a
+    zero stays a zero.
     """
     flat = weight.detach().abs().flatten()
     mask = torch.ones_like(flat, dtype=torch.bool)
@@ -79,23 +83,20 @@ def polynomial_sparsity(step: int, steps: int, start: float, end: float) -> floa
 
 
 class Pruner:
-    """Masks for the weights of a scope, and what keeps them: through optimizer steps, merging and saving.
+    """Masks for the weights of a scope, and what keeps them: through optimizer steps,
+    merging and saving.
 
-    sparsity: the share of zeros in every tensor at the end. start: the share at once. steps: optimizer steps from
-    start to sparsity; 0 prunes to the end at once. Raises UserError for shares outside [0, 1), a start above the
-    end, and a scope that matches nothing.
+    sparsity: the share of zeros in every tensor at the end. start: the share at once. steps:
+    optimizer steps from start to sparsity; 0 prunes to the end at once. Raises UserError for shares
+    outside [0, 1), a start above the end, and a scope that matches nothing.
     """
 
-    def __init__(
-        self, model: nn.Module, scope: str, sparsity: float, start: float | None = None, steps: int = 0
-    ):
+    def __init__(self, model: nn.Module, scope: str, sparsity: float, start: float | None = None, steps: int = 0):
         self.model, self.scope, self.steps, self.step_number = model, scope, steps, 0
         self.end = check_sparsity(sparsity)
         self.start = check_sparsity(min(0.5, self.end) if start is None else start, "the starting sparsity")
         if self.start > self.end:
-            raise UserError(
-                f"pruning begins at {self.start:g} and ends at {self.end:g}: the first must not be larger"
-            )
+            raise UserError(f"pruning begins at {self.start:g} and ends at {self.end:g}: the first must not be larger")
         self.masks: dict[str, Tensor] = {}
         self.prune_to(polynomial_sparsity(0, steps, self.start, self.end))
 
@@ -104,8 +105,7 @@ class Pruner:
         """New masks from the magnitudes now; what is zero already stays so."""
         self.sparsity = sparsity
         self.masks = {
-            name: magnitude_mask(weight, sparsity)
-            for name, weight in scope_tensors(self.model, self.scope).items()
+            name: magnitude_mask(weight, sparsity) for name, weight in scope_tensors(self.model, self.scope).items()
         }
         self.apply()
 
@@ -113,7 +113,8 @@ class Pruner:
     def apply(self) -> None:
         """Write the zeros again, for instance after `merge_lora`."""
         for name, weight in self.weights():
-            weight.masked_fill_(~self.masks[name], 0.0)  # a product would leave -0.0, which zips worse
+            # a product would leave -0.0, which zips worse
+            weight.masked_fill_(~self.masks[name], 0.0)
 
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         """(name, weight) of every pruned tensor as the model holds it now."""

@@ -1,14 +1,17 @@
-"""Structured pruning: remove whole MLP units, so that what is left is a smaller dense model that really is faster.
+"""Structured pruning: remove whole MLP units, so that what is left is a smaller dense model that
+really is faster.
 
-Unit j of fc2(act(fc1(x))) is row j of fc1 and column j of fc2. Over data, its contribution a_j w_j (activation times
-column) has a mean, which moves into fc2's bias, and a rest of power Var(a_j) |w_j|^2, which is lost: the units with
-the smallest rest go. Without data the score is |row j| |column j|.
+Unit j of fc2(act(fc1(x))) is row j of fc1 and column j of fc2. Over data, its contribution a_j
+w_j (activation times column) has a mean, which moves into fc2's bias, and a rest of power
+Var(a_j) |w_j|^2, which is lost: the units with the smallest rest go. Without data the score is
+|row j| |column j|.
 
     small = remove_mlp_units(model, 0.5, lambda: model(images))
     save_pretrained(small, "small")        # an ordinary checkpoint; then train.py --model small: LoRA recovers
 
 All MLPs of a tower lose the same share, so the configuration still says everything: hidden = fewer.
-Removing units by what they contribute: Molchanov et al. 2017, arXiv:1611.06440. Shapes: d width, h hidden units.
+Removing units by what they contribute: Molchanov et al. 2017, arXiv:1611.06440. Shapes: d
+width, h hidden units.
 """
 
 from collections.abc import Callable
@@ -21,15 +24,17 @@ from minilora.compress.prune import check_sparsity
 from minilora.errors import UserError
 from minilora.inject import merge_lora
 
-HIDDEN = ("hidden", "vision_hidden", "text_hidden")  # fields of a configuration that count MLP units
+# fields of a configuration that count MLP units
+HIDDEN = ("hidden", "vision_hidden", "text_hidden")
 
 
 def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object] | None = None) -> nn.Module:
-    """Take away the share `sparsity` of the units of every MLP, in place; LoRA is merged first. Returns the model.
+    """Take away the share `sparsity` of the units of every MLP, in place; LoRA is merged first.
+    Returns the model.
 
-    run: passes some data through the model, for scores and bias correction. `model.config` and those of its towers
-    say the new sizes, so save_pretrained and load_pretrained work as ever. Raises UserError for a share outside
-    [0, 1) and for a model without MLPs of a configurable size.
+    run: passes some data through the model, for scores and bias correction. `model.config` and
+    those of its towers say the new sizes, so save_pretrained and load_pretrained work as ever.
+    Raises UserError for a share outside [0, 1) and for a model without MLPs of a configurable size.
     """
     check_units(model, sparsity)
     mlps = mlp_layers(merge_lora(model))
@@ -43,7 +48,8 @@ def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object
 
 
 def check_units(model: nn.Module, sparsity: float) -> None:
-    """UserError for a share outside [0, 1), and for a model whose configuration does not count MLP units."""
+    """UserError for a share outside [0, 1), and for a model whose configuration does not
+    count MLP units."""
     check_sparsity(sparsity)
     if smaller_config(model.config, 0.5) == model.config:
         name = type(model).__name__
@@ -52,11 +58,7 @@ def check_units(model: nn.Module, sparsity: float) -> None:
 
 def mlp_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{name: module} of every fc2(act(fc1(x)))."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "fc1") and hasattr(module, "fc2")
-    }
+    return {name: module for name, module in model.named_modules() if hasattr(module, "fc1") and hasattr(module, "fc2")}
 
 
 def units_kept(hidden: int, sparsity: float) -> int:
@@ -77,14 +79,16 @@ def smaller_config(config, sparsity: float):
         value = getattr(config, name)
         if is_dataclass(value):
             changes[name] = smaller_config(value, sparsity)
-        elif name in HIDDEN and (name != "hidden" or "heads" in names):  # a fusion's hidden layer is no MLP
+        # a fusion's hidden layer is no MLP
+        elif name in HIDDEN and (name != "hidden" or "heads" in names):
             changes[name] = units_kept(value, sparsity)
     return replace(config, **changes)
 
 
 @torch.no_grad()
 def measure_units(mlps: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (mean (h,), variance (h,))} of the units' activations while `run` passes data through the model."""
+    """{name: (mean (h,), variance (h,))} of the units' activations while `run` passes data
+    through the model."""
     sums: dict[str, list] = {}
 
     def listen(name: str):
@@ -103,14 +107,14 @@ def measure_units(mlps: dict[str, nn.Module], run: Callable[[], object]) -> dict
             hook.remove()
     means = {name: total / n for name, (n, total, _) in sums.items()}
     return {
-        name: (means[name], (squares / n - means[name] ** 2).clamp(min=0))
-        for name, (n, _, squares) in sums.items()
+        name: (means[name], (squares / n - means[name] ** 2).clamp(min=0)) for name, (n, _, squares) in sums.items()
     }
 
 
 @torch.no_grad()
 def shrink_mlp(mlp: nn.Module, keep: int, mean: Tensor | None = None, variance: Tensor | None = None) -> None:
-    """Keep the `keep` most important units, in their order; the mean of the others goes into fc2's bias."""
+    """Keep the `keep` most important units, in their order; the mean of the others goes
+    into fc2's bias."""
     fc1, fc2 = mlp.fc1, mlp.fc2
     columns = fc2.weight.double().norm(dim=0)  # (h,)
     rest = fc1.weight.double().norm(dim=1) if variance is None else variance.sqrt()  # (h,)

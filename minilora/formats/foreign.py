@@ -1,18 +1,19 @@
-"""Adapters under the names of other libraries: transformers 4 and 5, timm, and whatever else a model's key
-table knows.
+"""Adapters under the names of other libraries: transformers 4 and 5, timm, and whatever else a
+model's key table knows.
 
-The model says how its names correspond: `model.key_table(layout)` is a list of entries with `ours` (parameter
-names), `theirs` (one name) and `form` ("same", or "cat" where they store several of our layers as one, such
-as timm's qkv).
+The model says how its names correspond: `model.key_table(layout)` is a list of entries with `ours`
+(parameter names), `theirs` (one name) and `form` ("same", or "cat" where they store several of our
+layers as one, such as timm's qkv).
 
-LoRA on some parts of a fused layer is again one plain LoRA. For q and v of a fused qkv, with k rows of zeros:
+LoRA on some parts of a fused layer is again one plain LoRA. For q and v of a fused qkv, with
+k rows of zeros:
 
     A = [A_q]  (2r, in)        B = [B_q   0 ]  (3d, 2r)        s as before, so alpha doubles with the rank
         [A_v]                      [ 0    0 ]
                                    [ 0   B_v]
 
-so an exported adapter computes exactly what ours does, and the parts are found again where B has zero
-columns.
+so an exported adapter computes exactly what ours does, and the parts are found again where B
+has zero columns.
 """
 
 import math
@@ -40,9 +41,8 @@ class Layer(NamedTuple):
 
 
 def linear_layers(table) -> list[Layer]:
-    """The layers of a key table, from the entries of their weights; what is stored transposed has no adapter
-    form.
-    """
+    """The layers of a key table, from the entries of their weights; what is stored transposed has
+    no adapter form."""
     weights = [entry for entry in table if entry.theirs.endswith(".weight") and entry.form in ("same", "cat")]
     strip = len(".weight")
     return [Layer(e.theirs[:-strip], tuple(name[:-strip] for name in e.ours)) for e in weights]
@@ -52,18 +52,17 @@ def linear_layers(table) -> list[Layer]:
 
 
 def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
-    """Write the adapter of `model` so that `PeftModel.from_pretrained(their_model, directory)` loads it.
+    """Write the adapter of `model` so that `PeftModel.from_pretrained(their_model,
+    directory)` loads it.
 
-    layout: a layout of model.key_table. Raises UserError where the layout does not exist or cannot hold the
-    adapter.
+    layout: a layout of model.key_table. Raises UserError where the layout does not exist or cannot
+    hold the adapter.
     """
     table = _table(model, layout)
     layers = {name: layer for layer in linear_layers(table) for name in layer.ours}
     adapted = dict(lora_layers(model))
     if outside := [name for name in adapted if name not in layers]:
-        raise UserError(
-            f"export_adapter: {layout} has no layer of its own for {outside[0]}; target other modules"
-        )
+        raise UserError(f"export_adapter: {layout} has no layer of its own for {outside[0]}; target other modules")
     chosen = list(dict.fromkeys(layers[name] for name in adapted))
     fused = any(len(layer.ours) > 1 for layer in chosen)
     tensors, ranks, alphas = {}, {}, {}
@@ -77,9 +76,7 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
     config = adapter_config(model)
     config |= {"r": _most_common(ranks), "lora_alpha": _plain_number(_most_common(alphas))}
     config["rank_pattern"] = {re.escape(n): r for n, r in ranks.items() if r != config["r"]}
-    config["alpha_pattern"] = {
-        re.escape(n): _plain_number(a) for n, a in alphas.items() if a != config["lora_alpha"]
-    }
+    config["alpha_pattern"] = {re.escape(n): _plain_number(a) for n, a in alphas.items() if a != config["lora_alpha"]}
     config |= {"target_modules": [layer.theirs for layer in chosen], "modules_to_save": saved or None}
     config["use_rslora"] = config["use_rslora"] and not fused
     directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +106,8 @@ def _joined(parts: list[nn.Module]) -> tuple[dict[str, Tensor], int, float]:
     row = column = 0
     for part in parts:
         if isinstance(part, LoRALinear):
-            share = part.lora_B.weight.detach().cpu()  # other scaling than the first part's goes into B
+            # other scaling than the first part's goes into B
+            share = part.lora_B.weight.detach().cpu()
             share = share if part.scaling == scaling else share * (part.scaling / scaling)
             B[row : row + part.out_features, column : column + part.r] = share
             column += part.r
@@ -136,10 +134,9 @@ def _magnitude(layer: nn.Module) -> Tensor:
 
 
 def _other_tensors(model: nn.Module, table, adapted: set[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Trained tensors that are not adapters: head, norms, biases. Returns them and the modules to save."""
-    trained = {
-        n: t for n, t in lora_state_dict(model).items() if ".lora_" not in n and ".base_layer." not in n
-    }
+    """Trained tensors that are not adapters: head, norms, biases. Returns them and the
+    modules to save."""
+    trained = {n: t for n, t in lora_state_dict(model).items() if ".lora_" not in n and ".base_layer." not in n}
     everything = {name.replace(".base_layer.", "."): p.detach() for name, p in model.named_parameters()}
     tensors, modules, placed = {}, [], set()
     for entry in table:
@@ -172,19 +169,14 @@ def _plain_number(value: float) -> float | int:
 # ---- theirs -> ours
 
 
-def adapter_to_ours(
-    model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor], unknown: list[str], where: str
-):
-    """Translate an adapter with another library's names: (LoRAConfig, tensors) with ours. UserError where
-    none fits.
-    """
+def adapter_to_ours(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor], unknown: list[str], where: str):
+    """Translate an adapter with another library's names: (LoRAConfig, tensors) with ours. UserError
+    where none fits."""
     for layout in getattr(model, "layouts", ()):
         table = model.key_table(layout)
         layers = {layer.theirs: layer for layer in linear_layers(table)}
         renamed = _with_prefix(tensors, {entry.theirs for entry in table})
-        if all(_module(name) in layers for name in renamed if ".lora_" in name) and _known(
-            renamed, layers, table
-        ):
+        if all(_module(name) in layers for name in renamed if ".lora_" in name) and _known(renamed, layers, table):
             return _translate(config, renamed, layers, table)
     raise UserError(
         f"{where}: the adapter belongs to another model: {len(unknown)} of its {len(tensors)} tensors have no place "
@@ -203,15 +195,14 @@ def _known(tensors: dict, layers: dict, table) -> bool:
 
 
 def _with_prefix(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """The tensors with the prefix that the table's names have ("vit."), also where the file leaves it out."""
+    """The tensors with the prefix that the table's names have ("vit."), also where the
+    file leaves it out."""
     plain = {name: _module(name) + ".weight" for name in tensors if name.endswith(".lora_A.weight")}
     for name in list(plain.values())[:1]:
         for full in names:
             if full.endswith("." + name):
                 prefix = full.removesuffix(name)
-                return {
-                    n if n in names or n.startswith(prefix) else prefix + n: t for n, t in tensors.items()
-                }
+                return {n if n in names or n.startswith(prefix) else prefix + n: t for n, t in tensors.items()}
     return tensors
 
 
@@ -253,9 +244,8 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
 
 
 def _split(layer: Layer, theirs: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{our layer: its tensors}. Of a fused layer each part keeps the columns of B that it uses; unused parts
-    are left.
-    """
+    """{our layer: its tensors}. Of a fused layer each part keeps the columns of B that it uses;
+    unused parts are left."""
     keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "base_layer.bias")
     whole = {key: tensors[f"{theirs}.{key}"] for key in keys if f"{theirs}.{key}" in tensors}
     if missing := [key for key in keys[:2] if key not in whole]:

@@ -1,8 +1,8 @@
 """adapter_config.json as PEFT writes and reads it, and the reading of both adapter files.
 
-Fields and defaults: PEFT's LoraConfig (https://huggingface.co/docs/peft/package_reference/lora). A LoRAConfig
-is a part of it; what PEFT knows beyond is refused where it changes the mathematics and ignored where it does
-not.
+Fields and defaults: PEFT's LoraConfig (https://huggingface.co/docs/peft/package_reference/lora). A
+LoRAConfig is a part of it; what PEFT knows beyond is refused where it changes the mathematics and
+ignored where it does not.
 """
 
 import json
@@ -22,18 +22,15 @@ PREFIX = "base_model.model."
 
 
 def adapter_config(model: nn.Module) -> dict:
-    """The content of adapter_config.json. Targets are written so that PEFT's own rule finds the same
-    layers.
-    """
+    """The content of adapter_config.json. Targets are written so that PEFT's own rule finds
+    the same layers."""
     config = getattr(model, "lora_config", None) or LoRAConfig(target_modules=())
     adapted = [name for name, _ in lora_layers(model)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] + adapted
     linears = [name for name in linears if not name.endswith((".base_layer", ".lora_A", ".lora_B"))]
     short = sorted({name.rpartition(".")[2] for name in adapted})
     exact = [name for name in linears if any(ends(name, target) for target in short)]
-    values = {
-        field.name: getattr(config, field.name) for field in fields(config) if field.name != "train_norms"
-    }
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "train_norms"}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -48,15 +45,16 @@ def adapter_config(model: nn.Module) -> dict:
 
 
 def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Modules whose parameters are trained in full: those of modules_to_save, a trained head, trained
-    norms.
-    """
+    """Modules whose parameters are trained in full: those of modules_to_save, a trained
+    head, trained norms."""
     modules = list(config.modules_to_save)
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False)]
         if (
             own
-            and name  # a parameter of the model itself, such as CLIP's logit_scale, is among modules_to_save by name
+            # a parameter of the model itself, such as CLIP's logit_scale, is among
+            # modules_to_save by name
+            and name
             and all(p.requires_grad for p in own)
             and ".lora_" not in name
             and not hasattr(module, "base_layer")
@@ -88,38 +86,21 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
             raise UserError(f"{file}: {name} holds NaN or infinite values; the file is damaged")
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     config = config_from_json(data, path)
-    if data.get(
-        "exclude_modules"
-    ):  # PEFT's way to spare some of the targets: the file's names say what is left
+    # PEFT's way to spare some of the targets: the file's names say what is left
+    if data.get("exclude_modules"):
         adapted = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
         config = replace(config, target_modules=tuple(adapted))
     return config, tensors
 
 
 def config_from_json(data: dict, path: Path) -> LoRAConfig:
-    """The LoRAConfig in PEFT's adapter_config.json; UserError names a setting that changes the mathematics
-    unknown to us.
-    """
-    changing = (
-        "fan_in_fan_out",
-        "lora_bias",
-        "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
-    )
-    changing += (
-        "use_qalora",
-        "use_bdlora",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "kasa_config",
-        "velora_config",
-    )
+    """The LoRAConfig in PEFT's adapter_config.json; UserError names a setting that changes the
+    mathematics unknown to us."""
+    changing = ("fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
+    changing += ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config")
     for key in changing:
         if data.get(key):
-            raise UserError(
-                f"{path}: {key} = {data[key]!r} is not plain LoRA, rsLoRA or DoRA; minilora cannot load it"
-            )
+            raise UserError(f"{path}: {key} = {data[key]!r} is not plain LoRA, rsLoRA or DoRA; minilora cannot load it")
     init = data.get("init_lora_weights", True)
     if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
         raise UserError(
@@ -127,8 +108,6 @@ def config_from_json(data: dict, path: Path) -> LoRAConfig:
         )
     known = {field.name for field in fields(LoRAConfig)} - {"init_lora_weights", "train_norms"}
     try:
-        return LoRAConfig(
-            **{"lora_alpha": 8} | {key: data[key] for key in known if data.get(key) is not None}
-        )
+        return LoRAConfig(**{"lora_alpha": 8} | {key: data[key] for key in known if data.get(key) is not None})
     except TypeError as error:
         raise UserError(f"{path}: {error}") from None

@@ -94,10 +94,7 @@ def working(n: dict[str, list[float]]) -> list[tuple[str, str, list[str]]]:
 
 def table() -> str:
     hand, code = by_hand(), by_code()
-    lines = [
-        "One LoRA step on a 3x3 layer: y = W x + s B A x, loss |y - t|^2 / 2, r = 1, lora_alpha = 2, s = 2",
-        "",
-    ]
+    lines = ["One LoRA step on a 3x3 layer: y = W x + s B A x, loss |y - t|^2 / 2, r = 1, lora_alpha = 2, s = 2", ""]
     for i in range(3):
         row = "[" + " ".join(f"{w:4g}" for w in W[i]) + "]"
         vectors = (row, f"[{B[i]:5g}]", f"[{X[i]:g}]", f"[{T[i]:3g}]")
@@ -114,9 +111,7 @@ def table() -> str:
             lines.append(f"{left:<21}{entry:<39}= {mine:>12.10g} {mark} {theirs:>11.10g}")
     before, after = (sum(0.5 * (y - t) ** 2 for y, t in zip(hand[k], T, strict=True)) for k in ("y", "y'"))
     verdict = "agree in every digit" if hand == code else "DIFFER"
-    return "\n".join(
-        [*lines, "", f"Hand and code {verdict}. The step takes the loss from {before:g} to {after:g}."]
-    )
+    return "\n".join([*lines, "", f"Hand and code {verdict}. The step takes the loss from {before:g} to {after:g}."])
 
 
 if __name__ == "__main__":

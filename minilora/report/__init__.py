@@ -1,7 +1,7 @@
 """Reports: what a run has learned, for people.
 
-In come plain numbers, arrays and pictures; out go text, PNG and one HTML page that opens offline. Nothing
-here trains, loads a run or reads a data set, so every part can be used by itself.
+In come plain numbers, arrays and pictures; out go text, PNG and one HTML page that opens offline.
+Nothing here trains, loads a run or reads a data set, so every part can be used by itself.
 
 metrics      accuracy, precision, recall, F1, confusion       vqa_metric  the official VQA accuracy, quirks included
 tables       text and Markdown tables, runs compared          curves      loss and accuracy over the epochs

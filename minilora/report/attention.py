@@ -1,4 +1,5 @@
-"""Where a vision transformer looks: attention of the last layer and attention rollout, laid over the picture.
+"""Where a vision transformer looks: attention of the last layer and attention rollout, laid
+over the picture.
 
 A layer's map is (B, h, T, T): row i says how token i shares its attention, so each row sums to 1. Tokens are
 the P patches of a square picture, after 0 or more prefix tokens such as CLS.
@@ -6,8 +7,8 @@ the P patches of a square picture, after 0 or more prefix tokens such as CLS.
     rollout      R = A_L ... A_2 A_1 with A_l = (I + mean over heads of map l) / 2: the identity stands for
     the residual
                  path, so R says how much of each patch has reached a token after all L layers
-Rollout: Abnar & Zuidema 2020, arXiv:2005.00928. Swin attends within windows: no rollout there, and the last
-layer shows the attention that each patch receives within its own window.
+Rollout: Abnar & Zuidema 2020, arXiv:2005.00928. Swin attends within windows: no rollout there, and
+the last layer shows the attention that each patch receives within its own window.
 """
 
 import math
@@ -23,9 +24,7 @@ from minilora.atomic import write_png
 from minilora.report.samples import picture_table, square, to_picture
 
 # A dark to light scale (violet, red, orange, yellow), so that attention reads in grey too.
-_SCALE = np.array(
-    [[13, 8, 60], [106, 0, 148], [188, 48, 96], [238, 116, 40], [252, 250, 150]], dtype=np.float32
-)
+_SCALE = np.array([[13, 8, 60], [106, 0, 148], [188, 48, 96], [238, 116, 40], [252, 250, 150]], dtype=np.float32)
 
 
 def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
@@ -40,7 +39,8 @@ def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
 
 
 def grid_of(tokens: int) -> tuple[int, int]:
-    """(prefix tokens, side of the patch grid) of a sequence: 197 -> (1, 14), 49 -> (0, 7), 198 -> (2, 14)."""
+    """(prefix tokens, side of the patch grid) of a sequence: 197 -> (1, 14), 49 -> (0,
+    7), 198 -> (2, 14)."""
     for prefix in range(min(9, tokens)):
         side = math.isqrt(tokens - prefix)
         if side * side == tokens - prefix:
@@ -59,11 +59,11 @@ def patch_heat(attention: Tensor) -> Tensor:
 
 
 def window_heat(last: Tensor, batch: int) -> Tensor:
-    """Swin's last map (B * nW, h, w, w) -> (B, h, H, W): attention received within the window, windows put
-    together.
+    """Swin's last map (B * nW, h, w, w) -> (B, h, H, W): attention received within the window,
+    windows put together.
 
-    With more than one window the last block of a stage is the shifted one, so the picture is rolled back by
-    half a window. Raises ValueError where the windows do not make a square.
+    With more than one window the last block of a stage is the shifted one, so the picture is rolled
+    back by half a window. Raises ValueError where the windows do not make a square.
     """
     windows, side = last.shape[0] // batch, math.isqrt(last.shape[-1])
     grid = math.isqrt(windows)
@@ -77,10 +77,11 @@ def window_heat(last: Tensor, batch: int) -> Tensor:
 
 @torch.no_grad()
 def attention_heats(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(last layer per head (B, h, side, side), rollout (B, side, side) or None for windows), images (B, 3, H,
-    W).
+    """(last layer per head (B, h, side, side), rollout (B, side, side) or None for windows),
+    images (B, 3, H, W).
 
-    `model` has attention_maps(x), or is a two-tower model whose `.vision` has; it is used in eval mode.
+    `model` has attention_maps(x), or is a two-tower model whose `.vision` has; it is
+    used in eval mode.
     """
     tower = model if hasattr(model, "attention_maps") else model.vision
     was_training = tower.training
@@ -99,11 +100,12 @@ def attention_figure(
     titles: Sequence[str] = (),
     side: int = 150,
 ) -> Image.Image:
-    """One row per picture: the picture, then last layer and rollout (and each head) for each of the models.
+    """One row per picture: the picture, then last layer and rollout (and each head) for
+    each of the models.
 
-    images (N, 3, H, W) normalised by the models' `preprocess`; models such as {"base": ..., "LoRA": ...}.
-    Returns the figure and writes it to `path` as PNG. Each heat is stretched from its least to its greatest
-    value, so that pictures can be compared by place, not by strength.
+    images (N, 3, H, W) normalised by the models' `preprocess`; models such as {"base": ..., "LoRA":
+    ...}. Returns the figure and writes it to `path` as PNG. Each heat is stretched from its least
+    to its greatest value, so that pictures can be compared by place, not by strength.
     """
     first = next(iter(models.values()))
     preprocess = getattr(first, "preprocess", None) or first.vision.preprocess
@@ -130,8 +132,9 @@ def attention_figure(
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     """The picture in grey below the heat (rows, columns), stretched to 0..1, smoothed and coloured.
 
-    Full brightness begins at the 97th percentile: trained ViTs store global facts in a few background patches that
-    draw far more attention than all others (Darcet et al. 2023, arXiv:2309.16588) and would leave the rest black.
+    Full brightness begins at the 97th percentile: trained ViTs store global facts in a few
+    background patches that draw far more attention than all others (Darcet et al. 2023,
+    arXiv:2309.16588) and would leave the rest black.
     """
     low, high = float(heat.min()), float(np.quantile(heat, 0.97))
     if high <= low:
@@ -141,6 +144,7 @@ def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     level = np.clip(np.asarray(smooth), 0, 1)  # (H, W)
     scaled = level * (len(_SCALE) - 1)
     step = np.clip(scaled.astype(int), 0, len(_SCALE) - 2)
-    colour = _SCALE[step] + (scaled - step)[..., None] * (_SCALE[step + 1] - _SCALE[step])  # (H, W, 3)
+    # (H, W, 3)
+    colour = _SCALE[step] + (scaled - step)[..., None] * (_SCALE[step + 1] - _SCALE[step])
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
     return Image.fromarray((0.4 * grey + 0.6 * colour).round().astype(np.uint8))

@@ -22,7 +22,8 @@ Records = Sequence[Mapping]
 
 
 def read_metrics(source: str | Path | Records) -> list[dict]:
-    """The lines of a metrics.jsonl as dictionaries, without one cut short by a crash; no file, no lines."""
+    """The lines of a metrics.jsonl as dictionaries, without one cut short by a crash;
+    no file, no lines."""
     if not isinstance(source, (str, Path)):
         return [dict(record) for record in source]
     path, records = Path(source), []
@@ -48,7 +49,8 @@ def _finite(value: object) -> bool:
 
 
 def curves_figure(runs: Mapping[str, str | Path | Records], path: str | Path) -> bool:
-    """Draw {run name: metrics.jsonl or records} as PNG. Without matplotlib: one printed line, and False."""
+    """Draw {run name: metrics.jsonl or records} as PNG. Without matplotlib: one printed
+    line, and False."""
     pyplot = load_pyplot("curves")
     if pyplot is None:
         return False

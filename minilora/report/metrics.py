@@ -1,12 +1,14 @@
 """Accuracy, precision, recall and F1 of a classifier, in numpy alone.
 
-For a class c with tp rows rightly called c, fp rows wrongly called c and fn rows of c that were missed:
+For a class c with tp rows rightly called c, fp rows wrongly called c and fn rows of c
+that were missed:
 
     precision = tp / (tp + fp)      recall = tp / (tp + fn)      F1 = 2 tp / (2 tp + fp + fn)
 
-with 0 where a denominator is 0. The weighted averages weigh each class by its support tp + fn, so that the
-weighted recall is sum_c tp_c / N: it equals the accuracy, always. The numbers are those of scikit-learn's
-`precision_recall_fscore_support(..., zero_division=0)`.
+with 0 where a denominator is 0. The weighted averages weigh each class by its support tp
++ fn, so that the
+weighted recall is sum_c tp_c / N: it equals the accuracy, always. The numbers are those of
+scikit-learn's `precision_recall_fscore_support(..., zero_division=0)`.
 """
 
 from collections.abc import Sequence
@@ -15,9 +17,8 @@ import numpy as np
 
 from minilora.report.tables import text_table
 
-CONFUSION_LIMIT = (
-    200  # a confusion matrix of more classes is not kept: it would be megabytes that nobody reads
-)
+# a confusion matrix of more classes is not kept: it would be megabytes that nobody reads
+CONFUSION_LIMIT = 200
 
 
 def confusion_matrix(true: np.ndarray, predicted: np.ndarray, n: int) -> np.ndarray:
@@ -26,21 +27,19 @@ def confusion_matrix(true: np.ndarray, predicted: np.ndarray, n: int) -> np.ndar
 
 
 def classification_metrics(
-    true: Sequence,
-    predicted: Sequence,
-    classes: Sequence[str] | None = None,
-    probabilities: np.ndarray | None = None,
+    true: Sequence, predicted: Sequence, classes: Sequence[str] | None = None, probabilities: np.ndarray | None = None
 ) -> dict:
     """All metrics of N rows as one plain dictionary, ready for JSON.
 
-    With `classes`, `true` and `predicted` (N,) are indices into it, and rows with truth -1 (no label) are
-    left out. Without, they are strings, and the classes are all that occur on either side, sorted: a truth
-    that the model cannot answer is then a class of its own and counts as wrong.
-    `probabilities` (N, K) adds `top5_accuracy` (where K > 5) and `log_loss`, the mean of -log p(truth).
+    With `classes`, `true` and `predicted` (N,) are indices into it, and rows with truth -1 (no
+    label) are left out. Without, they are strings, and the classes are all that occur on
+    either side, sorted: a truth that the model cannot answer is then a class of its own and
+    counts as wrong. `probabilities` (N, K) adds `top5_accuracy` (where K > 5) and `log_loss`,
+    the mean of -log p(truth).
 
-    Keys: count, unlabelled, accuracy, precision, recall, f1 (weighted), macro_precision, macro_recall,
-    macro_f1, classes, per_class (list of class, precision, recall, f1, support, predicted) and confusion
-    (None above 200 classes).
+    Keys: count, unlabelled, accuracy, precision, recall, f1 (weighted), macro_precision,
+    macro_recall, macro_f1, classes, per_class (list of class, precision, recall, f1, support,
+    predicted) and confusion (None above 200 classes).
     """
     if classes is None:
         classes, indices = np.unique([*map(str, true), *map(str, predicted)], return_inverse=True)
@@ -60,12 +59,9 @@ def _scores(true: np.ndarray, predicted: np.ndarray, n: int, classes: Sequence[s
     right = true == predicted
     tp = np.bincount(true[right], minlength=n)  # (n,)
     support, called = np.bincount(true, minlength=n), np.bincount(predicted, minlength=n)
-    columns = {
-        "precision": _ratio(tp, called),
-        "recall": _ratio(tp, support),
-        "f1": _ratio(2 * tp, called + support),
-    }
-    present = (support + called) > 0  # scikit-learn's macro average also skips classes that never occur
+    columns = {"precision": _ratio(tp, called), "recall": _ratio(tp, support), "f1": _ratio(2 * tp, called + support)}
+    # scikit-learn's macro average also skips classes that never occur
+    present = (support + called) > 0
     per_class = [
         {"class": str(name), **{key: float(column[i]) for key, column in columns.items()}}
         | {"support": int(support[i]), "predicted": int(called[i])}
@@ -74,10 +70,7 @@ def _scores(true: np.ndarray, predicted: np.ndarray, n: int, classes: Sequence[s
     return {
         "accuracy": float(right.mean()) if len(true) else 0.0,
         **{key: float(_ratio((column * support).sum(), support.sum())) for key, column in columns.items()},
-        **{
-            f"macro_{key}": float(column[present].mean()) if present.any() else 0.0
-            for key, column in columns.items()
-        },
+        **{f"macro_{key}": float(column[present].mean()) if present.any() else 0.0 for key, column in columns.items()},
         "classes": [str(name) for name in classes],
         "per_class": per_class,
         "confusion": confusion_matrix(true, predicted, n).tolist() if n <= CONFUSION_LIMIT else None,
@@ -109,7 +102,8 @@ def most_confused(metrics: dict, n: int = 10) -> list[tuple[str, str, int]]:
 
 
 def format_metrics(metrics: dict, per_class: int = 50) -> str:
-    """The metrics as text: a line for all, then a table of the classes, of many the `per_class` weakest."""
+    """The metrics as text: a line for all, then a table of the classes, of many the
+    `per_class` weakest."""
     head = (
         f"accuracy {metrics['accuracy']:.4f} | weighted precision {metrics['precision']:.4f} "
         f"recall {metrics['recall']:.4f} F1 {metrics['f1']:.4f} | {metrics['count']} rows"
@@ -123,7 +117,5 @@ def format_metrics(metrics: dict, per_class: int = 50) -> str:
     if len(rows) > per_class:
         rows = sorted((row for row in rows if row["support"]), key=lambda row: row["f1"])[:per_class]
         head += f"\nthe {len(rows)} classes with the lowest F1 of {len(metrics['per_class'])}:"
-    body = [
-        [r["class"], *(f"{r[key]:.4f}" for key in ("precision", "recall", "f1")), r["support"]] for r in rows
-    ]
+    body = [[r["class"], *(f"{r[key]:.4f}" for key in ("precision", "recall", "f1")), r["support"]] for r in rows]
     return head + "\n" + text_table(["class", "precision", "recall", "F1", "support"], body)

@@ -1,4 +1,6 @@
-"""matplotlib, if it is there: it belongs to the extra `plots`, and nothing but the pictures needs it."""
+"""matplotlib, if it is there: it belongs to the extra `plots`, and nothing but the
+pictures needs it.
+"""
 
 import io
 
@@ -6,9 +8,8 @@ from minilora.atomic import atomic_write
 
 
 def load_pyplot(what: str):
-    """matplotlib.pyplot drawing into files, or None after one printed line that says what is left out and
-    why.
-    """
+    """matplotlib.pyplot drawing into files, or None after one printed line that says what is
+    left out and why."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,6 @@
-"""Pictures of the data: grids per class, confident mistakes, unsure predictions. Drawn by PIL alone."""
+"""Pictures of the data: grids per class, confident mistakes, unsure predictions.
+Drawn by PIL alone.
+"""
 
 import base64
 import io
@@ -15,8 +17,8 @@ INK, PAPER, FAINT = (32, 36, 44), (255, 255, 255), (232, 234, 238)
 class Example:
     """One picture with what was true and what the model said, for grids and for the report page.
 
-    `question` for VQA; `choices` (text, probability) for multiple choice. `correct` None: unknown or not a
-    matter of right and wrong; by default truth and answer are compared.
+    `question` for VQA; `choices` (text, probability) for multiple choice. `correct` None: unknown
+    or not a matter of right and wrong; by default truth and answer are compared.
     """
 
     image: Image.Image | None
@@ -34,17 +36,17 @@ class Example:
 
 
 def to_picture(pixels, preprocess: Mapping) -> Image.Image:
-    """A normalised picture (3, H, W), tensor or array, back to PIL: value * std + mean, clipped to 0..1."""
-    values = np.asarray(
-        pixels.detach().float().cpu() if hasattr(pixels, "detach") else pixels, dtype=np.float32
-    )
+    """A normalised picture (3, H, W), tensor or array, back to PIL: value * std + mean,
+    clipped to 0..1."""
+    values = np.asarray(pixels.detach().float().cpu() if hasattr(pixels, "detach") else pixels, dtype=np.float32)
     mean, std = (np.asarray(preprocess[key], dtype=np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
     rgb = np.clip(values * std + mean, 0, 1)
     return Image.fromarray((rgb.transpose(1, 2, 0) * 255).round().astype(np.uint8))
 
 
 def most_confident_mistakes(true, predicted, confidence, n: int = 12) -> list[int]:
-    """Rows where the prediction is wrong, the surest first. All (N,); truth -1 (unknown) is no mistake."""
+    """Rows where the prediction is wrong, the surest first. All (N,); truth -1
+    (unknown) is no mistake."""
     true, predicted, confidence = np.asarray(true), np.asarray(predicted), np.asarray(confidence)
     wrong = np.flatnonzero((true != predicted) & (true != -1))
     return wrong[np.argsort(-confidence[wrong], kind="stable")][:n].tolist()
@@ -61,9 +63,7 @@ def square(image: Image.Image, side: int) -> Image.Image:
     width = min(image.size)
     left, top = (image.width - width) // 2, (image.height - width) // 2
     middle = image.convert("RGB").crop((left, top, left + width, top + width))
-    return middle.resize(
-        (side, side), Image.Resampling.NEAREST if width < side / 2 else Image.Resampling.BICUBIC
-    )
+    return middle.resize((side, side), Image.Resampling.NEAREST if width < side / 2 else Image.Resampling.BICUBIC)
 
 
 def picture_table(
@@ -77,9 +77,7 @@ def picture_table(
     left = min(120, max([0, *(int(font.getlength(label)) + 16 for label in row_labels)]))
     top = 26 * max([0, *(len(_wrapped(label, font, side)) for label in column_labels)])
     gap, columns = 6, max([1, *(len(row) for row in rows)])
-    sheet = Image.new(
-        "RGB", (left + columns * (side + gap) + gap, top + len(rows) * (side + gap) + gap), PAPER
-    )
+    sheet = Image.new("RGB", (left + columns * (side + gap) + gap, top + len(rows) * (side + gap) + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
     for j, label in enumerate(column_labels):
         for line, text in enumerate(_wrapped(label, font, side)):
@@ -107,22 +105,17 @@ def example_grid(examples: Sequence[Example], columns: int = 4, side: int = 150)
     draw = ImageDraw.Draw(sheet)
     for number, example in enumerate(examples):
         x, y = gap + number % columns * (side + gap), gap + number // columns * (side + caption + gap)
-        sheet.paste(
-            square(example.image, side) if example.image else Image.new("RGB", (side, side), FAINT), (x, y)
-        )
+        sheet.paste(square(example.image, side) if example.image else Image.new("RGB", (side, side), FAINT), (x, y))
         sure = "" if example.probability is None else f"{100 * example.probability:.0f} % "
         colour = {True: (24, 120, 70), False: (190, 50, 40), None: INK}[example.correct]
-        draw.text(
-            (x, y + side + 3), _cut(f"is {example.truth or 'unknown'}", font, side), fill=INK, font=font
-        )
-        draw.text(
-            (x, y + side + 19), _cut(f"said {sure}{example.answer}", font, side), fill=colour, font=font
-        )
+        draw.text((x, y + side + 3), _cut(f"is {example.truth or 'unknown'}", font, side), fill=INK, font=font)
+        draw.text((x, y + side + 19), _cut(f"said {sure}{example.answer}", font, side), fill=colour, font=font)
     return sheet
 
 
 def data_uri(image: Image.Image, limit: int | None = None) -> str:
-    """The picture as a data: URI, at most `limit` pixels wide and high; PNG where few colours, else JPEG."""
+    """The picture as a data: URI, at most `limit` pixels wide and high; PNG where few
+    colours, else JPEG."""
     image = image.convert("RGB")
     if limit and max(image.size) > limit:
         image.thumbnail((limit, limit))

@@ -1,4 +1,6 @@
-"""The sections of the report page: each takes plain data and returns HTML, "" if there is nothing to show."""
+"""The sections of the report page: each takes plain data and returns HTML, "" if there is
+nothing to show.
+"""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,9 +14,7 @@ MOST_CLASSES = 40  # more than that are neither a readable confusion table nor r
 
 
 def facts(values: Mapping[str, str]) -> str:
-    boxes = "".join(
-        f"<div><b>{escape(str(v))}</b><span>{escape(str(k))}</span></div>" for k, v in values.items()
-    )
+    boxes = "".join(f"<div><b>{escape(str(v))}</b><span>{escape(str(k))}</span></div>" for k, v in values.items())
     return f'<div class="facts">{boxes}</div>' if boxes else ""
 
 
@@ -29,17 +29,10 @@ def results(runs: Sequence[RunRow]) -> str:
             html += f"<h3>{escape(title)}</h3>" + table_html(heads, cells)
         shown |= set(heads)
     if any(len(group.runs) > 1 for group in group_runs(runs)):
-        html += (
-            '<p class="note">± is the sample standard deviation over runs that differ in their seed only.</p>'
-        )
+        html += '<p class="note">± is the sample standard deviation over runs that differ in their seed only.</p>'
         heads = ["run", "seed", "accuracy %", "seconds"]
         rows = [
-            [
-                r.name,
-                _text(r.seed),
-                "" if r.accuracy is None else f"{100 * r.accuracy:.2f}",
-                _text(r.seconds, ".1f"),
-            ]
+            [r.name, _text(r.seed), "" if r.accuracy is None else f"{100 * r.accuracy:.2f}", _text(r.seconds, ".1f")]
             for r in runs
         ]
         html += f"<h3>Every run</h3>{table_html(heads, rows)}"
@@ -59,10 +52,7 @@ def per_class(metrics: Mapping | None) -> str:
         note = f"The {MOST_CLASSES} of {len(rows)} classes with the lowest F1."
         rows = sorted(rows, key=lambda row: row["f1"])[:MOST_CLASSES]
     bars = bars_html([(row["class"], row["f1"], f"{100 * row['f1']:.1f}") for row in rows], top=1.0)
-    cells = [
-        [r["class"], *(f"{100 * r[k]:.1f}" for k in ("precision", "recall", "f1")), r["support"]]
-        for r in rows
-    ]
+    cells = [[r["class"], *(f"{100 * r[k]:.1f}" for k in ("precision", "recall", "f1")), r["support"]] for r in rows]
     total = [f"{100 * metrics[key]:.1f}" for key in ("precision", "recall", "f1")]
     cells.append(["weighted", *total, metrics["count"]])
     numbers = table_html(["class", "precision %", "recall %", "F1 %", "support"], cells)
@@ -94,9 +84,7 @@ def question_types(vqa: Mapping | None) -> str:
     for key, title in (("by_answer_type", "By answer type"), ("by_question_type", "By question type")):
         rows = sorted(vqa.get(key, {}).items(), key=lambda item: -item[1])
         if rows:
-            html += f"<h3>{title}</h3>" + bars_html(
-                [(name, value, f"{value:.2f}") for name, value in rows], top=100.0
-            )
+            html += f"<h3>{title}</h3>" + bars_html([(name, value, f"{value:.2f}") for name, value in rows], top=100.0)
     return html
 
 
@@ -121,7 +109,8 @@ def table(item) -> str:
 
 
 def cards(examples: Sequence[Example], note: str) -> str:
-    """One card per example: picture, question, truth and answer, or the choices with their probabilities."""
+    """One card per example: picture, question, truth and answer, or the choices with
+    their probabilities."""
     if not examples:
         return ""
     wide = " long" if any(example.question or example.choices for example in examples) else ""
@@ -138,14 +127,10 @@ def _card(example: Example) -> str:
             f'<div class="choice" style="--v:{100 * probability:.0f}%"><span>{marks}{escape(text)}</span>'
             f"<span>{100 * probability:.0f} %</span></div>"
         )
-    sure = (
-        "" if example.probability is None else f' <span class="soft">{100 * example.probability:.0f} %</span>'
-    )
+    sure = "" if example.probability is None else f' <span class="soft">{100 * example.probability:.0f} %</span>'
     truth = escape(example.truth) if example.truth else '<span class="soft">unknown</span>'
     lines.append(f'<p><span class="soft">true</span> {truth}</p>')
-    lines.append(
-        f'<p><span class="soft">said</span> <b class="{look}">{escape(example.answer)}</b>{sure}</p>'
-    )
+    lines.append(f'<p><span class="soft">said</span> <b class="{look}">{escape(example.answer)}</b>{sure}</p>')
     if example.name:
         lines.append(f'<p class="file">{escape(example.name)}</p>')
     return f'<div class="card">{_picture(example.image, 320)}<div>{"".join(lines)}</div></div>'
@@ -164,35 +149,22 @@ def samples(classes: Mapping[str, Sequence], most: int = 30) -> str:
         f'<span class="row">{"".join(_picture(image, 168) for image in pictures)}</span></div>'
         for name, pictures in list(classes.items())[:most]
     )
-    left = (
-        f'<p class="note">{len(classes) - most} more classes are not shown.</p>'
-        if len(classes) > most
-        else ""
-    )
+    left = f'<p class="note">{len(classes) - most} more classes are not shown.</p>' if len(classes) > most else ""
     return rows + left
 
 
 def parameters(rows: Sequence[tuple], line: str) -> str:
     cells = [
-        [
-            module,
-            count,
-            f"{trainable:,}" if trainable else "0",
-            f"{size:,}",
-            f"{100 * trainable / max(size, 1):.2f}",
-        ]
+        [module, count, f"{trainable:,}" if trainable else "0", f"{size:,}", f"{100 * trainable / max(size, 1):.2f}"]
         for module, count, trainable, size in rows
     ]
     html = f"<p>{escape(line)}</p>" if line else ""
-    return html + (
-        table_html(["module", "layers", "trainable", "all", "trainable %"], cells) if cells else ""
-    )
+    return html + (table_html(["module", "layers", "trainable", "all", "trainable %"], cells) if cells else "")
 
 
 def settings(values: Mapping) -> str:
     rows = "".join(
-        f"<div><dt>{escape(str(key))}</dt><dd>{escape(_value(value))}</dd></div>"
-        for key, value in values.items()
+        f"<div><dt>{escape(str(key))}</dt><dd>{escape(_value(value))}</dd></div>" for key, value in values.items()
     )
     return f'<dl class="config">{rows}</dl>' if rows else ""
 

@@ -1,5 +1,5 @@
-"""What an update dW looks like from inside: its size, its singular values, and whether it points where W
-points.
+"""What an update dW looks like from inside: its size, its singular values, and whether it
+points where W points.
 
 For each adapted layer with weight W (out, in) and update dW = U diag(s) V^T:
     relative norm       |dW| / |W| in the Frobenius norm
@@ -37,7 +37,8 @@ HOW_TO_READ = (
 
 @dataclass
 class LayerSpectrum:
-    """The numbers of one layer. `random_overlap`: what random directions would give (rows, columns)."""
+    """The numbers of one layer. `random_overlap`: what random directions would give
+    (rows, columns)."""
 
     name: str
     shape: tuple[int, int]
@@ -58,14 +59,13 @@ def lora_updates(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield name, layer.base_layer.state_dict()["weight"], layer.delta_weight()
 
 
-def full_updates(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, W, dW) of every matrix that both state dictionaries have in the same shape and that training
-    moved.
+def full_updates(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, W, dW) of every matrix that both state dictionaries have in the same shape and
+    that training moved.
 
-    Names are those of the layers (without ".weight"), so that they compare with `lora_updates` of another
-    run. Embeddings and position tables are matrices too; only names that end in ".weight" are taken.
+    Names are those of the layers (without ".weight"), so that they compare with `lora_updates`
+    of another run. Embeddings and position tables are matrices too; only names that end in
+    ".weight" are taken.
     """
     for key, weight in before.items():
         new = after.get(key)
@@ -78,7 +78,8 @@ def full_updates(
 
 @torch.no_grad()
 def layer_spectrum(name: str, weight: Tensor, delta: Tensor, k: int = 8) -> LayerSpectrum:
-    """The spectrum of one update. weight, delta (out, in); k leading directions, or as many as dW has."""
+    """The spectrum of one update. weight, delta (out, in); k leading directions, or
+    as many as dW has."""
     weight, delta = weight.detach().cpu().double(), delta.detach().cpu().double()
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)  # (out, m), (m,), (m, in)
     rank = int((s > s[0] * 1e-6).sum()) if s[0] > 0 else 0  # below that is rounding of float32
@@ -103,7 +104,8 @@ def layer_spectrum(name: str, weight: Tensor, delta: Tensor, k: int = 8) -> Laye
 
 
 def subspace_similarity(a: Tensor, b: Tensor) -> float:
-    """phi = |A^T B|_F^2 / min(i, j), orthonormal A (n, i), B (n, j): 0 orthogonal, 1 one within the other."""
+    """phi = |A^T B|_F^2 / min(i, j), orthonormal A (n, i), B (n, j): 0 orthogonal, 1 one
+    within the other."""
     least = min(a.shape[1], b.shape[1])
     return float((a.T @ b).square().sum()) / least if least else 0.0
 
@@ -158,7 +160,8 @@ def format_spectrum(runs: Mapping[str, Sequence[LayerSpectrum]]) -> str:
 
 
 def update_overlap(first: Sequence[LayerSpectrum], second: Sequence[LayerSpectrum]) -> list[list[str]]:
-    """(layer, |dW|/|W| of both, effective rank of both) of the layers that two runs, LoRA and full, share."""
+    """(layer, |dW|/|W| of both, effective rank of both) of the layers that two runs, LoRA
+    and full, share."""
     others = {layer.name: layer for layer in second}
     pairs = [(layer, others[layer.name]) for layer in first if layer.name in others]
     return [
@@ -182,9 +185,7 @@ def spectrum_figure(runs: Mapping[str, Sequence[LayerSpectrum]], path: str | Pat
     longest = max(runs.values(), key=len, default=[])
     left.set_xticks(range(len(longest)), [x.name for x in longest], rotation=90, fontsize=6)
     left.set(title="size of the update, |dW| / |W|", ylim=(0, None))
-    right.set(
-        title="singular values of dW, one line per layer", xlabel="number", ylabel="relative to the first"
-    )
+    right.set(title="singular values of dW, one line per layer", xlabel="number", ylabel="relative to the first")
     right.set(yscale="log", ylim=(1e-3, 1.3))
     for axis in (left, right):
         axis.grid(alpha=0.25)

@@ -1,7 +1,8 @@
-"""Charts and tables for the report page as HTML and inline SVG: no script, no outside file, every string
-escaped.
+"""Charts and tables for the report page as HTML and inline SVG: no script, no outside file,
+every string escaped.
 
-Colours are CSS variables (see page_style), so that a chart follows the reader's light or dark setting.
+Colours are CSS variables (see page_style), so that a chart follows the reader's light
+or dark setting.
 """
 
 import math
@@ -15,7 +16,8 @@ SERIES_COLOURS = 8  # --c0 .. --c7
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) between low and high, about `count` of them."""
+    """Round numbers (1, 2 or 5 times a power of ten apart) between low and high, about
+    `count` of them."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
@@ -26,9 +28,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def line_chart(
     title: str, series: Sequence[tuple[str, int, bool, list[float], list[float]]], whole_x: bool = True
 ) -> str:
-    """series: (label, colour number, dashed, xs, ys). A figure with axes, lines and a dot on each of few
-    points.
-    """
+    """series: (label, colour number, dashed, xs, ys). A figure with axes, lines and a dot on
+    each of few points."""
     series = [line for line in series if line[3]]
     if not series:
         return ""
@@ -46,12 +47,8 @@ def line_chart(
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(x0, x1, 6):
         if not whole_x or x == round(x):
-            parts.append(
-                f'<text x="{place(x, y0)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:.4g}</text>'
-            )
-    parts.append(
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">epoch</text>' if whole_x else ""
-    )
+            parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:.4g}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">epoch</text>' if whole_x else "")
     for label, colour, dashed, x, y in series:
         points = [place(a, b) for a, b in zip(x, y, strict=True)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
@@ -59,12 +56,9 @@ def line_chart(
         parts.append(f'<polyline {look} points="{line}"><title>{escape(label)}</title></polyline>')
         if len(points) <= 12:
             parts += [
-                f'<circle class="dot c{colour % SERIES_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>'
-                for a, b in points
+                f'<circle class="dot c{colour % SERIES_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points
             ]
-    picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>"
 
 
@@ -75,7 +69,8 @@ def _range(values: list[float]) -> tuple[float, float]:
 
 
 def curves_html(runs: dict[str, Records]) -> str:
-    """{run: records of metrics.jsonl} -> loss, accuracy and learning rate side by side, with one legend."""
+    """{run: records of metrics.jsonl} -> loss, accuracy and learning rate side by side,
+    with one legend."""
     charts = []
     for title, keys in PANELS.items():
         series = [
@@ -90,14 +85,13 @@ def curves_html(runs: dict[str, Records]) -> str:
         f'<li><span class="key c{number % SERIES_COLOURS}"></span>{escape(name)}</li>'
         for number, name in enumerate(runs)
     )
-    styles = (
-        '<li><span class="key solid"></span>validation</li><li><span class="key dashed"></span>training</li>'
-    )
+    styles = '<li><span class="key solid"></span>validation</li><li><span class="key dashed"></span>training</li>'
     return f'<ul class="legend">{names}{styles}</ul><div class="charts">{"".join(charts)}</div>'
 
 
 def bars_html(rows: Sequence[tuple[str, float, str]], top: float | None = None) -> str:
-    """Horizontal bars: (label, value, text at the end). `top` is full length, by default the largest value."""
+    """Horizontal bars: (label, value, text at the end). `top` is full length, by default
+    the largest value."""
     top = top or max([value for _, value, _ in rows] or [0]) or 1.0
     lines = [
         f'<div class="bar"><span class="name" title="{escape(label)}">{escape(label)}</span>'
@@ -119,9 +113,7 @@ def table_html(titles: Sequence, rows: Sequence[Sequence], caption: str = "") ->
         for row in cells
     )
     label = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="wide"><table>{label}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="wide"><table>{label}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def heat_table_html(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:

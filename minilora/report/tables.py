@@ -1,4 +1,6 @@
-"""Tables of results as text or Markdown, and the comparison of runs with mean and spread over seeds."""
+"""Tables of results as text or Markdown, and the comparison of runs with mean and
+spread over seeds.
+"""
 
 import json
 import statistics
@@ -52,14 +54,13 @@ class RunRow:
 
 def group_key(config: dict) -> str:
     """Equal for two configurations (flags and values) that differ only in seed and bookkeeping."""
-    return json.dumps(
-        {k: v for k, v in config.items() if k not in NOT_CONFIGURATION}, sort_keys=True, default=str
-    )
+    return json.dumps({k: v for k, v in config.items() if k not in NOT_CONFIGURATION}, sort_keys=True, default=str)
 
 
 @dataclass
 class RunGroup:
-    """Runs of equal configuration: `first` gives names and sizes, the numbers are means over the seeds."""
+    """Runs of equal configuration: `first` gives names and sizes, the numbers are
+    means over the seeds."""
 
     first: RunRow
     runs: list[RunRow]
@@ -82,7 +83,8 @@ class RunGroup:
 
 
 def group_runs(rows: Sequence[RunRow]) -> list[RunGroup]:
-    """Runs gathered by (group, mode), in order of first appearance; rows without a group stand alone."""
+    """Runs gathered by (group, mode), in order of first appearance; rows without a
+    group stand alone."""
     groups: dict[tuple, RunGroup] = {}
     for number, row in enumerate(rows):
         key = (row.group, row.mode) if row.group else (number,)
@@ -140,10 +142,9 @@ REPORT_FORMS = {
 }  # fmt: skip
 
 
-def comparison_cells(
-    rows: Sequence[RunRow], columns: Sequence[str] = COMPARISON
-) -> tuple[list[str], list[list[str]]]:
-    """(titles, cells) with one line per group of equal configuration; columns that no run fills are left out.
+def comparison_cells(rows: Sequence[RunRow], columns: Sequence[str] = COMPARISON) -> tuple[list[str], list[list[str]]]:
+    """(titles, cells) with one line per group of equal configuration; columns that no run
+    fills are left out.
 
     The column "accuracy %" is headed by the metric's own name where the runs agree on another one.
     """
@@ -160,9 +161,7 @@ def comparison_cells(
     return titles, [[line[i] for i in used] for line in lines]
 
 
-def comparison_table(
-    rows: Sequence[RunRow], markdown: bool = False, columns: Sequence[str] = COMPARISON
-) -> str:
+def comparison_table(rows: Sequence[RunRow], markdown: bool = False, columns: Sequence[str] = COMPARISON) -> str:
     """Several runs side by side; accuracy is mean ± sample standard deviation over seeds."""
     titles, cells = comparison_cells(rows, columns)
     return (markdown_table if markdown else text_table)(titles, cells)
@@ -175,9 +174,7 @@ def text_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
     left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
     out = [
-        "  ".join(
-            c.ljust(w) if go else c.rjust(w) for c, w, go in zip(line, widths, left, strict=True)
-        ).rstrip()
+        "  ".join(c.ljust(w) if go else c.rjust(w) for c, w, go in zip(line, widths, left, strict=True)).rstrip()
         for line in lines
     ]
     return "\n".join([out[0], "  ".join("-" * w for w in widths), *out[1:]])
@@ -188,9 +185,7 @@ def markdown_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
     rule = "|" + "|".join("---" if go else "---:" for go in left) + "|"
-    return "\n".join(
-        ["| " + " | ".join(map(str, titles)) + " |", rule, *("| " + " | ".join(r) + " |" for r in cells)]
-    )
+    return "\n".join(["| " + " | ".join(map(str, titles)) + " |", rule, *("| " + " | ".join(r) + " |" for r in cells)])
 
 
 def _numeric(cell: str) -> bool:

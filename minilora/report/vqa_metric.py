@@ -1,15 +1,15 @@
-"""The official VQA v2 accuracy, with the quirks of its reference code, and exact match for sets with fewer
-answers.
+"""The official VQA v2 accuracy, with the quirks of its reference code, and exact match for sets
+with fewer answers.
 
-Ten people answered each question. A prediction is compared with each choice of nine of them and scores
-min(1, matches / 3); the accuracy is the mean over the ten choices. For k equal answers of ten: 0, .3, .6, .9,
-1, 1 ... (the paper's short form min(k / 3, 1) is not the same: .333 for k = 1).
+Ten people answered each question. A prediction is compared with each choice of nine of them and
+scores min(1, matches / 3); the accuracy is the mean over the ten choices. For k equal answers of
+ten: 0, .3, .6, .9, 1, 1 ... (the paper's short form min(k / 3, 1) is not the same: .333 for k = 1).
 
-Before comparing, both sides are normalised, but only where the ten people do not all agree: a unanimous
-answer is compared as it stands, so "The cat." against ten times "cat" is wrong, and so is "2" against ten
-times "two". Rules and quirks follow vqaEval.py of https://github.com/GT-Vision-Lab/VQA; they are kept because
-numbers in papers were made with them. Antol et al. 2015, arXiv:1505.00468; Goyal et al. 2017,
-arXiv:1612.00837.
+Before comparing, both sides are normalised, but only where the ten people do not all agree: a
+unanimous answer is compared as it stands, so "The cat." against ten times "cat" is wrong, and so is
+"2" against ten times "two". Rules and quirks follow vqaEval.py of
+https://github.com/GT-Vision-Lab/VQA; they are kept because numbers in papers were made with them.
+Antol et al. 2015, arXiv:1505.00468; Goyal et al. 2017, arXiv:1612.00837.
 """
 
 import json
@@ -49,7 +49,8 @@ you'll you're you've
 def _contractions() -> dict[str, str]:
     """The reference's table of 120 entries: {word with one apostrophe missing: right spelling}.
 
-    Its four keys with a capital I never apply, because words are lower-cased first: "im" stays "im".
+    Its four keys with a capital I never apply, because words are lower-cased first:
+    "im" stays "im".
     """
     table = {}
     for word in _SPELLED:
@@ -62,11 +63,12 @@ CONTRACTIONS = _contractions()
 
 
 def strip_punctuation(text: str) -> str:
-    """Each punctuation mark becomes a space, or vanishes if anywhere in `text` it touches a space or if some
-    comma stands between digits ("1,000"); then the periods that no digit follows vanish, the first 32 of
-    them.
+    """Each punctuation mark becomes a space, or vanishes if anywhere in `text` it touches a space
+    or if some comma stands between digits ("1,000"); then the periods that no digit follows vanish,
+    the first 32 of them.
 
-    The limit is the reference's slip: it passes re.UNICODE, which is 32, where re.sub expects a count.
+    The limit is the reference's slip: it passes re.UNICODE, which is 32, where re.sub
+    expects a count.
     """
     out, numeric = text, _comma_in_number.search(text) is not None
     for mark in PUNCTUATION:
@@ -76,7 +78,8 @@ def strip_punctuation(text: str) -> str:
 
 
 def map_words(text: str) -> str:
-    """Lower case, number words to digits ("none" to 0 too), no articles, apostrophes back in contractions."""
+    """Lower case, number words to digits ("none" to 0 too), no articles, apostrophes back
+    in contractions."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -92,7 +95,8 @@ def _one_line(text: str) -> str:
 
 
 def leave_one_out(matches: int, answers: int = ANSWERS) -> float:
-    """Mean over the people of min(1, matches among the others / 3); k of ten: 0, .3, .6, .9, 1, 1 ..."""
+    """Mean over the people of min(1, matches among the others / 3); k of ten: 0, .3,
+    .6, .9, 1, 1 ..."""
     agreeing = matches * min(1.0, (matches - 1) / 3)
     return (agreeing + (answers - matches) * min(1.0, matches / 3)) / answers
 
@@ -106,9 +110,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction equals the most common answer (the first one of several), both normalised; else
-    0.
-    """
+    """1 if the prediction equals the most common answer (the first one of several), both
+    normalised; else 0."""
     common = Counter(map(normalise_answer, answers)).most_common(1)[0][0]
     return float(normalise_answer(prediction) == common)
 
@@ -121,21 +124,21 @@ def answers_of(annotation: Mapping) -> list[str]:
 
 
 def score_vqa(predictions: Mapping, annotations: Iterable[Mapping]) -> dict:
-    """Score {question_id: answer} against annotations (question_id, answers, answer_type, question_type).
+    """Score {question_id: answer} against annotations (question_id, answers,
+    answer_type, question_type).
 
-    Official accuracy where every question has ten answers or more, exact match after normalisation otherwise.
-    Returns metric (its name), count, accuracy (0..1), overall, by_answer_type, by_question_type (100 x,
-    rounded to two decimals as the reference prints them), counts_by_answer_type and per_question {id: 0..1}.
-    Raises UserError where predictions and annotations do not have the same questions.
+    Official accuracy where every question has ten answers or more, exact match after normalisation
+    otherwise. Returns metric (its name), count, accuracy (0..1), overall, by_answer_type,
+    by_question_type (100 x, rounded to two decimals as the reference prints them),
+    counts_by_answer_type and per_question {id: 0..1}. Raises UserError where predictions and
+    annotations do not have the same questions.
     """
     annotations = list(annotations)
     ids = [annotation["question_id"] for annotation in annotations]
     _same_questions(predictions, ids)
     official = bool(annotations) and all(len(answers_of(a)) >= ANSWERS for a in annotations)
     score = vqa_accuracy if official else exact_match
-    per_question = {
-        a["question_id"]: score(predictions[a["question_id"]], answers_of(a)) for a in annotations
-    }
+    per_question = {a["question_id"]: score(predictions[a["question_id"]], answers_of(a)) for a in annotations}
     groups = {key: _groups(annotations, key, per_question) for key in ("answer_type", "question_type")}
     accuracy = sum(per_question.values()) / max(len(ids), 1)
     return {
@@ -143,10 +146,7 @@ def score_vqa(predictions: Mapping, annotations: Iterable[Mapping]) -> dict:
         "count": len(ids),
         "accuracy": accuracy,
         "overall": round(100 * accuracy, 2),
-        **{
-            f"by_{key}": {k: round(100 * sum(v) / len(v), 2) for k, v in groups[key].items()}
-            for key in groups
-        },
+        **{f"by_{key}": {k: round(100 * sum(v) / len(v), 2) for k, v in groups[key].items()} for key in groups},
         "counts_by_answer_type": {k: len(v) for k, v in groups["answer_type"].items()},
         "per_question": per_question,
     }

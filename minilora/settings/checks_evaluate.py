@@ -1,4 +1,6 @@
-"""Which flags of evaluate.py go together, and whether what they name can be written: told before any work is done."""
+"""Which flags of evaluate.py go together, and whether what they name can be written: told before
+any work is done.
+"""
 
 import os
 from collections.abc import Collection, Sequence
@@ -10,7 +12,8 @@ from minilora.settings.parse import check_device
 from minilora.settings.values import option
 
 MACHINE = {"device", "amp", "batch_size", "workers"}  # how it is computed, not what
-BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt"}  # of a base model; a run knows its own
+# of a base model; a run knows its own
+BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt"}
 ZERO_SHOT = BASE_MODEL | MACHINE | {"weights", "data_dir", "data_format", "split", "bad_data"}
 PICTURES = MACHINE | {"image", "question", "choices", "weights"}  # what `--image` is answered with
 OF_ONE_RUN = ("image", "predictions", "submission", "merge_to", "export_adapter")
@@ -19,7 +22,8 @@ NEEDS |= {"layout": ("merge_to", "export_adapter")}
 
 
 def check(options: EvalConfig, typed: Collection[str], paths: Sequence[str]) -> None:
-    """UserError for a flag that would have no effect beside the others, or that names what cannot be written.
+    """UserError for a flag that would have no effect beside the others, or that names what
+    cannot be written.
 
     `typed` are the fields of `options` that the command line named, `paths` the run directories.
     """

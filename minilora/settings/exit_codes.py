@@ -1,6 +1,8 @@
-"""What both programs do around their work: exit codes instead of tracebacks, a sentence for every known failure.
+"""What both programs do around their work: exit codes instead of tracebacks, a sentence for
+every known failure.
 
-0 done; 1 a run that failed; 2 a mistake of the user's; 128 + N stopped by signal N (130 Ctrl-C, 143 SIGTERM).
+0 done; 1 a run that failed; 2 a mistake of the user's; 128 + N stopped by signal N (130
+Ctrl-C, 143 SIGTERM).
 """
 
 import os
@@ -37,5 +39,6 @@ def _complain(message: str, code: int) -> int:
 
 
 def printable(message: str) -> str:
-    """One line without control characters: names of files and tensors are quoted in it, and these may be anybody's."""
+    """One line without control characters: names of files and tensors are quoted in it, and these
+    may be anybody's."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)

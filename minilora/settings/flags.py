@@ -1,7 +1,8 @@
-"""The flags of train.py and evaluate.py: one dataclass field per flag, with its group, default and help.
+"""The flags of train.py and evaluate.py: one dataclass field per flag, with its group,
+default and help.
 
-`--lora-r` is `config.lora_r`. values.py reads and checks a value by its rule; config.py makes command lines and
-TOML files of the tables.
+`--lora-r` is `config.lora_r`. values.py reads and checks a value by its rule; config.py makes
+command lines and TOML files of the tables.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,9 +17,7 @@ SCHEDULES = ("linear", "cosine", "plateau", "constant")
 BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
 DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 1e-2}  # where --lr is not given, by --mode
-DEFAULT_TARGETS = {task: ("q_proj", "v_proj") for task in TASKS} | {
-    "choice": ("q_proj", "v_proj", "out_proj")
-}
+DEFAULT_TARGETS = {task: ("q_proj", "v_proj") for task in TASKS} | {"choice": ("q_proj", "v_proj", "out_proj")}
 LR_BY_MODE = ", ".join(f"{mode} {lr:g}" for mode, lr in DEFAULT_LR.items())
 
 
@@ -29,7 +28,8 @@ class Rule:
     kind: str, int, float or bool (a bool takes no value; `--no-NAME` switches it off again).
     choices: accepted words; low, high: closed range; above, below: open range.
     many: several values, between spaces or commas. towers: one value for all, or `vision=A text=B`.
-    tasks: where the flag means something. meta: the value's name in --help. shown: its default, in words.
+    tasks: where the flag means something. meta: the value's name in --help. shown: its
+    default, in words.
     """
 
     group: str

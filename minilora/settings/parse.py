@@ -1,9 +1,10 @@
-"""From the tables of flags.py to a configuration: command line, recipes, TOML files, and what must fit.
+"""From the tables of flags.py to a configuration: command line, recipes, TOML files,
+and what must fit.
 
     config, _ = parse_args(["--recipe", "imagewoof-vit-tiny", "--lr", "1e-3"])
 
-Flags win over --config, --config over --recipe, --recipe over the defaults. The resolved configuration is written
-to the run directory as config.toml, which --config reads back.
+Flags win over --config, --config over --recipe, --recipe over the defaults. The resolved
+configuration is written to the run directory as config.toml, which --config reads back.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from minilora.settings.values import close_match, convert, option
 
 RECIPES = Path(__file__).parent / "recipes"
 BASE = "base"  # a table of config.toml that is no flag: the base weights with their sha256
-NOT_SAVED = ("config", "dry_run", "output", "resume")  # what config.toml leaves out: how a run was started
+# what config.toml leaves out: how a run was started
+NOT_SAVED = ("config", "dry_run", "output", "resume")
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "layers", "train_norms", "train_bias")
 LORA_FLAGS += ("use_rslora", "use_dora")
 ELSEWHERE = {  # what other programs call it, where the name alone does not give it away
@@ -41,7 +43,8 @@ ELSEWHERE = {  # what other programs call it, where the name alone does not give
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for a table of flags: errors in one line, a hint for a mistyped flag, help in 100 columns."""
+    """argparse for a table of flags: errors in one line, a hint for a mistyped flag,
+    help in 100 columns."""
 
     def __init__(self, table: type, prog: str, usage: str, description: str, epilog: str = ""):
         super().__init__(
@@ -86,7 +89,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The checked configuration of train.py, and what argparse read (for --list-models and its like)."""
+    """The checked configuration of train.py, and what argparse read (for
+    --list-models and its like)."""
     typed, args = train_parser().read(argv)
     from_file = read_toml(typed["config"]) if "config" in typed else {}
     recipe = typed.get("recipe", from_file.get("recipe"))
@@ -112,9 +116,7 @@ def train_parser() -> Parser:
     )
     lists = parser.add_argument_group("print and exit")
     lists.add_argument("--list-models", action="store_true", help="the names for --model")
-    lists.add_argument(
-        "--list-recipes", action="store_true", help="the names for --recipe, with a line on each"
-    )
+    lists.add_argument("--list-recipes", action="store_true", help="the names for --recipe, with a line on each")
     lists.add_argument("--list-targets", metavar="MODEL", help="the layers of a model that LoRA can adapt")
     return parser
 
@@ -147,16 +149,15 @@ class _HelpFormatter(argparse.HelpFormatter):
         return "\n".join(paragraphs)
 
     def _format_args(self, action, default_metavar):
-        return (
-            f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
-        )
+        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
 
 def check(config: Config, typed: Iterable[str] = ()) -> None:
-    """What no flag can tell alone: flags of another task or mode, and pairs that exclude each other.
+    """What no flag can tell alone: flags of another task or mode, and pairs that
+    exclude each other.
 
-    `typed` names the flags of the command line. There a LoRA flag beside --mode full is a mistake, while a
-    recipe's LoRA settings may well be run once in another mode.
+    `typed` names the flags of the command line. There a LoRA flag beside --mode full is a mistake,
+    while a recipe's LoRA settings may well be run once in another mode.
     """
     for name, rule in rules(Config).items():
         if getattr(config, name) == getattr(Config, name):
@@ -174,13 +175,9 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         )
     check_device(config.device)
     if config.base_dtype != "fp32" and config.mode == "full":
-        raise UserError(
-            "--base-dtype is for frozen weights, but --mode full trains all of them; use --amp alone"
-        )
+        raise UserError("--base-dtype is for frozen weights, but --mode full trains all of them; use --amp alone")
     if config.base_dtype != "fp32" and config.amp not in ("auto", config.base_dtype):
-        raise UserError(
-            f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}"
-        )
+        raise UserError(f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}")
     if config.prompt and not ("{question}" in config.prompt and "{choice}" in config.prompt):
         raise UserError(f"--prompt must contain {{question}} and {{choice}}, got {config.prompt!r}")
     if config.cache_features and config.mode != "linear" and config.task != "vqa":
@@ -202,7 +199,8 @@ def check_device(device: str) -> None:
 
 
 def read_toml(path: str | os.PathLike) -> dict[str, Any]:
-    """{field: value} of a TOML file or of a run directory's config.toml; errors name the file and the key."""
+    """{field: value} of a TOML file or of a run directory's config.toml; errors name the
+    file and the key."""
     content = _load_toml(path)
     content.pop(BASE, None)
     table, values = rules(Config), {}
@@ -238,7 +236,8 @@ def _load_toml(path: str | os.PathLike) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from None
 
 
@@ -251,9 +250,7 @@ def recipes() -> dict[str, str]:
 def read_recipe(name: str) -> dict[str, Any]:
     """The flags of a recipe."""
     if name not in recipes():
-        raise UserError(
-            f"--recipe {name!r} is unknown{close_match(name, recipes())}; there are {', '.join(recipes())}"
-        )
+        raise UserError(f"--recipe {name!r} is unknown{close_match(name, recipes())}; there are {', '.join(recipes())}")
     return read_toml(RECIPES / f"{name}.toml") | {"recipe": name}
 
 

@@ -1,4 +1,6 @@
-"""One value of one flag: read by its rule, from the words of a command line or from TOML, and checked."""
+"""One value of one flag: read by its rule, from the words of a command line or from
+TOML, and checked.
+"""
 
 import difflib
 import math
@@ -22,15 +24,14 @@ def close_match(word: Any, choices: Iterable[str]) -> str:
     """ "; did you mean X?" if `word` looks like one of the choices, else nothing."""
     names = {choice.lstrip("-").lower(): choice for choice in choices}
     wanted = str(word).lstrip("-").lower()
-    begin = [
-        name for name in names if len(wanted) > 1 and (wanted.startswith(name) or name.startswith(wanted))
-    ]
+    begin = [name for name in names if len(wanted) > 1 and (wanted.startswith(name) or name.startswith(wanted))]
     match = difflib.get_close_matches(wanted, list(names), n=1) or begin
     return f"; did you mean {names[match[0]]}?" if match else ""
 
 
 def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
-    """`value` as the flag's type; UserError names the flag (or `where`: file and key) and what it accepts."""
+    """`value` as the flag's type; UserError names the flag (or `where`: file and key) and
+    what it accepts."""
     label = where or option(name)
     if rule.kind is bool:
         if not isinstance(value, bool):
@@ -74,7 +75,8 @@ def _words(label: str, value: Any) -> list[str]:
 
 
 def _names(label: str, value: Any) -> tuple[str, ...] | str:
-    """Names between spaces or commas; one word with a sign of a regular expression is left as it is."""
+    """Names between spaces or commas; one word with a sign of a regular expression
+    is left as it is."""
     words = _words(label, value)
     if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[\\*+?^$|()\[\]]", words[0])):
         return words[0]
@@ -104,9 +106,7 @@ def _single(label: str, rule: Rule, value: Any) -> Any:
             raise UserError(f"{label} needs a value, got an empty text (a variable that is not set?)")
         if rule.choices and value not in rule.choices:
             listed = ", ".join(rule.choices)
-            raise UserError(
-                f"{label} must be one of {listed}; got {value!r}{close_match(value, rule.choices)}"
-            )
+            raise UserError(f"{label} must be one of {listed}; got {value!r}{close_match(value, rule.choices)}")
         return value
     limits = [
         ("at least", rule.low, lambda x, bound: x >= bound),
@@ -126,7 +126,8 @@ def _single(label: str, rule: Rule, value: Any) -> Any:
 
 
 def _number(kind: type, value: Any) -> int | float | None:
-    """`value` as a finite int or float, None if it is not one. True is no number, 3.0 is no whole number."""
+    """`value` as a finite int or float, None if it is not one. True is no number, 3.0 is
+    no whole number."""
     try:
         number = kind(value) if isinstance(value, str) else value
         if isinstance(number, bool) or not isinstance(number, (int, kind)):

@@ -1,8 +1,9 @@
 """float32 matrix products on a CPU by oneDNN where it is the faster library.
 
-torch sends float32 products to MKL, which on AMD processors runs 10 to 20 % below oneDNN; both are in every
-torch wheel and compute the same sums in another order. `onednn` is the switch: by default it is on where
-/proc/cpuinfo says AMD, so that a machine always gives the same bits. Measured in tests/benchmarks/README.md.
+torch sends float32 products to MKL, which on AMD processors runs 10 to 20 % below oneDNN; both are
+in every torch wheel and compute the same sums in another order. `onednn` is the switch: by default
+it is on where /proc/cpuinfo says AMD, so that a machine always gives the same bits. Measured in
+tests/benchmarks/README.md.
 """
 
 from pathlib import Path
@@ -26,9 +27,8 @@ onednn = available and _is_amd()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for x (N, in), W (out, in), also a transposed view, b (out,): no graph is recorded. Returns
-    (N, out).
-    """
+    """x W^T + b for x (N, in), W (out, in), also a transposed view, b (out,): no graph is recorded.
+    Returns (N, out)."""
     if onednn and x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEWEST_ROWS:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -60,7 +60,8 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])  # (N, out)
         dx = dW = None
-        if need_x:  # with create_graph=True by the plain product, which autograd can differentiate again
+        # with create_graph=True by the plain product, which autograd can differentiate again
+        if need_x:
             dx = g @ weight if torch.is_grad_enabled() else product(g, weight.T)
             dx = dx.view(*grad.shape[:-1], weight.shape[1])
         if need_weight:
@@ -69,8 +70,8 @@ class _Linear(torch.autograd.Function):
 
 
 def speed_up(model: nn.Module) -> nn.Module:
-    """Turn every plain nn.Linear of `model` (those inside LoRALinear are its own affair) into a FastLinear,
-    in place.
+    """Turn every plain nn.Linear of `model` (those inside LoRALinear are its own affair) into a
+    FastLinear, in place.
 
     Names, parameters and values stay; `slow_down` turns them back.
     """

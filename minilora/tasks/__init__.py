@@ -8,8 +8,9 @@ A task NAME is two modules of this package, imported when they are needed:
   NAME_run.py    load(path, config, base, device, weights) -> Run            using a run; run.py says what a Run offers
                  zero_shot(config, options, device) -> str                   the score of a base model
 
-Read base.py, classify.py and classify_run.py first; choice and vqa follow the same plan, with the text side
-in choice_text.py and the two towers in vqa_model.py. Then results.py, what a run leaves behind. The rest
+Read base.py, classify.py and classify_run.py first; choice and vqa follow the same plan, with the
+text side in choice_text.py and the two towers in vqa_model.py. Then results.py, what a run leaves
+behind. The rest
 belongs to single flags: teacher.py (--teacher), compression.py (--prune), dryrun.py, listing.py,
 clip_prompts.py (zero-shot), vqa_features.py (--cache-features).
 """
@@ -36,7 +37,8 @@ def _module(name: str, task: str):
 
 
 def build_task(config: Config, device: str = "cpu", taught: bool = True):
-    """Model and data for training, as `config` says: a base.Task. Fills in what was left open (model, lr).
+    """Model and data for training, as `config` says: a base.Task. Fills in what was left
+    open (model, lr).
 
     taught: False takes the classes and the tokens of --teacher, but asks it nothing.
     """
@@ -49,13 +51,14 @@ def build_task(config: Config, device: str = "cpu", taught: bool = True):
 
 
 def load_run(path: str | Path, device: str = "cpu", weights: str | dict | None = None):
-    """A run directory as a Run: model (in eval mode), preprocess, labels, predict(...). The folder may have been moved.
+    """A run directory as a Run: model (in eval mode), preprocess, labels, predict(...). The folder
+    may have been moved.
 
-    predict(pictures): for each picture [(label, probability), ...], most probable first; vqa also takes question=,
-    choice takes question= and choices=.
+    predict(pictures): for each picture [(label, probability), ...], most probable first; vqa also
+    takes question=, choice takes question= and choices=.
 
-    weights: where the base weights are now, if not where config.toml says.
-    Raises UserError for a folder that is no run, and for base weights that are gone or have changed.
+    weights: where the base weights are now, if not where config.toml says. Raises UserError for a
+    folder that is no run, and for base weights that are gone or have changed.
     """
     from minilora.tasks.run import open_run
 

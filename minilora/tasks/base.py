@@ -1,6 +1,7 @@
 """What the tasks share: base weights, what is trained, precision; and what a task has to offer.
 
-A base model becomes a trainable one in two steps: `load_base` (weights) and `make_trainable` (lora, full or linear).
+A base model becomes a trainable one in two steps: `load_base` (weights) and `make_trainable` (lora,
+full or linear).
 A Run is the way back: the same base weights and the files of the run directory.
 """
 
@@ -40,10 +41,13 @@ class Task(Protocol):
     base: dict[str, Any]  # {"weights": ..., "sha256": ...}, for config.toml
     labels: list[str]  # classes or answers
     workers: int  # processes that read pictures
-    teacher: Any  # None, or with --teacher what `loss` asks for its share: teacher.added(loss, logits, batch, counted)
+    # None, or with --teacher what `loss` asks for its share: teacher.added(loss,
+    # logits, batch, counted)
+    teacher: Any
 
     def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
-        """The whole epoch as batches of `times` * batch_size item numbers, a function of (seed, epoch, size) alone."""
+        """The whole epoch as batches of `times` * batch_size item numbers, a function of (seed,
+        epoch, size) alone."""
 
     def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
         """The collated batches, in this order."""
@@ -81,7 +85,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_amp(config: Config, device: torch.device) -> str:
-    """The precision of the arithmetic: fp32, bf16 or fp16. Half-precision frozen weights need the same autocast."""
+    """The precision of the arithmetic: fp32, bf16 or fp16. Half-precision frozen weights need
+    the same autocast."""
     if config.amp == "auto" and config.base_dtype != "fp32":
         return config.base_dtype
     if config.amp == "auto":
@@ -95,7 +100,8 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def resolve(config: Config, default_model: Any) -> None:
-    """Fill in what depends on other flags: the model, its targets, the learning rate, absolute paths."""
+    """Fill in what depends on other flags: the model, its targets, the learning
+    rate, absolute paths."""
     config.model = config.model or default_model
     config.target_modules = config.target_modules or DEFAULT_TARGETS[config.task]
     config.lr = config.lr or DEFAULT_LR[config.mode]
@@ -117,9 +123,7 @@ def one_value(config: Config, name: str) -> Any:
     """A flag of a model with one tower; UserError for `vision=A text=B`."""
     value = getattr(config, name)
     if isinstance(value, dict):
-        raise UserError(
-            f"{option(name)} names towers, but --task {config.task} has one encoder; give one value"
-        )
+        raise UserError(f"{option(name)} names towers, but --task {config.task} has one encoder; give one value")
     return value
 
 
@@ -142,9 +146,7 @@ def load_base(
     built = load_pretrained(model, source, num_classes=num_classes, image_size=image_size, **sizes)
     patch = getattr(built.config, "patch_size", None)
     if image_size and isinstance(patch, int) and image_size % patch:
-        raise UserError(
-            f"--image-size {image_size}: {model} cuts pictures into patches of {patch}; take a multiple"
-        )
+        raise UserError(f"--image-size {image_size}: {model} cuts pictures into patches of {patch}; take a multiple")
     if source is None:
         return built, {"weights": RANDOM, "sha256": tensors_sha256(built, without=built.head_modules)}
     bundled = weights in (None, BUNDLED) and not os.path.isdir(model)
@@ -152,7 +154,8 @@ def load_base(
 
 
 def find_weights(model: str, weights: str | None) -> str | Path | None:
-    """Where the weights of `model` are, None for random ones; UserError where nobody said and none are bundled."""
+    """Where the weights of `model` are, None for random ones; UserError where nobody said and
+    none are bundled."""
     if weights == RANDOM:
         return None
     if weights not in (None, BUNDLED):
@@ -188,20 +191,14 @@ def tensors_sha256(model: nn.Module, without: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if name.partition(".")[0] not in without:
-            digest.update(
-                name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def check_base(found: dict[str, Any], recorded: dict[str, Any], run_dir: Path) -> None:
     """UserError if the base weights are not those that the run was trained on."""
     if recorded.get("sha256") not in (None, found["sha256"]):
-        what = (
-            "random weights come out differently here"
-            if found["weights"] == RANDOM
-            else "their sha256 differs"
-        )
+        what = "random weights come out differently here" if found["weights"] == RANDOM else "their sha256 differs"
         raise UserError(
             f"{run_dir}: the base weights {found['weights']} are not those of the training ({what}); name the right "
             "ones with --weights"
@@ -209,7 +206,8 @@ def check_base(found: dict[str, Any], recorded: dict[str, Any], run_dir: Path) -
 
 
 def lora_config(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
-    """The flags of the method as a LoRAConfig. Per-tower ranks become patterns; linear mode adapts no layer."""
+    """The flags of the method as a LoRAConfig. Per-tower ranks become patterns; linear mode
+    adapts no layer."""
     patterns = {}
     for name, pattern in (("lora_r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         value = getattr(config, name)
@@ -233,7 +231,8 @@ def lora_config(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
 
 
 def make_trainable(model: nn.Module, config: Config, heads: tuple[str, ...]) -> nn.Module:
-    """Make trainable what --mode says, after --adapter was put in; cast the frozen rest to --base-dtype."""
+    """Make trainable what --mode says, after --adapter was put in; cast the frozen rest
+    to --base-dtype."""
     if config.adapter:
         load_adapter(model, config.adapter)
     if config.mode == "lora" and config.adapter:
@@ -254,17 +253,10 @@ def make_trainable(model: nn.Module, config: Config, heads: tuple[str, ...]) -> 
 
 def _same_adapter(found: LoRAConfig, config: Config) -> None:
     """A flag that contradicts the adapter which it should go on from is a mistake."""
-    names = {
-        "lora_r": "r",
-        "lora_alpha": "lora_alpha",
-        "target_modules": "target_modules",
-        "use_dora": "use_dora",
-    }
+    names = {"lora_r": "r", "lora_alpha": "lora_alpha", "target_modules": "target_modules", "use_dora": "use_dora"}
     for flag, key in names.items():
         wanted, value = getattr(config, flag), getattr(found, key)
-        given = wanted != (
-            DEFAULT_TARGETS[config.task] if flag == "target_modules" else getattr(Config, flag)
-        )
+        given = wanted != (DEFAULT_TARGETS[config.task] if flag == "target_modules" else getattr(Config, flag))
         if given and (set(wanted) != set(value) if isinstance(wanted, tuple) else wanted != value):
             raise UserError(
                 f"{option(flag)} {wanted}: the adapter {config.adapter} has {key} {value}; leave the flag out"
@@ -296,5 +288,6 @@ def read_json(path: Path) -> Any:
 
 
 def write_model_config(model: nn.Module, labels: list[str], run_dir: Path) -> None:
-    """config.json beside the whole model's weights, so that the run directory is a checkpoint by itself."""
+    """config.json beside the whole model's weights, so that the run directory is a
+    checkpoint by itself."""
     write_json(run_dir / "config.json", {"minilora": asdict(model.config), "label_names": labels})

@@ -1,4 +1,5 @@
-"""What classification and multiple choice share: every row has one label, and the answer is a distribution.
+"""What classification and multiple choice share: every row has one label, and the answer
+is a distribution.
 
 loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + smoothing / K
 """
@@ -21,7 +22,8 @@ from minilora.training import distributed
 
 @dataclass
 class Predictions:
-    """What a model says of N rows: probabilities (N, K) float32, labels (N,) int64 (-1 unknown), valid (N,)."""
+    """What a model says of N rows: probabilities (N, K) float32, labels (N,) int64 (-1
+    unknown), valid (N,)."""
 
     probabilities: np.ndarray
     labels: np.ndarray
@@ -45,7 +47,8 @@ class Predictions:
 class Labelled(ABC):
     """The larger half of a task; base.Task says what each method is for.
 
-    A task adds its data, and says how the model answers: `logits`, `predict`, `loader` and `encoded`.
+    A task adds its data, and says how the model answers: `logits`, `predict`,
+    `loader` and `encoded`.
     """
 
     metric = "accuracy"
@@ -99,9 +102,7 @@ class Labelled(ABC):
         mine = batches[distributed.rank() :: distributed.world_size()]
         load = self.cached if self.config.cache_features else self.loader
         shares = distributed.gather_objects(self.predict(model, load(part, mine)) if mine else None)
-        order = [
-            row for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for row in batch
-        ]
+        order = [row for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for row in batch]
         columns = zip(*((s.probabilities, s.labels, s.valid) for s in shares if s is not None), strict=True)
         back = np.argsort(order)
         return Predictions(*(np.concatenate(column)[back] for column in columns))
@@ -115,7 +116,8 @@ class Labelled(ABC):
 
     @torch.no_grad()
     def encode(self, part: str) -> dict[str, Tensor]:
-        """Every row of a part through the encoders, once: features (N, ...) float32, label, index, valid."""
+        """Every row of a part through the encoders, once: features (N, ...) float32,
+        label, index, valid."""
         training, rows = self.model.training, []
         self.model.to(self.device).eval()
         for batch in self.loader(part, in_order(len(self.data[part]), 2 * self.config.batch_size)):

@@ -1,4 +1,5 @@
-"""A finished run, opened again: model, labels and preprocessing from the run directory and the base weights it names.
+"""A finished run, opened again: model, labels and preprocessing from the run directory and the base
+weights it names.
 
 run = load_run("runs/classify-lora-000")
 run.predict(["dog.jpg"])        # [[("beagle", 0.93), ("Border_terrier", 0.04), ...]]
@@ -26,21 +27,18 @@ from minilora.tasks import base, run_module
 from minilora.tasks.runfiles import check_weight_file, read_summary
 from reference_models import load_pretrained
 
-WEIGHT_FILES = {
-    "full": "model.safetensors",
-    "lora": "adapter_model.safetensors",
-    "linear": "adapter_model.safetensors",
-}
+WEIGHT_FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "linear": "adapter_model.safetensors"}
 
 
 @dataclass
 class Evaluation:
     """A model's answers to one part of a data set.
 
-    scores: {"accuracy", "precision", "recall", "f1", "loss"} as fractions, None where nothing has a label.
+    scores: {"accuracy", "precision", "recall", "f1", "loss"} as fractions, None where
+    nothing has a label.
     text: what evaluate.py prints. header, rows: predictions.csv, one row per input in its order.
-    submission: header and rows for a competition; results: {question_id: answer}, for VQA's. metrics, vqa, examples
-    ...: what report.page.ReportData takes.
+    submission: header and rows for a competition; results: {question_id: answer}, for VQA's.
+    metrics, vqa, examples ...: what report.page.ReportData takes.
     """
 
     scores: dict[str, float] | None
@@ -106,10 +104,9 @@ def open_run(path: Path, device: str | torch.device = "cpu", weights: str | dict
     return run_module(config.task).load(path, config, recorded, torch.device(device), weights)
 
 
-def restore_single(
-    path: Path, config: Config, recorded: dict, weights: str | None, classes: int
-) -> nn.Module:
-    """The trained model of a run with one encoder: base weights + adapter, or the run's own weights."""
+def restore_single(path: Path, config: Config, recorded: dict, weights: str | None, classes: int) -> nn.Module:
+    """The trained model of a run with one encoder: base weights + adapter, or the
+    run's own weights."""
     if config.mode == "full":
         return load_pretrained(path)
     model, found = restore_base(config, recorded, weights, classes)
@@ -117,9 +114,7 @@ def restore_single(
     return load_adapter(model, path)
 
 
-def restore_base(
-    config: Config, recorded: dict, weights: str | None, classes: int | None
-) -> tuple[nn.Module, dict]:
+def restore_base(config: Config, recorded: dict, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
     """The base model that the run started from, and the record of what was found."""
     source, model = weights or recorded.get("weights") or config.weights, base.one_value(config, "model")
     if isinstance(source, dict):
@@ -133,7 +128,8 @@ def restore_base(
 
 @contextlib.contextmanager
 def restoring(sources: Iterable[str | None]):
-    """For making a base model again: quiet ("a new head" is replaced at once), no random number taken from the program.
+    """For making a base model again: quiet ("a new head" is replaced at once), no random number
+    taken from the program.
 
     Raises UserError where one of its weight files is gone.
     """
@@ -145,9 +141,7 @@ def restoring(sources: Iterable[str | None]):
         yield
 
 
-def latency(
-    run: Run, options: Any, sizes: Sequence[int] = (1, 32), rounds: int = 15
-) -> list[tuple[int, float]]:
+def latency(run: Run, options: Any, sizes: Sequence[int] = (1, 32), rounds: int = 15) -> list[tuple[int, float]]:
     """(batch size, median seconds of one forward pass) after three passes to warm up."""
     result = []
     for size in sizes:

@@ -1,7 +1,8 @@
 """Run directories: a new one per run, one that is gone on with, and summary.json at the end.
 
-config.toml names everything that was asked for; a directory is gone on with only by the same configuration, on the
-same base weights. Data and files that were moved meanwhile are named anew: `--resume RUN --data-dir NEW`.
+config.toml names everything that was asked for; a directory is gone on with only by the same
+configuration, on the same base weights. Data and files that were moved meanwhile are named anew:
+`--resume RUN --data-dir NEW`.
 """
 
 import json
@@ -19,16 +20,10 @@ from minilora.settings.values import option
 from minilora.training.checkpoint import step_of
 
 ROOT = Path("runs")
-FREE = {
-    *NOT_SAVED,
-    "recipe",
-    "workers",
-    "device",
-    "log_interval",
-    "save_every",
-    "compile",
-}  # may differ on resume
-PLACES = ("data_dir", "weights", "tokenizer", "teacher")  # may be another path where the old one is gone
+# may differ on resume
+FREE = {*NOT_SAVED, "recipe", "workers", "device", "log_interval", "save_every", "compile"}
+# may be another path where the old one is gone
+PLACES = ("data_dir", "weights", "tokenizer", "teacher")
 
 
 def continued(config: Config) -> tuple[Config, Path | None]:
@@ -51,8 +46,8 @@ def continued(config: Config) -> tuple[Config, Path | None]:
 def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = ()) -> Path:
     """The directory of this run with its config.toml: new, or an old one of the same configuration.
 
-    `base` records the base weights, `labels` are the classes of the data. Raises UserError for a directory that holds
-    another run, or other files.
+    `base` records the base weights, `labels` are the classes of the data. Raises UserError for a
+    directory that holds another run, or other files.
     """
     prefix, text = f"{config.task}-{config.mode}", to_toml(config, base) + launch_mark()
     path = Path(config.output) if config.output else _restarted(prefix)
@@ -74,7 +69,8 @@ def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = (
 
 
 def _numbered(prefix: str) -> Path:
-    """runs/PREFIX-NNN with the first free number; mkdir decides, so that two runs never get the same one."""
+    """runs/PREFIX-NNN with the first free number; mkdir decides, so that two runs never
+    get the same one."""
     ROOT.mkdir(exist_ok=True)
     for number in range(10_000):
         path = ROOT / f"{prefix}-{number:03d}"
@@ -87,7 +83,8 @@ def _numbered(prefix: str) -> Path:
 
 
 def launch_mark() -> str:
-    """A comment for config.toml that all starts of one `torchrun --max-restarts N` have in common, else nothing."""
+    """A comment for config.toml that all starts of one `torchrun --max-restarts N` have in
+    common, else nothing."""
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return ""
     return f"# torchrun {os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}\n"
@@ -114,7 +111,8 @@ def differences(path: Path, config: Config) -> list[str]:
 
 
 def _same_run(path: Path, config: Config, base: dict[str, Any], labels: Sequence[str]) -> bool:
-    """UserError where `path` holds another run; True where something that it needs lies elsewhere now."""
+    """UserError where `path` holds another run; True where something that it needs
+    lies elsewhere now."""
     saved, recorded = read_run_config(path)
     moved = [name for name in PLACES if _moved(getattr(saved, name), getattr(config, name))]
     if other := differences(path, replace(config, **{name: getattr(saved, name) for name in moved})):

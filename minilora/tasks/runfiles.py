@@ -1,4 +1,6 @@
-"""labels.json, preprocess.json and summary.json of a run, read as data from a stranger: checked before use."""
+"""labels.json, preprocess.json and summary.json of a run, read as data from a stranger:
+checked before use.
+"""
 
 import math
 from pathlib import Path
@@ -23,9 +25,7 @@ def read_labels(run_dir: Path) -> tuple[list[str], list[str]]:
             raise UserError(f'{path}: expected {{"labels": [names], "keys": [names]}}; the file is damaged')
     labels, keys = lists
     if not len(labels) == len(keys) == len(set(keys)):
-        raise UserError(
-            f"{path}: {len(labels)} labels and {len(set(keys))} different keys; the file is damaged"
-        )
+        raise UserError(f"{path}: {len(labels)} labels and {len(set(keys))} different keys; the file is damaged")
     return labels, keys
 
 
@@ -40,8 +40,7 @@ def read_preprocess(run_dir: Path, model: nn.Module) -> dict[str, Any]:
     fits = {
         "image_size": _whole(side) and side == size,
         "resize": data.get("resize", "squash") in RESIZES,
-        "resize_to": data.get("resize_to") is None
-        or (_whole(data["resize_to"]) and data["resize_to"] <= 8192),
+        "resize_to": data.get("resize_to") is None or (_whole(data["resize_to"]) and data["resize_to"] <= 8192),
         "interpolation": isinstance(data.get("interpolation", ""), str),
         "mean": _three(data.get("mean")),
         "std": _three(data.get("std")) and all(abs(number) > 1e-6 for number in data["std"]),
@@ -66,9 +65,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         wrong += [f"{name}.{key}" for key, value in (found.get(name) or {}).items() if not _number(value)]
     wrong += [name for name in ("seconds", "peak_memory_mb") if not _number(found.get(name))]
     if wrong:
-        raise UserError(
-            f"{path}: {wrong[0]} is not what a run writes; the file is damaged, delete it to go on"
-        )
+        raise UserError(f"{path}: {wrong[0]} is not what a run writes; the file is damaged, delete it to go on")
     return found
 
 

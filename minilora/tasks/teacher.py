@@ -1,8 +1,10 @@
-"""--teacher RUN: the share of the loss that comes from a finished run's answers to the same examples.
+"""--teacher RUN: the share of the loss that comes from a finished run's answers to
+the same examples.
 
-The teacher sees the student's very picture, crop and flip included: normalised as the teacher was trained, and
-resized if its pictures have another size. Without augmentation an example's answer never changes, so all of them are
-computed before the first step, in a fixed order (a resumed run finds the same bits), and looked up afterwards.
+The teacher sees the student's very picture, crop and flip included: normalised as the teacher was
+trained, and resized if its pictures have another size. Without augmentation an example's answer
+never changes, so all of them are computed before the first step, in a fixed order (a resumed run
+finds the same bits), and looked up afterwards.
 """
 
 from collections.abc import Sequence
@@ -23,26 +25,28 @@ from minilora.tasks import base
 from minilora.tasks.run import open_run
 from minilora.tasks.runfiles import read_labels
 
-CACHE_BYTES = 1 << 29  # the most that kept answers may take; larger sets are asked anew in every epoch
+# the most that kept answers may take; larger sets are asked anew in every epoch
+CACHE_BYTES = 1 << 29
 
 
 def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] | None:
-    """{"labels", "keys"} of the teacher's classes or answers, which its student gets; None without --teacher.
+    """{"labels", "keys"} of the teacher's classes or answers, which its student gets; None
+    without --teacher.
 
-    keys: what the student's own data would make its classes. UserError if the teacher is of another task, does not
-    know one of them (but for a --subset of the teacher's data), or knows more than --num-answers.
+    keys: what the student's own data would make its classes. UserError if the teacher is of
+    another task, does not know one of them (but for a --subset of the teacher's data), or knows
+    more than --num-answers.
     """
     if config.teacher is None:
         return None
     path = Path(config.teacher)
     taught, _ = read_run_config(path)
     if taught.task != config.task:
-        raise UserError(
-            f"--teacher {path} is a run of --task {taught.task}; this one is --task {config.task}"
-        )
+        raise UserError(f"--teacher {path} is a run of --task {taught.task}; this one is --task {config.task}")
     names = dict(zip(("labels", "keys"), read_labels(path), strict=True))
     kinds = "answers" if config.task == "vqa" else "classes"
-    # a part of the teacher's data brings rarer answers to its top, and a student's answers were its own teacher's
+    # a part of the teacher's data brings rarer answers to its top, and a student's answers were
+    # its own teacher's
     same_data = config.data_dir == taught.data_dir
     excused = same_data and (config.subset != taught.subset or taught.teacher)
     if not excused and (unknown := [key for key in keys if key not in set(names["keys"])]):
@@ -60,14 +64,13 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
 
 
 class Teacher:
-    """A finished run in eval mode, its LoRA merged, nothing trained; `task.teacher` in the task's own loss."""
+    """A finished run in eval mode, its LoRA merged, nothing trained; `task.teacher` in the
+    task's own loss."""
 
     def __init__(self, task: Any, device: str | torch.device):
         config = task.config
         if config.cache_features:
-            raise UserError(
-                "--teacher needs the pictures that --cache-features leaves out; use one of the two"
-            )
+            raise UserError("--teacher needs the pictures that --cache-features leaves out; use one of the two")
         self.task, self.config, self.run = task, config, open_run(Path(config.teacher), device)
         if config.soft_targets or self.run.config.soft_targets:
             raise UserError(
@@ -97,7 +100,8 @@ class Teacher:
             )
 
     def added(self, hard: Tensor, student: Tensor, batch: dict, counted: Tensor) -> Tensor:
-        """The task's own loss () and the teacher's share; student (B, K) logits, counted (B,) rows of the loss."""
+        """The task's own loss () and the teacher's share; student (B, K) logits, counted (B,)
+        rows of the loss."""
         options = self.config.distill_alpha, self.config.distill_temperature, self.config.distill_t2
         return distillation_loss(hard, student, self.logits(batch), counted, *options)
 
@@ -114,9 +118,7 @@ class Teacher:
         """The teacher's logits for a batch of this task, (B, K)."""
         tokens, longest = batch.get("input_ids", torch.empty(0)).shape[-1], text_length(self.run.model)
         if longest and tokens > longest:
-            raise UserError(
-                f"--teacher {self.run.path} reads at most {longest} tokens; use --max-length {longest}"
-            )
+            raise UserError(f"--teacher {self.run.path} reads at most {longest} tokens; use --max-length {longest}")
         return self.run.logits(batch | {"image": self.picture(batch["image"])})
 
     def picture(self, image: Tensor) -> Tensor:
@@ -124,20 +126,17 @@ class Teacher:
         here, there = self.task.preprocess, self.run.preprocess
         if (here["mean"], here["std"]) != (there["mean"], there["std"]):
             mean, std, mean_there, std_there = (
-                image.new_tensor(side[key])[:, None, None]
-                for side in (here, there)
-                for key in ("mean", "std")
+                image.new_tensor(side[key])[:, None, None] for side in (here, there) for key in ("mean", "std")
             )
             image = (image * std + mean - mean_there) / std_there
         size = there["image_size"]
         if image.shape[-1] != size:
-            image = F.interpolate(
-                image, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-            )
+            image = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         return image
 
     def answer_all(self) -> Tensor:
-        """(N, K) answers to every training example, by its number; (0,) where they would take too much memory."""
+        """(N, K) answers to every training example, by its number; (0,) where they would take
+        too much memory."""
         task = self.task
         numbers = sorted(i for batch in task.train_batches(0) for i in batch)
         size = 2 * self.config.batch_size

@@ -1,12 +1,14 @@
-"""Checkpoints: run/checkpoints/step-N/ = state.safetensors + state.json + manifest.json. No pickle anywhere.
+"""Checkpoints: run/checkpoints/step-N/ = state.safetensors + state.json + manifest.json. No
+pickle anywhere.
 
 state.safetensors   model.<name>: trainable tensors and persistent buffers; best.<name>: those of the best
                     epoch; optim.<name>.<key>: the optimizer's memory
 state.json          TrainState and the scaler: step, epoch, position in the epoch, plateau, history, best
 manifest.json       sha256 of the two others, written last
 
-The directory is filled under a temporary name and renamed when everything is on the disk: a checkpoint is
-either whole or not there. One whose manifest does not agree with its files, byte by byte, does not exist.
+The directory is filled under a temporary name and renamed when everything is on the disk: a
+checkpoint is either whole or not there. One whose manifest does not agree with its files, byte by
+byte, does not exist.
 """
 
 import hashlib
@@ -33,7 +35,8 @@ TEMPORARY = ".tmp-"
 
 
 def manifest_bytes(directory: Path) -> bytes:
-    """The manifest that these files ask for. Compared as bytes, so that a flipped bit in itself shows too."""
+    """The manifest that these files ask for. Compared as bytes, so that a flipped bit in
+    itself shows too."""
     digests = {name: file_sha256(directory / name) for name in FILES}
     return (json.dumps({"format": 1, "sha256": digests}, indent=2) + "\n").encode()
 
@@ -87,10 +90,11 @@ def latest_checkpoint(run_dir: str | Path, log: Callable[[str], None] = print) -
 
 
 def save_checkpoint(run_dir: str | Path, tensors: dict[str, Tensor], state: dict, keep_last: int = 2) -> Path:
-    """Writes step-N (N = state["step"]), then removes all but the newest `keep_last`; returns its path.
+    """Writes step-N (N = state["step"]), then removes all but the newest `keep_last`;
+    returns its path.
 
-    Raises RunError with one line when the disk is full; older checkpoints are untouched and nothing half-
-    made stays.
+    Raises RunError with one line when the disk is full; older checkpoints are untouched and nothing
+    half- made stays.
     """
     final = directory_of(run_dir, state["step"])
     folder, temporary = final.parent, final.parent / f"{TEMPORARY}{final.name}"
@@ -129,9 +133,11 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: "auto" the run's newest valid one, "never" none, else a directory's.
+    """The checkpoint to go on from: "auto" the run's newest valid one, "never" none,
+    else a directory's.
 
-    Rank 0 decides for all. Checkpoints of `run_dir` that are newer than the chosen one, or belong to a training
+    Rank 0 decides for all. Checkpoints of `run_dir` that are newer than the chosen one, or
+    belong to a training
     that is not continued, are removed: they would be mistaken for the future of this one.
     """
     chosen = None
@@ -151,14 +157,13 @@ def find(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path |
     directory = Path(resume)
     chosen = directory if step_of(directory) is not None else latest_checkpoint(directory, log)
     if chosen is None:
-        raise UserError(
-            f"--resume {resume}: no valid checkpoint there; start the run anew, with another --output"
-        )
+        raise UserError(f"--resume {resume}: no valid checkpoint there; start the run anew, with another --output")
     return chosen
 
 
 def remove_newer(run_dir: str | Path, step: int) -> None:
-    """Removes the checkpoints after `step`: the run goes on from there, and they are broken or given up."""
+    """Removes the checkpoints after `step`: the run goes on from there, and they are
+    broken or given up."""
     for directory in checkpoint_dirs(run_dir):
         if step_of(directory) > step:
             shutil.rmtree(directory, ignore_errors=True)

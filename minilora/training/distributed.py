@@ -1,17 +1,17 @@
 """Several processes, one model: who am I, what is my share, and sums over everybody.
 
-Start with `torchrun --nproc-per-node N train.py ...`. Without torchrun every function here is that of a
-lone process.
+Start with `torchrun --nproc-per-node N train.py ...`. Without torchrun every function here is that
+of a lone process.
 
-A task cuts an epoch into the batches of whole optimizer steps, of batch_size * grad_accum_steps * world_size items;
-each is cut here into as many microbatches as there are turns, and process r takes numbers r, r + world_size, ... of
-them. So 2 processes with batch b, 1 process with batch 2b, and 1 with batch b and two accumulation steps see the same
-items, step by step.
+A task cuts an epoch into the batches of whole optimizer steps, of batch_size * grad_accum_steps *
+world_size items; each is cut here into as many microbatches as there are turns, and process r takes
+numbers r, r + world_size, ... of them. So 2 processes with batch b, 1 process with batch 2b, and 1
+with batch b and two accumulation steps see the same items, step by step.
 
-A checkpoint knows no number of processes. A run that goes on with another number takes up the epoch at the same item;
-with --grad-accum-steps changed so that a step keeps its items, the weights are equal to rounding (without dropout,
-whose random numbers are each process's own). Files are written by rank 0: on several machines the run directory is
-on a shared disk.
+A checkpoint knows no number of processes. A run that goes on with another number takes up the epoch
+at the same item; with --grad-accum-steps changed so that a step keeps its items, the weights are
+equal to rounding (without dropout, whose random numbers are each process's own). Files are written
+by rank 0: on several machines the run directory is on a shared disk.
 """
 
 import inspect
@@ -43,7 +43,8 @@ def is_main() -> bool:
 
 
 def start(device: str | torch.device) -> torch.device:
-    """Joins the group of torchrun's environment, nccl on GPUs, gloo on CPUs; returns this rank's device."""
+    """Joins the group of torchrun's environment, nccl on GPUs, gloo on CPUs; returns
+    this rank's device."""
     device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return device
@@ -108,16 +109,19 @@ class TaskLoss(nn.Module):
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """Averages gradients over the processes during the backward pass; a lone process gets its module back."""
+    """Averages gradients over the processes during the backward pass; a lone process gets
+    its module back."""
     if not dist.is_initialized():
         return module
-    parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.15 renamed broadcast_buffers
+    # torch 2.15 renamed broadcast_buffers
+    parameters = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **{sync: False})
 
 
 def no_sync(module: nn.Module, wait: bool) -> AbstractContextManager:
-    """While `wait`, gradients are only added up here; the microbatch that ends the step exchanges the sum."""
+    """While `wait`, gradients are only added up here; the microbatch that ends the step
+    exchanges the sum."""
     return module.no_sync() if wait and isinstance(module, DistributedDataParallel) else nullcontext()
 
 
@@ -125,9 +129,9 @@ def no_sync(module: nn.Module, wait: bool) -> AbstractContextManager:
 class Step:
     """This process's share of one optimizer step.
 
-    batches[i] goes through the loss with factor weights[i]: with n items in the whole step, len(batch) / n
-    times world_size, because DistributedDataParallel divides by it. Factors make ragged ends equal to one
-    big batch.
+    batches[i] goes through the loss with factor weights[i]: with n items in the whole step,
+    len(batch) / n times world_size, because DistributedDataParallel divides by it. Factors make
+    ragged ends equal to one big batch.
     """
 
     batches: list[list[int]]
@@ -151,7 +155,8 @@ def turns(grad_accum_steps: int) -> int:
 
 
 def share_steps(batches: list[list[int]], grad_accum_steps: int) -> list[Step]:
-    """This process's share of the steps: each batch is cut into `turns` microbatches, every world_size-th is ours."""
+    """This process's share of the steps: each batch is cut into `turns` microbatches, every
+    world_size-th is ours."""
     world, me = world_size(), rank()
     steps = []
     for batch in batches:
@@ -159,7 +164,8 @@ def share_steps(batches: list[list[int]], grad_accum_steps: int) -> list[Step]:
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         mine = parts[me::world]
         weights = [len(part) * world / len(batch) for part in mine]
-        if not mine:  # a short last step: take part in the exchange with a borrowed batch that counts nothing
+        # a short last step: take part in the exchange with a borrowed batch that counts nothing
+        if not mine:
             mine, weights = parts[:1], [0.0]
         steps.append(Step(mine, weights, len(batch)))
     return steps

@@ -12,34 +12,23 @@ from minilora.training.distributed import gather_objects, world_size
 from minilora.training.progress import peak_memory_mb
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "NCCL",
-    "ProcessGroup",
-    "Gloo",
-)
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ProcessGroup", "Gloo")
 
 
 def explain_nonfinite(task: object, model: nn.Module, loss: float, seen: list[tuple]) -> str:
-    """Says which number of a step is not finite and names the files of its batch, on whatever process
-    they were.
+    """Says which number of a step is not finite and names the files of its batch, on whatever
+    process they were.
 
-    `seen` holds (batch, loss, stats) of this process's microbatches. A task may put {"terms": {name:
-    tensor}} into its stats; the terms that are not finite are then named.
+    `seen` holds (batch, loss, stats) of this process's microbatches. A task may put {"terms":
+    {name: tensor}} into its stats; the terms that are not finite are then named.
     """
     guilty, terms, what = seen, [], "the gradient's norm"
     if math.isfinite(loss):
-        broken = [
-            n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
-        ]
+        broken = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         what = f"the gradient of {broken[0]}" if broken else what
     else:
         guilty = [entry for entry in seen if not entry[1].isfinite()]
-        terms = [
-            n for _, _, stats in guilty for n, term in stats.get("terms", {}).items() if not term.isfinite()
-        ]
+        terms = [n for _, _, stats in guilty for n, term in stats.get("terms", {}).items() if not term.isfinite()]
     found = gather_objects(([task.describe(batch) for batch, _, _ in guilty], terms))
     if not math.isfinite(loss):
         what = f"the loss ({', '.join(sorted({n for _, names in found for n in names})) or loss})"
@@ -53,7 +42,8 @@ def first_line(message: str) -> str:
 
 @contextmanager
 def readable_errors(device: torch.device, batch_size: int, where: Callable[[], str]) -> Iterator[None]:
-    """Turns out-of-memory, a lost process and a failed --compile into a RunError of one line; other errors pass."""
+    """Turns out-of-memory, a lost process and a failed --compile into a RunError of one line;
+    other errors pass."""
     try:
         yield
     except RunError:

@@ -1,9 +1,9 @@
-"""What changes the weights: parameter groups, the optimizer, the learning-rate schedule and the gradient
-norm.
+"""What changes the weights: parameter groups, the optimizer, the learning-rate schedule and
+the gradient norm.
 
-The learning rate of optimizer step s is `group lr * factor(s)`. For linear, cosine and constant the factor
-is a closed-form function of s, so nothing about it has to be stored; plateau alone has a memory (class
-Plateau).
+The learning rate of optimizer step s is `group lr * factor(s)`. For linear, cosine and constant the
+factor is a closed-form function of s, so nothing about it has to be stored; plateau alone has a
+memory (class Plateau).
 """
 
 import math
@@ -23,14 +23,12 @@ FUSED_DEVICES = ("cpu", "cuda")
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer moves, by name; at least one, and every one in float32.
 
-    A float16 parameter loses updates smaller than 1/2048 of itself, and GradScaler refuses to unscale its
-    gradient.
+    A float16 parameter loses updates smaller than 1/2048 of itself, and GradScaler refuses to
+    unscale its gradient.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
-        raise UserError(
-            "nothing to train: no parameter of the model has requires_grad=True; call inject_lora first"
-        )
+        raise UserError("nothing to train: no parameter of the model has requires_grad=True; call inject_lora first")
     for name, parameter in trainable.items():
         if parameter.dtype != torch.float32:
             raise UserError(
@@ -41,7 +39,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float | None, weight_decay: float) -> list[dict]:
-    """At most four groups: matrices decay, vectors (biases, norms) do not; the head may have its own rate."""
+    """At most four groups: matrices decay, vectors (biases, norms) do not; the head may
+    have its own rate."""
     heads = tuple(f"{name}." for name in getattr(model, "head_modules", ()))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
@@ -58,7 +57,8 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float | None, weight_
 def build_optimizer(
     model: nn.Module, opt: str, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015), SGD with momentum .9; fused kernels."""
+    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015), SGD with momentum
+    .9; fused kernels."""
     groups = parameter_groups(model, lr, head_lr, weight_decay)
     fused = groups[0]["params"][0].device.type in FUSED_DEVICES
     if opt == "adamw":
@@ -71,8 +71,8 @@ def build_optimizer(
 
 
 def schedule_factor(sched: str, step: int, total: int, warmup: int) -> float:
-    """Factor of the learning rate at optimizer step `step` = 0 .. total-1, after a linear warm-up of
-    `warmup` steps.
+    """Factor of the learning rate at optimizer step `step` = 0 .. total-1, after a linear warm-up
+    of `warmup` steps.
 
     warm-up (s + 1) / w      linear (t - s) / (t - w)      cosine (1 + cos(pi (s - w) / (t - w))) / 2
     """
@@ -90,7 +90,8 @@ def schedule_factor(sched: str, step: int, total: int, warmup: int) -> float:
 
 @dataclass
 class Plateau:
-    """Halves the rate after more than `patience` epochs without a validation loss .01 % below the best."""
+    """Halves the rate after more than `patience` epochs without a validation loss .01
+    % below the best."""
 
     factor: float = 1.0
     best: float | None = None
@@ -115,11 +116,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm over all gradients, () on their device: one number that also says whether all are finite."""
+    """The 2-norm over all gradients, () on their device: one number that also says
+    whether all are finite."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
-    """Scales all gradients by max_norm / norm where a finite norm is larger than max_norm; 0 = never."""
+    """Scales all gradients by max_norm / norm where a finite norm is larger than
+    max_norm; 0 = never."""
     if 0 < max_norm < norm < math.inf:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], max_norm / norm)

@@ -1,4 +1,6 @@
-"""What a run tells people while it goes: greppable lines, train.log, a bar on a terminal, metrics.jsonl."""
+"""What a run tells people while it goes: greppable lines, train.log, a bar on a
+terminal, metrics.jsonl.
+"""
 
 import json
 import math
@@ -20,7 +22,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory held so far in MiB: torch's on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
@@ -36,15 +39,17 @@ def finite_or_none(value: object) -> object:
 
 
 def not_through_a_link(path: str, flags: int) -> int:
-    """For open(): a file that is a symbolic link is refused, so that a run writes in its own directory alone."""
+    """For open(): a file that is a symbolic link is refused, so that a run writes in its own
+    directory alone."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class Progress:
-    """Lines for rank 0 (the others stay silent): to the screen, and to train.log of the run directory.
+    """Lines for rank 0 (the others stay silent): to the screen, and to train.log of
+    the run directory.
 
-    On a terminal with tqdm installed the steps move a bar instead of printing lines. No colour is ever
-    used, so NO_COLOR has nothing to switch off.
+    On a terminal with tqdm installed the steps move a bar instead of printing lines. No colour is
+    ever used, so NO_COLOR has nothing to switch off.
     """
 
     def __init__(self, run_dir: Path, device: torch.device, log_interval: int) -> None:
@@ -76,7 +81,8 @@ class Progress:
             self.bar = tqdm(total=steps, desc=self.title, leave=False, dynamic_ncols=True)
 
     def step(self, state: TrainState, total_steps: int) -> None:
-        """After an optimizer step: takes the time; every log_interval-th time says how the run does."""
+        """After an optimizer step: takes the time; every log_interval-th time says
+        how the run does."""
         self.steps += 1
         elapsed = time.perf_counter() - self.started
         state.seconds = self.before + elapsed
@@ -109,15 +115,7 @@ class Progress:
         row |= {"peak_memory_mb": peak_memory_mb(self.device)}
         row |= {"fp16_overflows": state.overflows, "skipped_steps": state.skipped}
         row = {name: finite_or_none(value) for name, value in row.items()}
-        shown = (
-            "step",
-            "train_loss",
-            "val_loss",
-            "accuracy",
-            "seconds",
-            "images_per_second",
-            "peak_memory_mb",
-        )
+        shown = ("step", "train_loss", "val_loss", "accuracy", "seconds", "images_per_second", "peak_memory_mb")
         shown += tuple(name for name in ("fp16_overflows", "skipped_steps") if row[name])
         words = (f"{name} {row[name]:.5g}" for name in shown if row.get(name) is not None)
         self.log(f"{self.title} done: {' '.join(words)}")
@@ -136,9 +134,5 @@ class Progress:
                 file.write(line + "\n")
         except OSError as error:
             if path.is_symlink():
-                raise RunError(
-                    f"{path} is a link, which is not followed; remove it and start again"
-                ) from None
-            raise RunError(
-                f"{path} cannot be written: {error.strerror}; make room and start the run again"
-            ) from None
+                raise RunError(f"{path} is a link, which is not followed; remove it and start again") from None
+            raise RunError(f"{path} cannot be written: {error.strerror}; make room and start the run again") from None

@@ -10,14 +10,16 @@ ECHO_SECONDS = 2.0
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop and has written its checkpoint; exit code 128 + signal number, as in a shell."""
+    """The run was asked to stop and has written its checkpoint; exit code 128 + signal
+    number, as in a shell."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
 
 
 class StopSignals:
-    """Context manager: `signum` becomes the first signal caught; a second one ends the process at once."""
+    """Context manager: `signum` becomes the first signal caught; a second one ends the
+    process at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -25,7 +27,8 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        # elsewhere Python allows no handler
+        if threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._catch) for s in CAUGHT}
         return self
 
@@ -34,7 +37,8 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _catch(self, signum: int, frame: object) -> None:
-        # torchrun passes a Ctrl-C on to processes that the terminal has already told: an echo, no second wish
+        # torchrun passes a Ctrl-C on to processes that the terminal has already told: an
+        # echo, no second wish
         echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._caught_at < ECHO_SECONDS
         if self.signum is None:
             self.signum, self._caught_at = signum, time.monotonic()

@@ -1,7 +1,7 @@
 """All that changes while training, and its way into named tensors and JSON values and back.
 
-No random-number state is among it: the trainer seeds each optimizer step with step_seed(seed, step, rank),
-and data order and augmentation depend on (seed, epoch, item) alone.
+No random-number state is among it: the trainer seeds each optimizer step with step_seed(seed, step,
+rank), and data order and augmentation depend on (seed, epoch, item) alone.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from minilora.errors import RunError, UserError
 from minilora.training.optim import Plateau
 
-SHOWN = ("epoch", "step", "seconds", "images_per_second", "peak_memory_mb")  # in every row of the history
+# in every row of the history
+SHOWN = ("epoch", "step", "seconds", "images_per_second", "peak_memory_mb")
 
 
 @dataclass
@@ -25,9 +26,8 @@ class TrainState:
     position: int = 0  # items of the present epoch that are used up
     lr: float = 0.0  # of the last step
     seconds: float = 0.0  # that the present epoch has taken
-    sums: list[float] = field(
-        default_factory=lambda: [0.0] * 4
-    )  # of the present epoch: loss, correct, counted, items
+    # of the present epoch: loss, correct, counted, items
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     overflows: int = 0  # steps that fp16 gradients did not fit in
     skipped: int = 0  # steps refused for NaN or infinity
     history: list[dict] = field(default_factory=list)  # a row per epoch, as in metrics.jsonl
@@ -42,7 +42,8 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict) -> "TrainState":
-        """The state of which asdict() made `values`; ValueError, KeyError or TypeError for something else."""
+        """The state of which asdict() made `values`; ValueError, KeyError or TypeError
+        for something else."""
         own = {name: values[name] for name in cls.__dataclass_fields__}
         now = cls(**own | {"plateau": Plateau(**values["plateau"])})
         counts = (now.step, now.epoch, now.position, now.overflows, now.skipped, now.plateau.bad_epochs)
@@ -61,7 +62,8 @@ class TrainState:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed per (run, optimizer step, process); hashed, as torch's CPU generator reads only 32 bits of it."""
+    """A seed per (run, optimizer step, process); hashed, as torch's CPU generator reads
+    only 32 bits of it."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -82,9 +84,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_model_tensors(model: nn.Module, saved: dict[str, Tensor], where: str) -> None:
     """Copies `saved` into the model in place; names and shapes must agree exactly."""
     own = model_tensors(model)
-    wrong = [f"missing {n}" for n in own if n not in saved] + [
-        f"unexpected {n}" for n in saved if n not in own
-    ]
+    wrong = [f"missing {n}" for n in own if n not in saved] + [f"unexpected {n}" for n in saved if n not in own]
     wrong += [
         f"{n} is {tuple(saved[n].shape)}, the model has {tuple(own[n].shape)}"
         for n in own
@@ -102,12 +102,11 @@ def load_model_tensors(model: nn.Module, saved: dict[str, Tensor], where: str) -
 
 
 def refuse_nonfinite(tensors: dict[str, Tensor], what: str) -> None:
-    """RunError naming the first tensor that holds a NaN or an infinity: such a file is worth nothing."""
+    """RunError naming the first tensor that holds a NaN or an infinity: such a file
+    is worth nothing."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise RunError(
-                f"{name} holds NaN or infinity; {what} is not written. Try a smaller --lr or --clip-grad 1"
-            )
+            raise RunError(f"{name} holds NaN or infinity; {what} is not written. Try a smaller --lr or --clip-grad 1")
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
@@ -130,9 +129,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
-) -> None:
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
     """Puts optimizer_tensors() back, on the devices of their parameters."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
@@ -155,11 +152,7 @@ def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def pack(
-    state: TrainState,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    best: dict,
+    state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, best: dict
 ) -> tuple[dict[str, Tensor], dict]:
     """(tensors, JSON values) for a checkpoint; the tensors are model.*, best.* and optim.*."""
     own = model_tensors(model)

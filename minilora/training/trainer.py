@@ -1,4 +1,5 @@
-"""The training loop. It knows nothing of images or text: a task brings the model, the batches and the loss.
+"""The training loop. It knows nothing of images or text: a task brings the model, the
+batches and the loss.
 
     Trainer(task, TrainOptions(epochs=3, lr=1e-3), "runs/classify-lora-000", "cuda").fit()
 
@@ -8,8 +9,8 @@ One optimizer step, for n items in its microbatches m = 1 .. M (over all process
     g = g * min(1, clip_grad / |g|)             |g| is finite, or the step is not taken
     w = optimizer(w, g, lr * factor(step))      float32 weights, whatever precision autocast computes in
 
-A run stopped after any step and resumed ends with the same bits: the checkpoint holds all that changes, and
-random numbers are drawn from (seed, step, rank).
+A run stopped after any step and resumed ends with the same bits: the checkpoint holds all that
+changes, and random numbers are drawn from (seed, step, rank).
 """
 
 import math
@@ -63,8 +64,8 @@ class TrainOptions:
 class Trainer:
     """Trains task.model; minilora/tasks/base.py writes down what a task has to offer.
 
-    Writes metrics.jsonl, train.log and checkpoints/ into `run_dir`, and the best epoch's weights: an
-    adapter, or model.safetensors in mode "full".
+    Writes metrics.jsonl, train.log and checkpoints/ into `run_dir`, and the best epoch's weights:
+    an adapter, or model.safetensors in mode "full".
     """
 
     def __init__(self, task: object, options: TrainOptions, run_dir: str | Path, device: str | torch.device):
@@ -77,7 +78,8 @@ class Trainer:
         rates = options.lr, options.head_lr, options.weight_decay
         self.optimizer = optim.build_optimizer(self.model, options.opt, *rates)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")  # else idle
+        # else idle
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.loss = distributed.wrap(distributed.TaskLoss(task))
         self.progress = Progress(self.run_dir, self.device, options.log_interval)
         self.signals = StopSignals()
@@ -91,7 +93,8 @@ class Trainer:
         self.batch_size = max(len(batch) for step in first for batch in step.batches)
         planned = options.epochs * len(first)
         self.last_step = options.max_steps or sys.maxsize
-        self.total_steps = min(planned, self.last_step)  # what the schedule and the time left reckon with
+        # what the schedule and the time left reckon with
+        self.total_steps = min(planned, self.last_step)
 
     def fit(self) -> dict:
         """Trains to the end, leaves the best epoch's weights in the model and says how it went."""
@@ -119,14 +122,16 @@ class Trainer:
         }
 
     def unfinished(self) -> bool:
-        """An epoch waits for its score, or epochs, steps and patience (--early-stop epochs) are left."""
+        """An epoch waits for its score, or epochs, steps and patience (--early-stop
+        epochs) are left."""
         now, o = self.state, self.options
         waited = now.epoch - (now.best["epoch"] if now.best else 0)
         left = now.epoch < o.epochs and now.step < self.last_step and not 0 < o.early_stop <= waited
         return now.position > 0 or left
 
     def train_one_epoch(self) -> None:
-        """Optimizer steps from state.position to the end of the epoch, or to the last step of the run."""
+        """Optimizer steps from state.position to the end of the epoch, or to the last
+        step of the run."""
         now, every = self.state, self.options.save_every
         steps = self.steps_of(now.epoch, now.position)[: self.last_step - now.step]
         loader = iter(self.task.train_loader(now.epoch, [batch for step in steps for batch in step.batches]))
@@ -152,8 +157,9 @@ class Trainer:
     def train_step(self, step: distributed.Step, loader: Iterator[dict]) -> bool:
         """One optimizer step; returns whether a signal has asked some process to stop after it.
 
-        One small tensor crosses from the device per step: loss, counts and gradient norm. That is the only
-        time the host waits for a GPU, and it waits before optimizer.step(), so a NaN never reaches a weight.
+        One small tensor crosses from the device per step: loss, counts and gradient norm. That is
+        the only time the host waits for a GPU, and it waits before optimizer.step(), so a NaN never
+        reaches a weight.
         """
         now, o = self.state, self.options
         torch.manual_seed(state.step_seed(o.seed, now.step, distributed.rank()))  # for dropout
@@ -176,8 +182,10 @@ class Trainer:
         return stop > 0
 
     def accumulate(self, step: distributed.Step, loader: Iterator[dict]) -> tuple[Tensor, list[tuple]]:
-        """Adds up the gradients of a step's microbatches; returns its sums (4,) and what went into them."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, counted, stop
+        """Adds up the gradients of a step's microbatches; returns its sums (4,) and
+        what went into them."""
+        # loss, correct, counted, stop
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         seen = []
         for weight in step.weights:
             batch = next(loader)
@@ -238,14 +246,16 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=AMP_DTYPES[amp], enabled=amp != "fp32")
 
     def leave(self) -> None:
-        """Ends the process once rank 0 has written: torchrun stops all of them when the first one ends."""
+        """Ends the process once rank 0 has written: torchrun stops all of them when
+        the first one ends."""
         distributed.barrier()
         signum = int(self.signals.signum or signal.SIGTERM)
         self.progress.log(f"stopped by signal {signum} after step {self.state.step}; checkpoint {self.saved}")
         raise Interrupted(signum)
 
     def save_best(self) -> None:
-        """The weights now in the model become the run's result: an adapter, or all of them in mode "full"."""
+        """The weights now in the model become the run's result: an adapter, or all of
+        them in mode "full"."""
         state.refuse_nonfinite(state.model_tensors(self.model), "the result")
         if not distributed.is_main():
             return
@@ -278,5 +288,6 @@ class Trainer:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on the device; copies from pinned memory do not make the host wait."""
+    """The batch with its tensors on the device; copies from pinned memory do not
+    make the host wait."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -1,4 +1,6 @@
-"""The files of BEiT checkpoints: names, key tables, config.json, preprocessing. See load.py for the protocol."""
+"""The files of BEiT checkpoints: names, key tables, config.json, preprocessing. See load.py
+for the protocol.
+"""
 
 import math
 import re
@@ -32,11 +34,7 @@ layout_settings = {"transformers4": {"eps": 1e-12}, "transformers5": {"eps": 1e-
 preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize": "squash"}
 
 #             width depth heads hidden first gamma
-SIZES = {
-    "nano": (128, 4, 4, 512, 0.1),
-    "base": (768, 12, 12, 3072, 0.1),
-    "large": (1024, 24, 16, 4096, 1e-5),
-}
+SIZES = {"nano": (128, 4, 4, 512, 0.1), "base": (768, 12, 12, 3072, 0.1), "large": (1024, 24, 16, 4096, 1e-5)}
 
 TABLES = {  # of a block's relative positions
     "transformers4": "attention.attention.relative_position_bias.relative_position_bias_table",
@@ -59,7 +57,8 @@ TIMM_ARGUMENTS = ENCODER_ARGUMENTS | {
 
 
 def config_for(name: str) -> BeitConfig | None:
-    """beit-{size}-patch{p}-{side}, such as "beit-large-patch16-384". None where the name is of another family."""
+    """beit-{size}-patch{p}-{side}, such as "beit-large-patch16-384". None where the name is
+    of another family."""
     match = re.fullmatch(rf"beit-({'|'.join(SIZES)})-patch(\d+)-(\d+)", name)
     if not match:
         return None
@@ -74,9 +73,8 @@ def names() -> list[str]:
 
 
 def key_table(config: BeitConfig, layout: str) -> list[Entry]:
-    """Our names beside those of transformers 4 and 5 and timm; rows of parts that a configuration lacks do no
-    harm.
-    """
+    """Our names beside those of transformers 4 and 5 and timm; rows of parts that a configuration
+    lacks do no harm."""
     timm = layout == "timm"
     patch = "patch_embed.proj" if timm else "beit.embeddings.patch_embeddings.projection"
     outside = "" if timm else "beit.embeddings."
@@ -111,7 +109,8 @@ def _block(ours: str, theirs: str, layout: str) -> list[Entry]:
 
 
 def fit_config(config: BeitConfig, shapes: dict[str, tuple]) -> BeitConfig:
-    """The configuration with what a file's names and shapes (ours) say of it: classes, kinds of position, size."""
+    """The configuration with what a file's names and shapes (ours) say of it: classes, kinds
+    of position, size."""
     first = [shapes[key] for key in ("rel_pos_bias.table", "blocks.0.rel_pos_bias.table") if key in shapes]
     config = replace(
         config,
@@ -140,9 +139,8 @@ def adapt(state: dict[str, Tensor], old: BeitConfig, new: BeitConfig) -> None:
 
 
 def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation of a bias table between patch grids, as transformers does; the three rows of the
-    class token stay. ((2 r - 1)(2 c - 1) + 3, h) -> the same for the new r and c.
-    """
+    """Bilinear interpolation of a bias table between patch grids, as transformers does; the three
+    rows of the class token stay. ((2 r - 1)(2 c - 1) + 3, h) -> the same for the new r and c."""
     offsets = table[:-3].reshape(1, 2 * old[0] - 1, 2 * old[1] - 1, -1).permute(0, 3, 1, 2)
     size = (2 * new[0] - 1, 2 * new[1] - 1)
     offsets = F.interpolate(offsets.float(), size=size, mode="bilinear", align_corners=False)
@@ -163,7 +161,8 @@ def config_from_json(data: dict) -> BeitConfig | None:
 
 
 def config_to_json(config: BeitConfig, layout: str) -> dict:
-    """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
+    """config.json as transformers or timm read it; labels and preprocessing are
+    added by the caller."""
     if layout == "timm":
         size = "large" if "large" in config.name else "base"
         architecture = f"beit_{size}_patch16_{384 if config.image_size == 384 else 224}"

@@ -59,7 +59,8 @@ def names() -> list[str]:
 
 
 def config_for(name: str) -> CLIPConfig | None:
-    """One of `names()`; with "-quickgelu" behind it OpenAI's activation, as open_clip calls them. config.json wins."""
+    """One of `names()`; with "-quickgelu" behind it OpenAI's activation, as open_clip calls them.
+    config.json wins."""
     base = name.removesuffix("-quickgelu")
     if base not in SIZES:
         return None
@@ -132,7 +133,7 @@ def adapt(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> None:
     adapt_positions(state, old, new, prefix=1, key="vision.pos_embed")
 
 
-#       ours: (transformers' name in vision_config or text_config, default of vision, default of text)
+# ours: (transformers' name in vision_config or text_config, default of vision, default of text)
 FIELDS = {
     "dim": ("hidden_size", 768, 512),
     "depth": ("num_hidden_layers", 12, 12),
@@ -149,7 +150,8 @@ def config_from_json(data: dict) -> CLIPConfig | None:
         return _from_open_clip(data["model_cfg"])
     if data.get("model_type") != "clip":
         return None
-    # where files of 2022 have the table under a second name too, that one counts, its gaps the defaults
+    # where files of 2022 have the table under a second name too, that one counts, its
+    # gaps the defaults
     vision, text = (
         data.get(f"{tower}_config_dict") or data.get(f"{tower}_config") or {} for tower in ("vision", "text")
     )

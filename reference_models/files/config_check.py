@@ -16,7 +16,8 @@ MAY_BE_ZERO = ("num_classes", "eos_token_id", "type_vocab", "pretrained_windows"
 
 @contextmanager
 def readable(file: Path | str):
-    """Inside, what Python says of values that do not go together becomes one ModelError that names the file."""
+    """Inside, what Python says of values that do not go together becomes one ModelError
+    that names the file."""
     try:
         yield
     except ModelError:
@@ -33,16 +34,15 @@ def check_config(config, file: Path | str) -> None:
         if is_dataclass(value):
             check_config(value, file)
         elif not _possible(field.name, value, field.default):
-            raise ModelError(
-                f"{file}: {field.name} is {str(value)[:60]!r}, which no {config.family} model can have"
-            )
+            raise ModelError(f"{file}: {field.name} is {str(value)[:60]!r}, which no {config.family} model can have")
     for name in ("act", "vision_act", "text_act"):
         if (act := getattr(config, name, None)) is not None and act not in ACTIVATIONS:
             raise ModelError(f"{file}: the activation {act!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def _possible(name: str, value, default) -> bool:
-    """Whether a value is of its default's kind. Sizes may be one number or one for each side or stage."""
+    """Whether a value is of its default's kind. Sizes may be one number or one for
+    each side or stage."""
     if default is None or name in MAY_BE_NONE:  # fusion too has numbers that may be left out
         return value is None or _number(value)
     if isinstance(default, (bool, str)):
@@ -59,9 +59,4 @@ def _possible(name: str, value, default) -> bool:
 
 
 def _number(value) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and abs(value) < 1e9
-        and math.isfinite(value)
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)

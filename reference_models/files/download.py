@@ -1,7 +1,9 @@
-"""One file over HTTP: resumed where it broke off, checked against what the server declared, renamed when whole.
+"""One file over HTTP: resumed where it broke off, checked against what the server declared,
+renamed when whole.
 
-torch.hub.download_url_to_file, the nearest thing in our dependencies, starts over after every break, sends no
-access token and follows redirects with all headers, so this is urllib's opener with those three things put right.
+torch.hub.download_url_to_file, the nearest thing in our dependencies, starts over after every
+break, sends no access token and follows redirects with all headers, so this is urllib's opener with
+those three things put right.
 """
 
 import hashlib
@@ -38,7 +40,8 @@ class _Wrong(Exception):
 
 @dataclass(frozen=True)
 class Declared:
-    """What the server says of a file. digest: 64 hex digits are a sha256, 40 the sha1 of a git blob."""
+    """What the server says of a file. digest: 64 hex digits are a sha256, 40 the
+    sha1 of a git blob."""
 
     size: int | None
     digest: str | None
@@ -49,9 +52,10 @@ class Declared:
 def download(url: str, target: Path, token: str | None = None) -> Declared:
     """Fetch `url` into `target`, going on from what an earlier call left behind.
 
-    The declared size and digest are the hub's X-Linked-Size and X-Linked-ETag (large files), else ETag and
-    Content-Length. `token` goes to the host of `url` alone, never to one that it redirects to.
-    Raises NotFound; ModelError for a refusal, wrong bytes (twice), no progress in TRIES attempts, or a full disk.
+    The declared size and digest are the hub's X-Linked-Size and X-Linked-ETag (large files), else
+    ETag and Content-Length. `token` goes to the host of `url` alone, never to one that it redirects
+    to. Raises NotFound; ModelError for a refusal, wrong bytes (twice), no progress in TRIES
+    attempts, or a full disk.
     """
     target = Path(target)
     failures = wrong = 0
@@ -133,9 +137,7 @@ def _verify(part: Path, declared: Declared) -> None:
         raise _Wrong(f"wrong size: {size} bytes, {declared.size} declared")
     if declared.digest is None:
         return
-    name, digest = (
-        ("sha256", hashlib.sha256()) if len(declared.digest) == 64 else ("git sha1", hashlib.sha1())
-    )
+    name, digest = ("sha256", hashlib.sha256()) if len(declared.digest) == 64 else ("git sha1", hashlib.sha1())
     if name == "git sha1":
         digest.update(f"blob {size}\0".encode())
     with open(part, "rb") as file:

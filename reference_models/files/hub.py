@@ -2,10 +2,10 @@
 
     folder = resolve("hf:google/vit-base-patch16-224-in21k")
 
-Read from the environment, as huggingface_hub does: HF_ENDPOINT (a mirror), HF_TOKEN (private or gated models),
-HF_HOME (the cache is $HF_HOME/minilora, else ~/.cache/huggingface/minilora), HF_HUB_OFFLINE=1 (cache only).
-A folder is complete once its manifest says so; from then on it is used without asking the server again. Delete the
-folder to fetch it anew, or name a revision.
+Read from the environment, as huggingface_hub does: HF_ENDPOINT (a mirror), HF_TOKEN (private or
+gated models), HF_HOME (the cache is $HF_HOME/minilora, else ~/.cache/huggingface/minilora),
+HF_HUB_OFFLINE=1 (cache only). A folder is complete once its manifest says so; from then on it is
+used without asking the server again. Delete the folder to fetch it anew, or name a revision.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ EXTRAS = (
     *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("vocab.txt", "vocab.json", "merges.txt"),
 )
-# In this order, the first that exists; an index brings its shards. Pickles only where there is no safetensors.
+# In this order, the first that exists; an index brings its shards. Pickles only where there
+# is no safetensors.
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
@@ -37,10 +38,12 @@ WEIGHTS = (
 
 
 def resolve(spec: str | Path) -> Path:
-    """The local path of `spec`: itself, or for "hf:org/name[@revision]" the folder in the cache, filled if need be.
+    """The local path of `spec`: itself, or for "hf:org/name[@revision]" the folder in the cache,
+    filled if need be.
 
-    Raises ModelError for a malformed name, a missing or refused model, a download that stays broken, bytes that
-    are not the declared ones, an index that names files outside the folder, or HF_HUB_OFFLINE without a copy.
+    Raises ModelError for a malformed name, a missing or refused model, a download that stays
+    broken, bytes that are not the declared ones, an index that names files outside the folder, or
+    HF_HUB_OFFLINE without a copy.
     """
     if not str(spec).startswith(PREFIX):
         return Path(spec)
@@ -49,15 +52,11 @@ def resolve(spec: str | Path) -> Path:
     if _complete(folder):
         return folder
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ModelError(
-            f"{spec}: HF_HUB_OFFLINE is set and {folder} holds no complete copy; unset it to download"
-        )
+        raise ModelError(f"{spec}: HF_HUB_OFFLINE is set and {folder} holds no complete copy; unset it to download")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelError(
-            f"{folder}: the cache cannot be made ({error.strerror}); set HF_HOME elsewhere"
-        ) from None
+        raise ModelError(f"{folder}: the cache cannot be made ({error.strerror}); set HF_HOME elsewhere") from None
     with _locked(folder):
         if not _complete(folder):  # another process may have been faster
             _Snapshot(name, revision, folder).fill()
@@ -141,9 +140,7 @@ class _Snapshot:
             self.optional(name)
         weights = next((name for name in WEIGHTS if self.optional(name)), None)
         if weights is None:
-            raise ModelError(
-                f"hf:{self.name}: has no weights that can be read; looked for {', '.join(WEIGHTS)}"
-            )
+            raise ModelError(f"hf:{self.name}: has no weights that can be read; looked for {', '.join(WEIGHTS)}")
         if weights.endswith(".index.json"):
             for shard in shard_names(self.folder / weights):
                 self.fetch(shard)
@@ -181,14 +178,13 @@ class _Snapshot:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names; each must be a plain weight file beside it, whatever the index says."""
+    """The files that an index names; each must be a plain weight file beside it,
+    whatever the index says."""
     weight_map = read_json(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}, key weight_map: expected an object of tensor: file")
     ending = index.name.removesuffix(".index.json").rpartition(".")[2]  # safetensors or bin
     for key, name in weight_map.items():
         if not isinstance(name, str) or not re.fullmatch(rf"\w[\w.-]*\.{ending}", name, re.ASCII):
-            raise ModelError(
-                f"{index}, key {key}: {name!r} is not the plain name of a .{ending} file; refused"
-            )
+            raise ModelError(f"{index}, key {key}: {name!r} is not the plain name of a .{ending} file; refused")
     return sorted(set(weight_map.values()))

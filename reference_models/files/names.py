@@ -1,7 +1,8 @@
 """Key tables: our parameter names beside those of transformers, timm, open_clip and torchvision.
 
-A table is a list of `Entry(ours, theirs, form)`. Most entries rename one tensor. "cat" joins several of ours
-(q, k, v) into one of theirs along dimension 0; the other forms reshape or transpose. Tables work in both
+A table is a list of `Entry(ours, theirs, form)`. Most entries rename one tensor. "cat" joins
+several of ours (q, k, v) into one of theirs along dimension 0; the other forms reshape or
+transpose. Tables work in both
 directions: `to_ours` reads a downloaded file, `to_theirs` writes one that the other library loads.
 """
 
@@ -15,7 +16,8 @@ from reference_models.errors import ModelError
 
 
 class Entry(NamedTuple):
-    """One row: our parameter names (several only for "cat"), their name, and how the values correspond."""
+    """One row: our parameter names (several only for "cat"), their name, and how the
+    values correspond."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -23,14 +25,16 @@ class Entry(NamedTuple):
 
 
 def _kernel(weight: Tensor) -> Tensor:
-    side = round((weight.shape[1] / 3) ** 0.5)  # (d, 3 * p * p) -> (d, 3, p, p): a square kernel over RGB
+    # (d, 3 * p * p) -> (d, 3, p, p): a square kernel over RGB
+    side = round((weight.shape[1] / 3) ** 0.5)
     return weight.reshape(weight.shape[0], 3, side, side)
 
 
 # form: (ours -> theirs, theirs -> ours), for one tensor
 FORMS = {
     "same": (lambda t: t, lambda t: t),
-    "transpose": (lambda t: t.T, lambda t: t.T),  # a bare matrix used as x @ P beside an nn.Linear's weight
+    # a bare matrix used as x @ P beside an nn.Linear's weight
+    "transpose": (lambda t: t.T, lambda t: t.T),
     "kernel": (
         _kernel,
         lambda t: t.flatten(1),
@@ -53,14 +57,16 @@ def linear(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
 
 
 def fused(ours: Iterable[str], theirs_weight: str, theirs_bias: str | None = None) -> list[Entry]:
-    """Several Linears of ours stored as one of theirs: qkv of timm, in_proj of nn.MultiheadAttention."""
+    """Several Linears of ours stored as one of theirs: qkv of timm, in_proj of
+    nn.MultiheadAttention."""
     ours = tuple(ours)
     entries = [Entry(tuple(f"{name}.weight" for name in ours), theirs_weight, "cat")]
     return entries + [Entry(tuple(f"{name}.bias" for name in ours), theirs_bias, "cat")] * bool(theirs_bias)
 
 
 def to_ours(state: dict[str, Tensor], table: list[Entry]) -> tuple[dict[str, Tensor], list[str]]:
-    """Translate `state` into our names. Returns (tensors, keys of `state` that the table does not know)."""
+    """Translate `state` into our names. Returns (tensors, keys of `state` that the
+    table does not know)."""
     known = {entry.theirs: entry for entry in table}
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -89,9 +95,8 @@ def _join(entry: Entry, parts: list[Tensor]) -> Tensor:
 
 
 def to_theirs(state: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]:
-    """Translate `state` (our names) into theirs; entries whose tensors the model does not have are left
-    out.
-    """
+    """Translate `state` (our names) into theirs; entries whose tensors the model does not
+    have are left out."""
     result, used = {}, set()
     for entry in table:
         parts = [state[name] for name in entry.ours if name in state]
@@ -99,24 +104,23 @@ def to_theirs(state: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]
             used.update(entry.ours)
             result[entry.theirs] = _join(entry, parts).contiguous()
     if missed := [name for name in state if name not in used]:
-        raise ModelError(
-            f"this layout has no place for {', '.join(missed[:5])}; save with layout='minilora' instead"
-        )
+        raise ModelError(f"this layout has no place for {', '.join(missed[:5])}; save with layout='minilora' instead")
     return result
 
 
 def is_head(key: str) -> bool:
-    """True for the classifier of another library's model, which stands outside the encoder's prefix."""
+    """True for the classifier of another library's model, which stands outside the
+    encoder's prefix."""
     return key.startswith(("classifier.", "head.", "heads.", "cls."))
 
 
 def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what wrappers put before the names: DistributedDataParallel, torch.compile, a `model.` or
-    `backbone.` around it.
-    """
+    """Drop what wrappers put before the names: DistributedDataParallel, torch.compile, a `model.`
+    or `backbone.` around it."""
     state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        state = {key.replace(old, new): tensor for key, tensor in state.items()}  # BERT's first files
+        # BERT's first files
+        state = {key.replace(old, new): tensor for key, tensor in state.items()}
     for wrapper in ("module.", "model.", "backbone."):
         if all(key.startswith(wrapper) for key in state if not is_head(key)):
             state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}

@@ -14,11 +14,13 @@ from pathlib import Path
 from reference_models.errors import ModelError
 from reference_models.text.textfiles import read_json
 
-PIL_MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL's numbers are the positions
+# PIL's numbers are the positions
+PIL_MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def preprocessor_files(folder: Path, data: dict) -> tuple[dict, dict, dict]:
-    """(preprocessor_config.json, timm's pretrained_cfg, open_clip's preprocess_cfg), empty where absent."""
+    """(preprocessor_config.json, timm's pretrained_cfg, open_clip's preprocess_cfg),
+    empty where absent."""
     path = folder / "preprocessor_config.json"
     open_clip = folder / "open_clip_config.json"
     return (
@@ -29,9 +31,8 @@ def preprocessor_files(folder: Path, data: dict) -> tuple[dict, dict, dict]:
 
 
 def preprocess_for(defaults: dict, transformers: dict, timm: dict, open_clip: dict, config) -> dict:
-    """The dictionary above for one checkpoint; what its files do not say comes from `defaults`, the size from
-    config.
-    """
+    """The dictionary above for one checkpoint; what its files do not say comes from `defaults`, the
+    size from config."""
     if not defaults:
         return {}
     side = getattr(config, "image_size", None)
@@ -73,9 +74,8 @@ def _from_transformers(data: dict, result: dict) -> dict:
 
 
 def _to_size(result: dict, side) -> dict:
-    """Keep the proportion of resize_to to the input size when the model runs at another size than the file
-    says.
-    """
+    """Keep the proportion of resize_to to the input size when the model runs at another size
+    than the file says."""
     inner, outer = result.pop("scale", (side, result.get("resize_to") or side))
     if isinstance(side, int) and inner:
         if not all(isinstance(one, (int, float)) and 0 < one < 1e6 for one in (inner, outer)):
@@ -83,14 +83,13 @@ def _to_size(result: dict, side) -> dict:
         result["resize_to"] = round(outer * side / inner)
     mean, std = list(result["mean"]), list(result["std"])
     if not all(len(three) == 3 and all(isinstance(x, (int, float)) for x in three) for three in (mean, std)):
-        raise ModelError(
-            f"the checkpoint's preprocessing: mean {mean} and std {std} must be three numbers each"
-        )
+        raise ModelError(f"the checkpoint's preprocessing: mean {mean} and std {std} must be three numbers each")
     return {**result, "image_size": side, "mean": mean, "std": std}
 
 
 def preprocess_to_json(preprocess: dict, layout: str, data: dict) -> dict[str, dict]:
-    """{file name: content}: config.json, and where the layout has one a file of preprocessing settings."""
+    """{file name: content}: config.json, and where the layout has one a file of
+    preprocessing settings."""
     if not preprocess:
         return {"config.json": data}
     side, outer = preprocess["image_size"], preprocess["resize_to"]

@@ -1,9 +1,11 @@
-"""Rename an adapter between the module names of transformers 4 and 5, which PEFT itself refuses to load.
+"""Rename an adapter between the module names of transformers 4 and 5, which PEFT itself
+refuses to load.
 
     python -m minilora.commands.rename_adapter SRC DST --layout transformers5
 
-SRC and DST are directories with adapter_config.json and adapter_model.safetensors. Only names change: the tensors
-keep their bits. The names come from the families' key tables; which family an adapter belongs to is read from its
+SRC and DST are directories with adapter_config.json and adapter_model.safetensors. Only names
+change: the tensors keep their bits. The names come from the families' key tables; which family an
+adapter belongs to is read from its
 tensors' names. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -20,7 +22,8 @@ from reference_models.text.textfiles import read_json, write_atomic
 
 LAYOUTS = ("transformers4", "transformers5")
 PREFIX = "base_model.model."
-# what an adapter adds to a module's name: lora_A.weight, lora_magnitude_vector, the trained bias of its base layer
+# what an adapter adds to a module's name: lora_A.weight, lora_magnitude_vector, the trained bias
+# of its base layer
 ADDED = re.compile(r"^(?P<module>.*?)(?P<added>\.(?:lora_|base_layer\.).*)$")
 
 
@@ -33,7 +36,8 @@ class Rule(NamedTuple):
 
 @functools.cache
 def rules_for(family: str, source: str, target: str) -> list[Rule]:
-    """One rule for every module and parameter of a family, for any number of layers, without the family's prefix."""
+    """One rule for every module and parameter of a family, for any number of layers, without the
+    family's prefix."""
     from reference_models.load import config_for, family_module
 
     module = family_module(family)
@@ -59,7 +63,8 @@ def _folded(name: str) -> str:
 
 
 def renamer(family: str, source: str, target: str) -> Callable[[str], str | None]:
-    """A function from a module's or tensor's name to its new name, or None where the family has no such name."""
+    """A function from a module's or tensor's name to its new name, or None where the family
+    has no such name."""
     rules = rules_for(family, source, target)
 
     def rename(name: str) -> str | None:
@@ -81,7 +86,8 @@ def families() -> list[str]:
 
 
 def find_names(tensors: list[str], config: dict, layout: str, family: str | None = None) -> dict[str, str]:
-    """{old name: new name} for the tensors of an adapter. ModelError where no family fits, or several differ."""
+    """{old name: new name} for the tensors of an adapter. ModelError where no family fits,
+    or several differ."""
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
     hint = ((config.get("auto_mapping") or {}).get("base_model_class") or "").lower()
     found, named = {}, {}
@@ -105,10 +111,11 @@ def find_names(tensors: list[str], config: dict, layout: str, family: str | None
 
 
 def convert(source: str | Path, target: str | Path, layout: str, family: str | None = None) -> int:
-    """Write the adapter of `source` under the names of `layout` to `target`; how many tensors were renamed.
+    """Write the adapter of `source` under the names of `layout` to `target`; how many
+    tensors were renamed.
 
-    layout: "transformers4" or "transformers5". Raises ModelError for other layouts, unreadable files and names
-    that belong to no family.
+    layout: "transformers4" or "transformers5". Raises ModelError for other layouts, unreadable
+    files and names that belong to no family.
     """
     if layout not in LAYOUTS:
         raise ModelError(
@@ -131,7 +138,8 @@ def convert(source: str | Path, target: str | Path, layout: str, family: str | N
 
 
 def _renamed_config(config: dict, names: dict[str, str]) -> dict:
-    """adapter_config.json for the new names. Layers are told by their full names, which every rule of PEFT takes."""
+    """adapter_config.json for the new names. Layers are told by their full names, which every
+    rule of PEFT takes."""
     modules = {}  # adapted layers, old name: new name
     for old, new in names.items():
         if ".lora_" in old:

@@ -23,9 +23,8 @@ NAMES = (
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """All tensors of a checkpoint, floating ones as float32 and checked to be finite; and the file's name for
-    messages.
-    """
+    """All tensors of a checkpoint, floating ones as float32 and checked to be finite; and the
+    file's name for messages."""
     file = _weight_file(Path(path))
     files = [file]
     if file.name.endswith(".index.json"):
@@ -48,9 +47,7 @@ def _weight_file(path: Path) -> Path:
     found = [path / name for name in NAMES if (path / name).exists()]
     found += sorted(path.glob("*.safetensors"))
     if not found:
-        raise ModelError(
-            f"{path}: no weights here; expected model.safetensors, its index.json or pytorch_model.bin"
-        )
+        raise ModelError(f"{path}: no weights here; expected model.safetensors, its index.json or pytorch_model.bin")
     return found[0]
 
 
@@ -72,9 +69,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{path}: not a readable safetensors file (truncated, or another format?): {error}"
-        ) from None
+        raise ModelError(f"{path}: not a readable safetensors file (truncated, or another format?): {error}") from None
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
@@ -91,7 +86,8 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 
 
 def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: str, model: nn.Module) -> Path:
-    """model.safetensors, config.json and preprocessor_config.json, each under a temporary name first."""
+    """model.safetensors, config.json and preprocessor_config.json, each under a
+    temporary name first."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     labels = getattr(model, "labels", None)
@@ -112,6 +108,7 @@ def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: s
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors that share no memory, in the safetensors format (https://github.com/huggingface/safetensors)."""
+    """Tensors that share no memory, in the safetensors format
+    (https://github.com/huggingface/safetensors)."""
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     replace_file(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))

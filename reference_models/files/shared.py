@@ -1,4 +1,6 @@
-"""What the files of several picture families have in common: a block's parts, fields of config.json, positions."""
+"""What the files of several picture families have in common: a block's parts, fields of
+config.json, positions.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -62,7 +64,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def read_fields(data: dict, known: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-    """{our field: value} from transformers' config.json; a field that the file lacks has transformers' default."""
+    """{our field: value} from transformers' config.json; a field that the file lacks has
+    transformers' default."""
     return {ours: _hashable(data.get(theirs, default)) for ours, (theirs, default) in known.items()}
 
 
@@ -77,10 +80,11 @@ def timm_name(data: dict) -> str:
 
 
 def with_timm_arguments(config, data: dict, known: dict[str, str]):
-    """The configuration of an architecture with the arguments of timm's config.json, where it has some.
+    """The configuration of an architecture with the arguments of timm's config.json,
+    where it has some.
 
-    config: None where the architecture is of another family. Where ours counts hidden units, timm has their ratio to
-    the width.
+    config: None where the architecture is of another family. Where ours counts hidden units, timm
+    has their ratio to the width.
     """
     if config is None:
         return None
@@ -101,7 +105,8 @@ def to_timm(config, architecture: str, known: dict[str, str], features: int) -> 
 
 
 def adapt_positions(state: dict[str, Tensor], old, new, prefix: int, key: str = "pos_embed") -> None:
-    """Interpolate absolute positions in `state` to another patch grid, in place; `prefix` tokens keep theirs."""
+    """Interpolate absolute positions in `state` to another patch grid, in place; `prefix`
+    tokens keep theirs."""
     if key in state and old.grid != new.grid:
         state[key] = resize_positions(state[key], new.grid, prefix, old.grid)
 

@@ -1,4 +1,6 @@
-"""The files of Swin checkpoints: names, key tables, config.json, preprocessing. See load.py for the protocol."""
+"""The files of Swin checkpoints: names, key tables, config.json, preprocessing. See load.py
+for the protocol.
+"""
 
 import math
 import re
@@ -22,7 +24,8 @@ from reference_models.files.shared import (
 from reference_models.swin import SwinConfig, SwinTransformer
 
 build = SwinTransformer
-layouts = {  # "original": the Swin repository and timm before 0.9, which merge at the end of a stage
+# "original": the Swin repository and timm before 0.9, which merge at the end of a stage
+layouts = {
     "transformers4": ("swin.",),
     "transformers5": ("swin.",),
     "timm": ("",),
@@ -30,7 +33,8 @@ layouts = {  # "original": the Swin repository and timm before 0.9, which merge 
     "original": ("",),
 }
 ignored = (
-    r"relative_position_index|attn_mask|relative_coords_table|mask_token$"  # computed, or of pretraining
+    # computed, or of pretraining
+    r"relative_position_index|attn_mask|relative_coords_table|mask_token$"
 )
 optional = r"^head"
 layout_settings: dict[str, dict] = {}
@@ -57,10 +61,7 @@ PARTS = {  # of a block; the three libraries with one qkv have it in `key_table`
         **{f"attn.{name[0]}_proj": f"attention.self.{name}" for name in ("query", "key", "value")},
         TABLE: "attention.self.relative_position_bias_table",
     },
-    "transformers5": {
-        **BLOCK["transformers5"],
-        TABLE: "attention.relative_position_bias.relative_position_bias_table",
-    },
+    "transformers5": {**BLOCK["transformers5"], TABLE: "attention.relative_position_bias.relative_position_bias_table"},
     "timm": {**BLOCK["timm"], TABLE: TABLE},
 }
 PARTS["original"] = PARTS["timm"]
@@ -92,7 +93,8 @@ TIMM_ARGUMENTS = {
 
 
 def config_for(name: str) -> SwinConfig | None:
-    """swin-{size}-patch{p}-window{w}-{side}, such as "swin-base-patch4-window7-224"; None for other families."""
+    """swin-{size}-patch{p}-window{w}-{side}, such as "swin-base-patch4-window7-224"; None
+    for other families."""
     match = re.fullmatch(rf"swin-({'|'.join(SIZES)})-patch(\d+)-window(\d+)-(\d+)", name)
     if not match:
         return None
@@ -109,7 +111,8 @@ def names() -> list[str]:
 
 
 def key_table(config: SwinConfig, layout: str) -> list[Entry]:
-    """Our names beside those of transformers 4 and 5, timm, torchvision and the original repository."""
+    """Our names beside those of transformers 4 and 5, timm, torchvision and the
+    original repository."""
     table = stem(config, layout, "swin.")
     for ours, theirs in block_names(config, layout, "swin."):
         table += block(ours, theirs, PARTS[layout])
@@ -127,12 +130,7 @@ def stem(config: SwinConfig, layout: str, base: str) -> list[Entry]:
         "torchvision": ("features.0.0", "features.0.2", "norm", "head"),
     }.get(
         layout,
-        (
-            f"{base}embeddings.patch_embeddings.projection",
-            f"{base}embeddings.norm",
-            f"{base}layernorm",
-            "classifier",
-        ),
+        (f"{base}embeddings.patch_embeddings.projection", f"{base}embeddings.norm", f"{base}layernorm", "classifier"),
     )
     table = [rename("patch_embed.proj.weight", f"{patch}.weight", "kernel")]
     table += [rename("patch_embed.proj.bias", f"{patch}.bias"), *linear("patch_norm", patch_norm)]
@@ -165,7 +163,8 @@ def block_names(config: SwinConfig, layout: str, base: str):
 
 
 def block(ours: str, theirs: str, parts: dict[str, str]) -> list[Entry]:
-    """Rows of one block; a name in `parts` that ends in "table" or "scale" is a parameter, the others are layers."""
+    """Rows of one block; a name in `parts` that ends in "table" or "scale" is a parameter, the
+    others are layers."""
     table = []
     for part, name in parts.items():
         if part.endswith(("table", "scale")):
@@ -176,7 +175,8 @@ def block(ours: str, theirs: str, parts: dict[str, str]) -> list[Entry]:
 
 
 def fit_config(config: SwinConfig, shapes: dict[str, tuple]) -> SwinConfig:
-    """The configuration with what a file's shapes (our names) say of it: classes, windows, absolute positions."""
+    """The configuration with what a file's shapes (our names) say of it: classes, windows,
+    absolute positions."""
     classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
     config = replace(config, num_classes=classes, absolute_positions="pos_embed" in shapes)
     first = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
@@ -190,7 +190,8 @@ def fit_config(config: SwinConfig, shapes: dict[str, tuple]) -> SwinConfig:
 
 
 def adapt(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig) -> None:
-    """Interpolate bias tables and positions in `state` to other windows or another picture size, in place."""
+    """Interpolate bias tables and positions in `state` to other windows or another
+    picture size, in place."""
     adapt_positions(state, old, new, prefix=0)
     stages = [stage for stage, depth in enumerate(new.depths) for _ in range(depth)]
     for i, stage in enumerate(stages):
@@ -200,7 +201,8 @@ def adapt(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig) -> None:
 
 
 def resize_window_table(table: Tensor, old: int, new: int) -> Tensor:
-    """Bicubic interpolation of a bias table to another window, ((2 w - 1)^2, h), as the Swin repository does."""
+    """Bicubic interpolation of a bias table to another window, ((2 w - 1)^2, h), as the Swin
+    repository does."""
     grid = table.T.reshape(1, -1, 2 * old - 1, 2 * old - 1).float()
     grid = F.interpolate(grid, size=(2 * new - 1, 2 * new - 1), mode="bicubic", align_corners=False)
     return grid.flatten(2)[0].T.to(table.dtype).contiguous()
@@ -221,7 +223,8 @@ def from_transformers(config: SwinConfig, data: dict) -> SwinConfig:
 
 
 def config_to_json(config: SwinConfig, layout: str) -> dict:
-    """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
+    """config.json as transformers or timm read it; labels and preprocessing are
+    added by the caller."""
     if layout == "timm":
         known = config.name in names()[1:]
         name = config.name.replace("-", "_") if known else "swin_tiny_patch4_window7_224"

@@ -32,13 +32,16 @@ PARTS["transformers4"] |= {
     "attn.logit_scale": "attention.self.logit_scale",
     "attn.cpb_mlp.0": "attention.self.continuous_position_bias_mlp.0",
 }
-PARTS["transformers5"] = PARTS["transformers4"]  # transformers 5 left the names of this family as they were
+# transformers 5 left the names of this family as they were
+PARTS["transformers5"] = PARTS["transformers4"]
 
 
 def config_for(name: str) -> SwinV2Config | None:
-    """swinv2-{size}-patch{p}-window{w}-{side}; after fine-tuning at a larger size window12to24-192to384.
+    """swinv2-{size}-patch{p}-window{w}-{side}; after fine-tuning at a larger size
+    window12to24-192to384.
 
-    Window 24 exists only as fine-tuned from window 12 at 192 pixels, so it means that without saying so.
+    Window 24 exists only as fine-tuned from window 12 at 192 pixels, so it means that
+    without saying so.
     """
     pattern = rf"swinv2-({'|'.join(SIZES)})-patch(\d+)-window(?:(\d+)to)?(\d+)-(?:(\d+)to)?(\d+)"
     match = re.fullmatch(pattern, name)
@@ -82,13 +85,15 @@ def key_table(config: SwinV2Config, layout: str) -> list[Entry]:
 
 
 def fit_config(config: SwinV2Config, shapes: dict[str, tuple]) -> SwinV2Config:
-    """The configuration with what a file's shapes (our names) say of it: classes, absolute positions."""
+    """The configuration with what a file's shapes (our names) say of it: classes,
+    absolute positions."""
     classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
     return replace(config, num_classes=classes, absolute_positions="pos_embed" in shapes)
 
 
 def adapt(state: dict[str, Tensor], old: SwinV2Config, new: SwinV2Config) -> None:
-    """Interpolate absolute positions in `state`, in place; the position network needs no interpolation."""
+    """Interpolate absolute positions in `state`, in place; the position network needs
+    no interpolation."""
     adapt_positions(state, old, new, prefix=0)
 
 
@@ -108,7 +113,8 @@ def config_from_json(data: dict) -> SwinV2Config | None:
 
 
 def config_to_json(config: SwinV2Config, layout: str) -> dict:
-    """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
+    """config.json as transformers or timm read it; labels and preprocessing are
+    added by the caller."""
     if layout == "timm":
         known = config.name in names()[1:]
         name = config.name.replace("-", "_").replace("_patch4", "") if known else "swinv2_tiny_window8_256"

@@ -1,4 +1,6 @@
-"""The files of ViT and DeiT checkpoints: names, key tables, config.json, preprocessing. Protocol: see load.py."""
+"""The files of ViT and DeiT checkpoints: names, key tables, config.json, preprocessing.
+Protocol: see load.py.
+"""
 
 import math
 import re
@@ -23,12 +25,8 @@ from reference_models.files.shared import (
 from reference_models.vit import SIZES, VisionTransformer, ViTConfig
 
 build = VisionTransformer
-layouts = {  # of weight files, with the prefixes that their names may carry; the first is the table's own
-    "transformers4": ("vit.", "deit."),
-    "transformers5": ("vit.", "deit."),
-    "timm": ("",),
-    "torchvision": ("",),
-}
+# of weight files, with the prefixes that their names may carry; the first is the table's own
+layouts = {"transformers4": ("vit.", "deit."), "transformers5": ("vit.", "deit."), "timm": ("",), "torchvision": ("",)}
 ignored = r"^$"  # keys of a file that mean nothing to the model
 optional = r"^(pooler|head|dist_token)"  # our names that a file may lack or have in addition
 layout_settings = {"transformers4": {"eps": 1e-12}, "transformers5": {"eps": 1e-12}}
@@ -42,14 +40,13 @@ PARTS = BLOCK | {
         "attn.out_proj": "self_attention.out_proj",
         "mlp.fc1": "mlp.0",
         "mlp.fc2": "mlp.3",
-    },
+    }
 }
 
 
 def config_for(name: str) -> ViTConfig | None:
-    """vit-{size}-patch{p}-{side}, such as "vit-tiny-patch16-224". None where the name is of another
-    family.
-    """
+    """vit-{size}-patch{p}-{side}, such as "vit-tiny-patch16-224". None where the name is
+    of another family."""
     match = re.fullmatch(rf"vit-({'|'.join(SIZES)})-patch(\d+)-(\d+)", name)
     if not match:
         return None
@@ -59,7 +56,8 @@ def config_for(name: str) -> ViTConfig | None:
 
 
 def file_preprocess(file_name: str) -> dict:
-    """DeiT's weights carry ViT's names but want ImageNet's mean and deviation; only the file's name tells."""
+    """DeiT's weights carry ViT's names but want ImageNet's mean and deviation; only the
+    file's name tells."""
     if "deit" not in file_name.lower():
         return {}
     return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bicubic"}
@@ -71,15 +69,13 @@ def names() -> list[str]:
 
 
 def key_table(config: ViTConfig, layout: str) -> list[Entry]:
-    """Our names beside those of transformers 4 and 5 (DeiT's with a second token), timm and torchvision."""
+    """Our names beside those of transformers 4 and 5 (DeiT's with a second token), timm
+    and torchvision."""
     if layout.startswith("transformers"):
         base = "deit." if config.distilled else "vit."
         table = _outside(base, "embeddings.patch_embeddings.projection", "classifier")
         table += [rename("cls_token", f"{base}embeddings.cls_token")]
-        table += [
-            rename("pos_embed", f"{base}embeddings.position_embeddings"),
-            *linear("norm", f"{base}layernorm"),
-        ]
+        table += [rename("pos_embed", f"{base}embeddings.position_embeddings"), *linear("norm", f"{base}layernorm")]
         table += [rename("dist_token", f"{base}embeddings.distillation_token")]
         table += linear("pooler.dense", f"{base}pooler.dense")
         blocks = f"{base}encoder.layer" if layout == "transformers4" else f"{base}layers"
@@ -111,22 +107,20 @@ def _outside(base: str, patch: str, head: str) -> list[Entry]:
 
 
 def fit_config(config: ViTConfig, shapes: dict[str, tuple]) -> ViTConfig:
-    """The configuration with what the shapes of a file (our names) say of it: classes, second token, picture
-    size.
-    """
+    """The configuration with what the shapes of a file (our names) say of it: classes, second
+    token, picture size."""
     classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
     config = replace(config, num_classes=classes, distilled="dist_token" in shapes)
     rows, cols = config.grid
-    patches = (
-        shapes["pos_embed"][1] - (2 if config.distilled else 1) if "pos_embed" in shapes else rows * cols
-    )
+    patches = shapes["pos_embed"][1] - (2 if config.distilled else 1) if "pos_embed" in shapes else rows * cols
     if patches != rows * cols:
         config = replace(config, image_size=math.isqrt(patches) * config.patch_size)
     return config
 
 
 def adapt(state: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
-    """Interpolate the position embeddings in `state` from the old picture size to the new one, in place."""
+    """Interpolate the position embeddings in `state` from the old picture size to the
+    new one, in place."""
     adapt_positions(state, old, new, prefix=2 if new.distilled else 1)
 
 
@@ -143,12 +137,11 @@ def config_from_json(data: dict) -> ViTConfig | None:
 
 
 def config_to_json(config: ViTConfig, layout: str) -> dict:
-    """config.json as transformers or timm read it; labels and preprocessing are added by the caller."""
+    """config.json as transformers or timm read it; labels and preprocessing are
+    added by the caller."""
     if layout == "timm":
         if config.distilled:
-            raise ModelError(
-                f"{config.name}: timm's distilled models have a second head; write it for transformers"
-            )
+            raise ModelError(f"{config.name}: timm's distilled models have a second head; write it for transformers")
         architecture = config.name if config.name in names()[1:] else "vit-base-patch16-224"
         return to_timm(config, architecture.replace("-", "_"), ENCODER_ARGUMENTS, config.dim)
     kind = "deit" if config.distilled else "vit"

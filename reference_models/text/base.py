@@ -11,7 +11,8 @@ import torch
 from reference_models.errors import ModelError
 from reference_models.text.textfiles import write_atomic
 
-# Unicode's White_Space. Python's `\s` also takes U+001C..U+001F, which the reference tokenizers do not.
+# Unicode's White_Space. Python's `\s` also takes U+001C..U+001F, which the reference
+# tokenizers do not.
 WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 CACHE_LIMIT = 1 << 16  # chunks remembered; a few MB
 
@@ -22,9 +23,7 @@ def numbered(vocab: Mapping[str, int] | Sequence[str], where: str) -> dict[str, 
         ids: dict[str, int] = {}
         for i, token in enumerate(vocab):
             if token in ids:
-                raise ModelError(
-                    f"{where}, line {i + 1}: token {token!r} is already on line {ids[token] + 1}"
-                )
+                raise ModelError(f"{where}, line {i + 1}: token {token!r} is already on line {ids[token] + 1}")
             ids[token] = i
         return ids
     seen: dict[int, str] = {}
@@ -36,9 +35,7 @@ def numbered(vocab: Mapping[str, int] | Sequence[str], where: str) -> dict[str, 
         seen[i] = token
     missing = next((i for i in range(len(seen)) if i not in seen), None)
     if missing is not None:
-        raise ModelError(
-            f"{where}: {len(seen)} tokens, but none has id {missing}; ids must be 0..{len(seen) - 1}"
-        )
+        raise ModelError(f"{where}: {len(seen)} tokens, but none has id {missing}; ids must be 0..{len(seen) - 1}")
     return dict(vocab)
 
 
@@ -59,11 +56,13 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 class Tokenizer(ABC):
-    """Text -> ids. Subclasses say how one whitespace-free chunk is cut (`_chunk`) and which ids frame a text.
+    """Text -> ids. Subclasses say how one whitespace-free chunk is cut (`_chunk`) and which
+    ids frame a text.
 
-    `added` are tokens found in the raw text before any cleaning ("[SEP]", "<|endoftext|>" and the like), as the
-    tokenizers library does: a text that contains one gets its id.
-    `truncated` counts the texts that were cut since the tokenizer was made (or since it was set to 0).
+    `added` are tokens found in the raw text before any cleaning ("[SEP]", "<|endoftext|>" and
+    the like), as the
+    tokenizers library does: a text that contains one gets its id. `truncated` counts the texts that
+    were cut since the tokenizer was made (or since it was set to 0).
     """
 
     kind: str
@@ -75,14 +74,10 @@ class Tokenizer(ABC):
         self.vocab = numbered(vocab, where)
         for token in self.special:
             if token not in self.vocab:
-                raise ModelError(
-                    f"{where}: the special token {token!r} is missing; is this a {self.kind} vocabulary?"
-                )
+                raise ModelError(f"{where}: the special token {token!r} is missing; is this a {self.kind} vocabulary?")
         for token, i in (added or {}).items():
             if self.vocab.setdefault(token, i) != i:
-                raise ModelError(
-                    f"{where}, added token {token!r}: id {i}, but the vocabulary says {self.vocab[token]}"
-                )
+                raise ModelError(f"{where}, added token {token!r}: id {i}, but the vocabulary says {self.vocab[token]}")
         self.vocab = numbered(self.vocab, where)
         names = (*self.special, *self.optional, *(added or ()))
         self.added = {token: self.vocab[token] for token in names if token in self.vocab}
@@ -139,10 +134,11 @@ class Tokenizer(ABC):
     ) -> dict[str, torch.Tensor]:
         """A batch: int64 tensors `input_ids`, `attention_mask` and, for WordPiece, `token_type_ids`.   (B, T)
 
-        max_length: rows are cut to it (None = the model's own: 77 for CLIP, 512 for BERT), keeping the special
-        tokens; of a pair the longer text is cut first. padding: True pads to the longest row; a number pads (and
-        cuts) every row to that length; False demands rows of one length.
-        Raises ModelError for anything but lists of strings, or a limit with no room for the special tokens.
+        max_length: rows are cut to it (None = the model's own: 77 for CLIP, 512 for BERT), keeping
+        the special tokens; of a pair the longer text is cut first. padding: True pads to the
+        longest row; a number pads (and cuts) every row to that length; False demands rows of one
+        length. Raises ModelError for anything but lists of strings, or a limit with no room for
+        the special tokens.
         """
         _check_strings("texts", texts)
         if pairs is not None:
@@ -152,9 +148,7 @@ class Tokenizer(ABC):
         limit = self.max_length if max_length is None else max_length
         fixed = padding if isinstance(padding, int) and not isinstance(padding, bool) else None
         limit = limit if fixed is None else min(limit, fixed)
-        rows = [
-            self._row(text, pairs[i] if pairs is not None else None, limit) for i, text in enumerate(texts)
-        ]
+        rows = [self._row(text, pairs[i] if pairs is not None else None, limit) for i, text in enumerate(texts)]
         lengths = [len(ids) for ids, _ in rows]
         width = fixed or max(lengths, default=0)
         if padding is False and any(n != width for n in lengths):
@@ -182,9 +176,7 @@ class Tokenizer(ABC):
     def _save_config(self, directory: Path, config: dict) -> None:
         flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
         config["model_max_length"] = self.max_length
-        config["added_tokens_decoder"] = {
-            str(i): {"content": token, **flags} for token, i in self.added.items()
-        }
+        config["added_tokens_decoder"] = {str(i): {"content": token, **flags} for token, i in self.added.items()}
         write_atomic(directory / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -20,13 +20,13 @@ from reference_models.text.base import WHITE_SPACE, Tokenizer
 from reference_models.text.textfiles import write_atomic
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-MERGES = (
-    49152 - 256 - 2
-)  # merges CLIP takes from its list of 262,144: the vocabulary is 49,408 with bytes and specials
+# merges CLIP takes from its list of 262,144: the vocabulary is 49,408 with bytes and specials
+MERGES = 49152 - 256 - 2
 
 SPACES = re.compile(f"[{WHITE_SPACE}]+")
-# The cut works on a shadow of the text in which every letter beyond ASCII is "z", every numeral "0", every other
-# sign "!": none of them occurs in the endings or the special names, so spans in the shadow are spans in the text.
+# The cut works on a shadow of the text in which every letter beyond ASCII is "z", every numeral
+# "0", every other sign "!": none of them occurs in the endings or the special names, so spans in
+# the shadow are spans in the text.
 WORDS = re.compile(r"<\|(?:start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-zA-Z]+|[0-9]|[^a-zA-Z0-9]+")
 SPECIAL_NAME = re.compile(r"(<\|)((?:start|end)oftext)(\|>)")
 
@@ -42,7 +42,8 @@ SHADOW = _Shadow()
 
 
 def byte_letters() -> list[str]:
-    """The printable stand-in of each byte: itself where it prints in Latin-1, else the next one from U+0100."""
+    """The printable stand-in of each byte: itself where it prints in Latin-1, else the next
+    one from U+0100."""
     prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in prints else next(others)) for byte in range(256)]
@@ -52,19 +53,21 @@ BYTE_LETTERS = byte_letters()
 
 
 def clip_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """CLIP's order: byte letters (those that print first), the same ending a word, the merges, the specials."""
+    """CLIP's order: byte letters (those that print first), the same ending a word, the
+    merges, the specials."""
     letters = sorted(BYTE_LETTERS)
     tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
     return {token: i for i, token in enumerate(tokens)}
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's tokenizer: <|startoftext|> text <|endoftext|>, at most 77 tokens, the last one kept when cutting.
+    """CLIP's tokenizer: <|startoftext|> text <|endoftext|>, at most 77 tokens, the last one
+    kept when cutting.
 
-    merges: pairs in order of priority. vocab: None = CLIP's own numbering. pad_id: 0 as in OpenAI's code and
-    open_clip; transformers pads with <|endoftext|>. The text tower pools at the first <|endoftext|> and looks
-    backward only, so both give the same features.
-    clean_html=False is what transformers does; True first resolves entities ("&amp;amp;" -> "&"), as OpenAI's code and
+    merges: pairs in order of priority. vocab: None = CLIP's own numbering. pad_id: 0 as in OpenAI's
+    code and open_clip; transformers pads with <|endoftext|>. The text tower pools at the first
+    <|endoftext|> and looks backward only, so both give the same features. clean_html=False is what
+    transformers does; True first resolves entities ("&amp;amp;" -> "&"), as OpenAI's code and
     open_clip do (their repair of mis-decoded text by the ftfy package is left out).
     """
 
@@ -98,9 +101,8 @@ class ClipTokenizer(Tokenizer):
 
     def text_ids(self, text: str) -> list[int]:
         if self.clean_html:
-            text = html.unescape(
-                html.unescape(text)
-            )  # twice, as OpenAI: captions from the web are often escaped twice
+            # twice, as OpenAI: captions from the web are often escaped twice
+            text = html.unescape(html.unescape(text))
         return super().text_ids(text)
 
     def _chunks(self, text: str) -> Iterable[str]:
@@ -136,39 +138,34 @@ class ClipTokenizer(Tokenizer):
         tokens = (self.tokens[int(i)] for i in ids)
         text = "".join(token for token in tokens if token not in self.added)
         values = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
-        words = [
-            bytes(values[letter] for letter in word if letter in values) for word in text.split(WORD_END)
-        ]
+        words = [bytes(values[letter] for letter in word if letter in values) for word in text.split(WORD_END)]
         return b" ".join(words).decode("utf-8", errors="replace").strip()
 
     def save(self, directory: str | Path) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, which load_tokenizer and transformers read."""
+        """Write vocab.json, merges.txt and tokenizer_config.json, which load_tokenizer and
+        transformers read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_atomic(directory / "vocab.json", json.dumps(self.vocab, ensure_ascii=False).encode())
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks)]
         write_atomic(directory / "merges.txt", ("\n".join(lines) + "\n").encode())
-        # pad_token is for transformers, which would find a "!" (id 0) of the text and take it for padding.
+        # pad_token is for transformers, which would find a "!" (id 0) of the text and
+        # take it for padding.
         names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-        config = {
-            "tokenizer_class": "CLIPTokenizer",
-            **names,
-            "pad_id": self.pad_id,
-            "clean_html": self.clean_html,
-        }
+        config = {"tokenizer_class": "CLIPTokenizer", **names, "pad_id": self.pad_id, "clean_html": self.clean_html}
         self._save_config(directory, config)
 
 
 def join_pairs(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Join the neighbours of lowest rank, leftmost first, until no pair has a rank; `pieces` is used up.
+    """Join the neighbours of lowest rank, leftmost first, until no pair has a rank;
+    `pieces` is used up.
 
-    A heap of (rank, place) instead of a search per join: a word of n letters costs n log n, not n squared.
+    A heap of (rank, place) instead of a search per join: a word of n letters costs n log
+    n, not n squared.
     """
     end = len(pieces)
-    left, right = (
-        list(range(-1, end - 1)),
-        list(range(1, end + 1)),
-    )  # places of the neighbours that still stand
+    # places of the neighbours that still stand
+    left, right = (list(range(-1, end - 1)), list(range(1, end + 1)))
     heap: list[tuple[int, int]] = []
 
     def offer(i: int) -> None:

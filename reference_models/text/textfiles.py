@@ -1,4 +1,6 @@
-"""Text and JSON read with errors that name file and line; files written so that a crash leaves the old or the new."""
+"""Text and JSON read with errors that name file and line; files written so that a crash leaves
+the old or the new.
+"""
 
 import json
 import os
@@ -10,7 +12,8 @@ from reference_models.errors import ModelError
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file. Raises ModelError naming the file (and the line of the first bad byte)."""
+    """The UTF-8 text of a file. Raises ModelError naming the file (and the line of the
+    first bad byte)."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -27,9 +30,11 @@ def decode_utf8(data: bytes, path: Path) -> str:
 
 
 def read_json(path: Path, unique: bool = False) -> dict:
-    """A JSON file whose outermost value is an object. Raises ModelError naming the file and the line or the key.
+    """A JSON file whose outermost value is an object. Raises ModelError naming the file and the
+    line or the key.
 
-    unique: refuse an object with a key twice, of which json would take the last, as transformers does.
+    unique: refuse an object with a key twice, of which json would take the last, as
+    transformers does.
     """
     hook = (lambda pairs: _unique(pairs, path)) if unique else None
     try:
@@ -38,7 +43,8 @@ def read_json(path: Path, unique: bool = False) -> dict:
         raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
     except ModelError:
         raise
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+    # nested too deep; a number of thousands of digits
+    except (RecursionError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found a {type(value).__name__}")
@@ -60,7 +66,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for `write`, which makes the file that it is given; others may read it as far as umask allows."""
+    """The same for `write`, which makes the file that it is given; others may read it as far
+    as umask allows."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,10 +1,12 @@
-"""Text to ids: WordPiece (BERT) and CLIP's byte-pair encoding, from the files that checkpoints come with.
+"""Text to ids: WordPiece (BERT) and CLIP's byte-pair encoding, from the files that
+checkpoints come with.
 
     tokenizer = load_tokenizer("bert-base-uncased")            # directory or file
     batch = tokenizer(["what colour is it?"], pairs=["red"])   # int64 tensors (B, T)
 
-A directory may hold tokenizer.json, vocab.txt, vocab.json + merges.txt or bpe_simple_vocab_16e6.txt.gz (looked for in
-this order, as transformers does); tokenizer_config.json beside them sets lower-casing, lengths and padding.
+A directory may hold tokenizer.json, vocab.txt, vocab.json + merges.txt or
+bpe_simple_vocab_16e6.txt.gz (looked for in this order, as transformers does); tokenizer_config.json
+beside them sets lower-casing, lengths and padding.
 """
 
 import gzip
@@ -24,7 +26,8 @@ OPEN_END = 1_000_000  # transformers writes 1e30 for "no limit"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file or directory. Raises ModelError naming the file and the line or key that is wrong."""
+    """The tokenizer in a file or directory. Raises ModelError naming the file and the line or
+    key that is wrong."""
     path = Path(path)
     if path.is_dir():
         found = next((path / name for name in NAMES if (path / name).is_file()), None)
@@ -59,16 +62,13 @@ def _read_vocab(path: Path) -> list[str]:
 
 
 def _parse_merges(lines: list[str], path: Path) -> list[tuple[str, str]]:
-    start = (
-        1 if lines and "#version" in lines[0] else 0
-    )  # CLIP's first line is `"bpe_simple_vocab...#version: 0.2`
+    # CLIP's first line is `"bpe_simple_vocab...#version: 0.2`
+    start = 1 if lines and "#version" in lines[0] else 0
     merges = []
     for number, line in enumerate(lines[start:], start + 1):
         pair = tuple(line.removesuffix("\r").split(" "))
         if len(pair) != 2 or not all(pair):
-            raise ModelError(
-                f"{path}, line {number}: a merge is two pieces with one space between, not {line[:80]!r}"
-            )
+            raise ModelError(f"{path}, line {number}: a merge is two pieces with one space between, not {line[:80]!r}")
         merges.append(pair)
     return merges
 
@@ -103,9 +103,7 @@ def _from_tokenizer_json(data: dict, path: Path, config: dict, settings: Path) -
         lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model.get("merges") or []]
         options = _clip_options(config, settings) | {"added": added}
         return ClipTokenizer(_parse_merges(lines, path), model["vocab"], where=str(path), **options)
-    raise ModelError(
-        f"{path}, key model.type: {kind!r} is neither WordPiece (BERT) nor CLIP's byte-pair encoding"
-    )
+    raise ModelError(f"{path}, key model.type: {kind!r} is neither WordPiece (BERT) nor CLIP's byte-pair encoding")
 
 
 def _normalizer_options(normalizer: object, path: Path) -> dict:

@@ -18,14 +18,15 @@ from reference_models.text.base import Tokenizer
 from reference_models.text.textfiles import write_atomic
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
-# Separators that survive the cleaning; the control characters among White_Space are deleted before they separate.
+# Separators that survive the cleaning; the control characters among White_Space are deleted
+# before they separate.
 SEPARATOR = re.compile("[\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 CJK = re.compile(
     "([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
     "\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f])"
 )
-# Where the general category differs: ASCII symbols are punctuation to BERT; the others were reclassified after
-# Unicode 8, whose tables the tokenizers library uses.
+# Where the general category differs: ASCII symbols are punctuation to BERT; the others were
+# reclassified after Unicode 8, whose tables the tokenizers library uses.
 CATEGORIES = dict.fromkeys("$+<=>^`|~\u166d\U000111c9", "Po") | {
     **{"\ufffd": "Cc", "\u1734": "Mn", "\ua9bd": "Mc", "\u1885": "Lo", "\u1886": "Lo"}
 }
@@ -48,8 +49,9 @@ def is_punctuation(char: str) -> bool:
 class WordPieceTokenizer(Tokenizer):
     """BERT's tokenizer: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP] with token types 0 and 1.
 
-    vocab: tokens in the order of their ids, or token -> id. lowercase=False is for cased models; strip_accents=None
-    follows lowercase. Raises ModelError for a missing special token or a token that occurs twice.
+    vocab: tokens in the order of their ids, or token -> id. lowercase=False is for cased models;
+    strip_accents=None follows lowercase. Raises ModelError for a missing special token or a token
+    that occurs twice.
     """
 
     kind = "wordpiece"
@@ -118,7 +120,8 @@ class WordPieceTokenizer(Tokenizer):
         return [self.cls_id, *ids, self.eos_id, *tail]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Words joined by spaces, special tokens left out; case, accents and spacing are gone for good."""
+        """Words joined by spaces, special tokens left out; case, accents and spacing
+        are gone for good."""
         tokens = (self.tokens[int(i)] for i in ids)
         return " ".join(token for token in tokens if token not in self.added).replace(" ##", "")
 
@@ -137,12 +140,14 @@ class WordPieceTokenizer(Tokenizer):
 
 
 def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
-    """Learn at most `size` pieces from English texts: join the most frequent neighbouring pair, again and again.
+    """Learn at most `size` pieces from English texts: join the most frequent neighbouring pair,
+    again and again.
 
-    The list starts with the special tokens and every printable ASCII character, alone and as "##c", so that no
-    English word becomes [UNK]; words with other characters teach nothing. Deterministic: of two pairs equally
-    frequent the alphabetically first is joined. (Sennrich et al. 2016, with BERT's notation of the pieces.)
-    Raises ModelError when `size` is too small for the characters alone.
+    The list starts with the special tokens and every printable ASCII character, alone and as
+    "##c", so that no English word becomes [UNK]; words with other characters teach nothing.
+    Deterministic: of two pairs equally frequent the alphabetically first is joined. (Sennrich et
+    al. 2016, with BERT's notation of the pieces.) Raises ModelError when `size` is too small for
+    the characters alone.
     """
     ascii_chars = [chr(code) for code in range(33, 127)]
     vocab = [PAD, UNK, CLS, SEP, MASK, *ascii_chars, *(f"##{char}" for char in ascii_chars)]
@@ -163,7 +168,8 @@ def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
     known = set(vocab)
     while heap and len(vocab) < size:
         n, best = heapq.heappop(heap)
-        if -n != pairs[best] or n == 0:  # counted again since: the fresh entry is in the heap as well
+        # counted again since: the fresh entry is in the heap as well
+        if -n != pairs[best] or n == 0:
             continue
         joined = best[0] + best[1].removeprefix("##")
         if joined not in known:  # "a ##bc" and "ab ##c" both give "abc"
@@ -179,7 +185,8 @@ def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
 
 
 def _join(word: tuple[list[str], int], i: int, best, joined: str, pairs: Counter, places: dict) -> set:
-    """Join `best` in one word, in place; moves its counts from the old pairs to the new and returns both."""
+    """Join `best` in one word, in place; moves its counts from the old pairs to the new
+    and returns both."""
     pieces, n = word
     old = list(zip(pieces, pieces[1:], strict=False))
     at = 0

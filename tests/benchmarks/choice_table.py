@@ -31,9 +31,7 @@ ROWS = ("zero-shot", "text only", "linear", "lora", "full")
 
 def build(row: str, seed: int, *words: str) -> choice.Choice:
     mode = row if row in ("linear", "lora", "full") else "lora"
-    config, _ = parse_args(
-        ["--task", "choice", "--mode", mode, "--seed", str(seed), "--device", "cpu", *words]
-    )
+    config, _ = parse_args(["--task", "choice", "--mode", mode, "--seed", str(seed), "--device", "cpu", *words])
     task = build_task(config)
     if row == "text only":
         grey = Image.new("RGB", (48, 48), (60, 60, 60))
@@ -52,11 +50,7 @@ def run(row: str, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result = Trainer(task, options, Path(folder), "cpu").fit()
     accuracy = 100 * task.test(task.model)["accuracy"]
-    return {
-        "accuracy": accuracy,
-        "seconds": result["seconds"],
-        "trainable": count_parameters(task.model).trainable,
-    }
+    return {"accuracy": accuracy, "seconds": result["seconds"], "trainable": count_parameters(task.model).trainable}
 
 
 def table(done: dict[str, dict]) -> list[dict]:

@@ -25,9 +25,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--rounds", type=int, default=15, help="timed rounds, after 3 of warm-up")
     flags.add_argument("--threads", type=int, default=2, help="CPU threads")
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flags.add_argument(
-        "--save", action="store_true", help="write JSON and Markdown into tests/benchmarks/results"
-    )
+    flags.add_argument("--save", action="store_true", help="write JSON and Markdown into tests/benchmarks/results")
     return flags
 
 

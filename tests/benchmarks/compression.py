@@ -30,15 +30,7 @@ def trained(arguments: Namespace, name: str, *words: str) -> tuple[Path, float]:
     """(run directory, accuracy of its best epoch); a run that is there already is not repeated."""
     path = Path(arguments.work) / name
     if not (path / "summary.json").exists():
-        words = [
-            *map(str, words),
-            "--output",
-            str(path),
-            "--device",
-            arguments.device,
-            "--log-interval",
-            "100000",
-        ]
+        words = [*map(str, words), "--output", str(path), "--device", arguments.device, "--log-interval", "100000"]
         assert train(words) == 0
     return path, json.loads((path / "summary.json").read_text())["best"]["accuracy"]
 
@@ -61,17 +53,7 @@ def teacher_of(arguments: Namespace) -> tuple[Path, float]:
 def student(arguments: Namespace, seed: int, *distill: str) -> tuple[Path, float]:
     """A student on a small part of the data, which the seed draws too."""
     sizes = ["--subset", arguments.pictures, "--epochs", arguments.epochs, "--seed", seed, "--lr", "1e-3"]
-    words = [
-        "--model",
-        "student-nano",
-        "--weights",
-        "none",
-        "--mode",
-        "full",
-        *sizes,
-        "--augment",
-        arguments.augment,
-    ]
+    words = ["--model", "student-nano", "--weights", "none", "--mode", "full", *sizes, "--augment", arguments.augment]
     teacher = teacher_of(arguments)[0]
     tokens = ["--teacher", teacher] if distill else ["--tokenizer", teacher]
     kind = "-".join(word.removeprefix("--distill-") for word in map(str, distill)) or "alone"
@@ -155,20 +137,14 @@ def sizes(arguments: Namespace, header: str) -> None:
 def main() -> None:
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("part", choices=("distill", "sizes"))
-    flags.add_argument(
-        "--data-dir", default=None, help="questions in the files of VQA v2; generated scenes without"
-    )
+    flags.add_argument("--data-dir", default=None, help="questions in the files of VQA v2; generated scenes without")
     flags.add_argument("--pictures", type=int, default=40, help="training pictures of the students")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--epochs", type=int, default=40, help="of the students")
     flags.add_argument("--teacher-epochs", type=int, default=24)
-    flags.add_argument(
-        "--alphas", type=float, nargs="+", default=[0.1, 0.5], help="to choose from, with --distill-t2"
-    )
+    flags.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.5], help="to choose from, with --distill-t2")
     flags.add_argument("--temperatures", type=float, nargs="+", default=[3.0, 15.0])
-    flags.add_argument(
-        "--tables", nargs="+", default=["vit", "mobilenet", "vqa"], choices=["vit", "mobilenet", "vqa"]
-    )
+    flags.add_argument("--tables", nargs="+", default=["vit", "mobilenet", "vqa"], choices=["vit", "mobilenet", "vqa"])
     flags.add_argument("--augment", default="none", choices=("none", "basic", "rand"))
     flags.add_argument("--classifier-epochs", type=int, default=8)
     flags.add_argument("--tune", type=int, default=2, help="epochs of learning on after pruning")

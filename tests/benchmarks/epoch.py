@@ -139,8 +139,7 @@ def main() -> None:
         }
         lora = {grouped: build_task(Config(**common, group_by_image=grouped)) for grouped in (False, True)}
         linear = {
-            cached: build_task(Config(**common, mode="linear", cache_features=cached))
-            for cached in (False, True)
+            cached: build_task(Config(**common, mode="linear", cache_features=cached)) for cached in (False, True)
         }
         questions = len(lora[True].data["train"])
         print(
@@ -154,10 +153,7 @@ def main() -> None:
             "linear, --cache-features, 2nd epoch": lambda: epoch(linear[True]),
         }
         show("an epoch of training", compare(variants, options.rounds))
-        show(
-            "reading an epoch",
-            compare(reading(folder, lora[True], Path(temporary) / "shards"), options.rounds),
-        )
+        show("reading an epoch", compare(reading(folder, lora[True], Path(temporary) / "shards"), options.rounds))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,7 @@ def measure(name: str, arguments) -> dict:
         models = {"dense": dense.to(arguments.device), "merged": merged, "lora": adapted.to(arguments.device)}
         images = torch.randn(arguments.batch, 3, 224, 224, device=arguments.device)
         runs = {key: lambda model=model: model(images) for key, model in models.items()}
-        runs |= {
-            "switch adapter": lambda: load_adapter(adapted, first),
-            "load model": lambda: load_pretrained(whole),
-        }
+        runs |= {"switch adapter": lambda: load_adapter(adapted, first), "load model": lambda: load_pretrained(whole)}
         seconds = interleaved(runs, arguments.rounds, arguments.device)
     return {
         "model": name,

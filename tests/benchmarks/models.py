@@ -113,9 +113,7 @@ class Case:
             heads = self.modules_to_save() or (() if mode == "lora" else model.head_modules)
             inject_lora(
                 model,
-                LoRAConfig(
-                    r=r, lora_alpha=16, lora_dropout=dropout, target_modules=targets, modules_to_save=heads
-                ),
+                LoRAConfig(r=r, lora_alpha=16, lora_dropout=dropout, target_modules=targets, modules_to_save=heads),
             )
             cast_frozen(model, DTYPES[base])
         return self.step(speed_up(model) if fast else model, amp)
@@ -125,13 +123,9 @@ class Case:
         if mode == "lora":
             from peft import LoraConfig, get_peft_model
 
-            names = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "clip": ["q_proj", "v_proj"]}[
-                self.kind
-            ]
+            names = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "clip": ["q_proj", "v_proj"]}[self.kind]
             saved = {"vit": ["classifier"], "bert": ["head"], "clip": None}[self.kind]
-            config = LoraConfig(
-                r=r, lora_alpha=16, lora_dropout=dropout, target_modules=names, modules_to_save=saved
-            )
+            config = LoraConfig(r=r, lora_alpha=16, lora_dropout=dropout, target_modules=names, modules_to_save=saved)
             model = get_peft_model(model, config)
         return self.step(model, amp)
 
@@ -143,14 +137,8 @@ class Case:
         kinds = {"vit": "ViTForImageClassification", "bert": "BertModel", "clip": "CLIPModel"}
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            save_pretrained(
-                self.plain.encoder if self.kind == "bert" else self.plain, folder, layout="transformers"
-            )
-            dropouts = (
-                {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-                if self.kind == "bert"
-                else {}
-            )
+            save_pretrained(self.plain.encoder if self.kind == "bert" else self.plain, folder, layout="transformers")
+            dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if self.kind == "bert" else {}
             loaded = getattr(transformers, kinds[self.kind]).from_pretrained(
                 folder, attn_implementation="sdpa", **dropouts
             )
@@ -166,9 +154,7 @@ class Case:
         model = copy.deepcopy(self.plain).to(self.device).train().requires_grad_(False)
         set_pooled(model, False)
         images = self.images.clone().requires_grad_(True)
-        for (
-            module
-        ) in model.modules():  # text has no differentiable input: its first hidden state stands in for it
+        for module in model.modules():  # text has no differentiable input: its first hidden state stands in for it
             if isinstance(module, nn.Embedding):
                 module.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
         precision = self.autocast(amp)
@@ -215,9 +201,7 @@ class Case:
         counted = {"linear": 0, "attention": 0}
         hooks = [
             module.register_forward_hook(
-                lambda m, i, o: counted.__setitem__(
-                    "linear", counted["linear"] + 2 * o.numel() * m.in_features
-                )
+                lambda m, i, o: counted.__setitem__("linear", counted["linear"] + 2 * o.numel() * m.in_features)
             )
             for module in self.plain.modules()
             if isinstance(module, nn.Linear)

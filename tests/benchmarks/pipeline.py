@@ -90,9 +90,7 @@ def main() -> None:
         files = Path(arguments.data_dir or make_photos(Path(temporary) / "photos", arguments.pictures))
         task, shards = make_task(arguments, files, 0, "none"), Path(temporary) / "shards"
         size = task.preprocess["image_size"]
-        write_picture_shards(
-            shards, task.splits, task.preprocess, round(size * 8 / 7), {}, log=lambda line: None
-        )
+        write_picture_shards(shards, task.splits, task.preprocess, round(size * 8 / 7), {}, log=lambda line: None)
         runs, counts = candidates(arguments, files, shards)
         seconds = interleaved(runs, arguments.rounds, arguments.device, warmup=1)
     each = {name: [value / counts[name] for value in values] for name, values in seconds.items()}

@@ -73,11 +73,7 @@ def peer(model: nn.Module) -> nn.Module:
         save_pretrained(model, folder, layout="transformers")
         plain = transformers.ViTForImageClassification.from_pretrained(folder, attn_implementation="sdpa")
     config = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        lora_dropout=0.05,
-        target_modules=["q_proj", "v_proj"],
-        modules_to_save=["classifier"],
+        r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]
     )
     return get_peft_model(plain, config)
 
@@ -143,9 +139,7 @@ def main() -> None:
                 key = f"{name} {mode} {seed}"
                 if key not in done:
                     model = build(mode, seed, len(set(data["train"][1].tolist())))
-                    done[key] = (
-                        train_head(model, seed, data) if mode == "linear" else train(model, mode, seed, data)
-                    )
+                    done[key] = train_head(model, seed, data) if mode == "linear" else train(model, mode, seed, data)
                     print(key, done[key], flush=True)
                     if arguments.save:
                         RESULTS.mkdir(exist_ok=True)

@@ -91,9 +91,7 @@ def main() -> None:
     flags.add_argument("--models", nargs="+", default=list(SPECS), choices=list(SPECS))
     flags.add_argument("--batch", type=int, default=None)
     flags.add_argument("--amp", default="fp32", choices=("fp32", "bf16", "fp16"))
-    flags.add_argument(
-        "--base", default="fp32", choices=("fp32", "bf16", "fp16"), help="dtype of the frozen weights"
-    )
+    flags.add_argument("--base", default="fp32", choices=("fp32", "bf16", "fp16"), help="dtype of the frozen weights")
     flags.add_argument("--no-peers", action="store_true", help="leave transformers and peft out")
     flags.add_argument("--bf16", action="store_true", help="float32 beside bf16, and nothing else")
     arguments = flags.parse_args()

@@ -103,14 +103,10 @@ def main() -> None:
         splits = load_vqa(shared(name), val_split=0.25)
         guess = question_only_guess(splits.train.questions, splits.val.questions)
         scores = score_vqa(guess, [question.annotation() for question in splits.val.questions])
-        print(
-            f"\n{name}: {len(splits.val.questions):,} questions, {scores['metric']}, seeds {options.seeds}\n"
-        )
+        print(f"\n{name}: {len(splits.val.questions):,} questions, {scores['metric']}, seeds {options.seeds}\n")
         print("| mode | trainable | score % | picture greyed out % | seconds | peak MiB |")
         print("|---|---|---|---|---|---|")
-        print(
-            f"| question only (most frequent answer) | 0 | {scores['overall']:.2f} | {scores['overall']:.2f} | | |"
-        )
+        print(f"| question only (most frequent answer) | 0 | {scores['overall']:.2f} | {scores['overall']:.2f} | | |")
         print(*rows, sep="\n", flush=True)
 
 

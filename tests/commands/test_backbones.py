@@ -49,9 +49,7 @@ def table(text: str) -> list[list[str]]:
 
 def test_every_model_mode_and_augmentation_is_a_row_with_its_counts(photos, tmp_path, monkeypatch, capsys):
     started = in_this_process(monkeypatch)
-    words = arguments(
-        photos, tmp_path, "--models", VIT, "--modes", "lora", "linear", "--augment", "none", "basic"
-    )
+    words = arguments(photos, tmp_path, "--models", VIT, "--modes", "lora", "linear", "--augment", "none", "basic")
     assert backbones.main(words) == 0
     rows = table(capsys.readouterr().out)
     assert [row[:3] for row in rows] == [
@@ -60,15 +58,11 @@ def test_every_model_mode_and_augmentation_is_a_row_with_its_counts(photos, tmp_
     # 4 blocks x 2 layers x rank 2 x (128 + 128), and the head's 3 x 129
     assert len(started) == 4 and [row[6] for row in rows] == ["4,483", "4,483", "387", "387"]
     written = (tmp_path / "out" / "table.md").read_text()
-    assert written.startswith(
-        "| backbone | mode | augment | accuracy % | peak memory MB | seconds | trainable |"
-    )
+    assert written.startswith("| backbone | mode | augment | accuracy % | peak memory MB | seconds | trainable |")
     assert len(written.splitlines()) == 6
 
 
-def test_a_finished_run_is_not_made_again_and_another_configuration_is_refused(
-    photos, tmp_path, monkeypatch, capsys
-):
+def test_a_finished_run_is_not_made_again_and_another_configuration_is_refused(photos, tmp_path, monkeypatch, capsys):
     started = in_this_process(monkeypatch)
     words = arguments(photos, tmp_path, "--models", VIT, "--augment", "none")
     assert backbones.main(words) == 0 and len(started) == 1
@@ -87,9 +81,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(photos, tmp_path, monkeypatc
     (saved / "model.safetensors").write_bytes(b"no weights")
     assert backbones.main([*words, "--weights", f"{SWIN}={saved}", f"{VIT}=none"]) == 1
     shown = capsys.readouterr()
-    assert (
-        f"failed: {SWIN}-lora-none: {saved}/model.safetensors: not a readable safetensors file" in shown.err
-    )
+    assert f"failed: {SWIN}-lora-none: {saved}/model.safetensors: not a readable safetensors file" in shown.err
     assert [row[0] for row in table(shown.out)] == [VIT]
 
 
@@ -107,10 +99,7 @@ def test_a_damaged_run_is_named_and_the_others_are_shown(photos, tmp_path, monke
 
 def test_seeds_make_one_row_with_mean_and_spread(photos, tmp_path, monkeypatch, capsys):
     started = in_this_process(monkeypatch)
-    assert (
-        backbones.main(arguments(photos, tmp_path, "--models", VIT, "--seeds", "0", "1", "--modes", "linear"))
-        == 0
-    )
+    assert backbones.main(arguments(photos, tmp_path, "--models", VIT, "--seeds", "0", "1", "--modes", "linear")) == 0
     assert started == [f"{VIT}-linear-none-0", f"{VIT}-linear-none-1"]
     rows = table(capsys.readouterr().out)
     assert len(rows) == 1 and "±" in rows[0]
@@ -122,9 +111,7 @@ def test_a_table_file_and_a_split_of_5_percent_are_taken(tmp_path, monkeypatch, 
     files = sorted((photos / "train").rglob("*.png"))
     lines = [f"{file.relative_to(photos)},{file.parent.name}" for file in files]
     (photos / "labels.csv").write_text("\n".join(["file,label", *lines]) + "\n")
-    words = arguments(
-        str(photos / "labels.csv"), tmp_path, "--models", BEIT, "--val-split", "0.05", "--modes", "full"
-    )
+    words = arguments(str(photos / "labels.csv"), tmp_path, "--models", BEIT, "--val-split", "0.05", "--modes", "full")
     assert backbones.main(words) == 0
     shown = capsys.readouterr().out
     assert table(shown)[0][:2] == [BEIT, "full"] and "100.00" in shown
@@ -145,22 +132,13 @@ def test_as_a_program_each_run_is_a_process_and_stdout_is_the_table_alone(photos
         (["--models"], "--models needs a value"),
         (["--models", "vit-huge"], "unknown model 'vit-huge'"),
         (["--models", VIT, VIT], "two runs would be called vit-nano-patch8-48-lora-none"),
-        (
-            ["--models", VIT, "--modes", "ful"],
-            "--mode must be one of lora, full, linear; got 'ful'; did you mean full",
-        ),
+        (["--models", VIT, "--modes", "ful"], "--mode must be one of lora, full, linear; got 'ful'; did you mean full"),
         (["--models", VIT, "--augment", "all"], "--augment must be one of none, basic, rand"),
         (["--models", VIT, "--model", VIT], "--model is not for a table of backbones; use --models"),
         (["--models", VIT, "--dry-run"], "--dry-run is not for a table of backbones"),
-        (
-            ["--models", VIT, "--recipe", "choice-clip"],
-            "--task choice: a table of backbones is for --task classify",
-        ),
+        (["--models", VIT, "--recipe", "choice-clip"], "--task choice: a table of backbones is for --task classify"),
         (["--models", VIT, "--learning-rate", "1"], "unknown flag --learning-rate"),
-        (
-            ["--models", "vit-tiny-patch16-224"],
-            "--weights is missing, and vit-tiny-patch16-224 is not bundled",
-        ),
+        (["--models", "vit-tiny-patch16-224"], "--weights is missing, and vit-tiny-patch16-224 is not bundled"),
         (["--models", VIT, "--weights", "a", "b"], "--weights a b: which is whose?"),
         (["--models", VIT, "--weights", f"{BEIT}=none"], f"{BEIT} is not one of --models"),
         (["--models", VIT, "--weights", "gone.safetensors"], "gone.safetensors: no such file"),

@@ -59,9 +59,7 @@ def make_tar(path, files, kind=tarfile.REGTYPE, link=""):
 
 
 def one_set(monkeypatch, archive: Archive, pictures=None):
-    monkeypatch.setitem(
-        download.SETS, "imagewoof", DataSet((archive,), "set", "imagewoof-vit-tiny", pictures)
-    )
+    monkeypatch.setitem(download.SETS, "imagewoof", DataSet((archive,), "set", "imagewoof-vit-tiny", pictures))
 
 
 def test_visual7w_lands_where_the_reader_wants_it(server, tmp_path, capsys):
@@ -71,13 +69,7 @@ def test_visual7w_lands_where_the_reader_wants_it(server, tmp_path, capsys):
     assert main(["visual7w", str(tmp_path / "v7w"), "--mirror", address]) == 0
     assert "python train.py --recipe choice-clip --data-dir" in capsys.readouterr().out
     found = sorted(path.relative_to(tmp_path / "v7w").as_posix() for path in (tmp_path / "v7w").rglob("*"))
-    assert found == [
-        ".downloaded.json",
-        "dataset_v7w_telling.json",
-        "images",
-        "images/v7w_1.jpg",
-        "images/v7w_2.jpg",
-    ]
+    assert found == [".downloaded.json", "dataset_v7w_telling.json", "images", "images/v7w_1.jpg", "images/v7w_2.jpg"]
     asked = len(Quiet.asked)
     assert (tmp_path / "v7w" / "images" / "v7w_2.jpg").read_text() == "y"
     assert main(["visual7w", str(tmp_path / "v7w"), "--mirror", address]) == 0

@@ -19,11 +19,7 @@ def test_fit_lowers_the_loss_and_ends_in_eval_mode():
         return (model(x[list(numbers)]) - x[list(numbers), :2]).square().mean()
 
     before = loss_of(range(64)).item()
-    fit(
-        model,
-        lambda numbers: loss_of([number % 64 for number in numbers]),
-        Plan(steps=60, batch_size=16, lr=0.05),
-    )
+    fit(model, lambda numbers: loss_of([number % 64 for number in numbers]), Plan(steps=60, batch_size=16, lr=0.05))
     assert loss_of(range(64)).item() < 0.1 * before and not model.training
 
 

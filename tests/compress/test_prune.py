@@ -71,9 +71,7 @@ def test_scopes_are_what_they_say():
     plain = create_model(NANO, num_classes=4)
     before = scope_tensors(plain, "backbone").keys()
     adapted = inject_lora(plain, LoRAConfig(modules_to_save=("head",), init_lora_weights=False))
-    assert (
-        scope_tensors(adapted, "backbone").keys() == before
-    )  # names of the merged model, no lora_A and lora_B
+    assert scope_tensors(adapted, "backbone").keys() == before  # names of the merged model, no lora_A and lora_B
     assert "blocks.0.attn.q_proj.weight" in before and "head.weight" not in before
 
 
@@ -147,10 +145,7 @@ def test_the_zipped_file_shrinks_by_more_than_half_of_the_pruned_bytes(tmp_path)
 
 @pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.1, float("nan"), True, "0.5"])
 def test_a_sparsity_outside_the_range_is_refused(sparsity):
-    for prune in (
-        lambda model: Pruner(model, "all", sparsity),
-        lambda model: remove_mlp_units(model, sparsity),
-    ):
+    for prune in (lambda model: Pruner(model, "all", sparsity), lambda model: remove_mlp_units(model, sparsity)):
         with pytest.raises(UserError, match="at least 0 and below 1"):
             prune(create_model(NANO, num_classes=4))
 
@@ -236,11 +231,7 @@ def test_medians_of_calls_that_take_turns():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     times = median_seconds(calls, rounds=3, at_least=0)
-    assert (
-        order == ["a", "a", "b", "b"] + ["a", "b"] * 3
-        and set(times) == {"a", "b"}
-        and min(times.values()) > 0
-    )
+    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3 and set(times) == {"a", "b"} and min(times.values()) > 0
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +269,7 @@ def test_evaluate_prunes_convolutions_shows_sizes_and_writes_the_model(runs, tmp
     assert all(zeros(kernel) == round(0.8 * kernel.numel()) for kernel in kernels)
 
 
-def test_evaluate_removes_units_recovers_through_lora_and_train_goes_on_from_there(
-    runs, photos, tmp_path, capsys
-):
+def test_evaluate_removes_units_recovers_through_lora_and_train_goes_on_from_there(runs, photos, tmp_path, capsys):
     words = [str(runs / "vit"), "--prune", "0.5", "--prune-scope", "units", "--prune-epochs", "1"]
     assert evaluate.main([*words, "--merge-to", str(tmp_path / "small"), "--layout", "minilora"]) == 0
     table = table_of(capsys.readouterr().out)
@@ -304,15 +293,10 @@ def test_a_pruned_question_answerer_learns_on_with_its_own_answers_and_tokens(tm
     words += ["--tokenizer", str(vocab), "--max-steps", "1", "--batch-size", "8"]
     assert program("train").main([*words, "--output", str(tmp_path / "run")]) == 0
     names = json.loads((tmp_path / "run/labels.json").read_text())
-    (tmp_path / "run/labels.json").write_text(
-        json.dumps({key: values[::-1] for key, values in names.items()})
-    )
+    (tmp_path / "run/labels.json").write_text(json.dumps({key: values[::-1] for key, values in names.items()}))
     run, seen = load_run(tmp_path / "run"), []
     small = pruned_run(run, EvalConfig(prune=0.8, prune_scope="conv", prune_epochs=1))
-    assert [zeros(conv.weight) for conv in (small.model.vision.conv1, small.model.vision.conv2)] == [
-        346,
-        3686,
-    ]
+    assert [zeros(conv.weight) for conv in (small.model.vision.conv1, small.model.vision.conv2)] == [346, 3686]
     build = compression.build_task
 
     def spy(config, device, taught):

@@ -9,13 +9,7 @@ import torch
 
 from minilora.data.pictures.images import BadImage
 from minilora.data.pictures.loader import make_loader, train_keys
-from minilora.data.questions.choice_batches import (
-    ChoiceDataset,
-    Tokens,
-    choice_collate,
-    collate_choices,
-    shared_size,
-)
+from minilora.data.questions.choice_batches import ChoiceDataset, Tokens, choice_collate, collate_choices, shared_size
 from minilora.data.questions.choices import LETTERS, load_choices
 from minilora.data.questions.visual7w import results
 from minilora.errors import UserError
@@ -105,8 +99,7 @@ def test_tables_of_2_to_26_choices(count, tmp_path):
     write_pictures(tmp_path, 2)
     header = ["id", "image", "question", *LETTERS[:count], "answer", "type"]
     rows = [
-        [str(i), f"p{i}.png", "Which?", *map(str, range(count)), LETTERS[count - 1].lower(), "which"]
-        for i in (0, 1)
+        [str(i), f"p{i}.png", "Which?", *map(str, range(count)), LETTERS[count - 1].lower(), "which"] for i in (0, 1)
     ]
     splits = load_choices(write_table(tmp_path / "all.csv", rows, header, bom=False))
     assert splits.whole[0].choices == tuple(map(str, range(count)))
@@ -245,14 +238,7 @@ def test_workers_give_the_same_bits_and_augmentation_follows_picture_and_epoch(t
 def test_a_broken_picture_is_an_error_or_a_marked_row(tmp_path):
     root = write_scpc(tmp_path)
     (root / "img/p1.png").write_bytes(b"nothing")
-    assert [dataset(root, bad_data="skip")[i]["valid"] for i in range(6)] == [
-        True,
-        True,
-        False,
-        False,
-        True,
-        True,
-    ]
+    assert [dataset(root, bad_data="skip")[i]["valid"] for i in range(6)] == [True, True, False, False, True, True]
     with pytest.raises(BadImage, match="p1.png"):
         dataset(root)[2]
 
@@ -264,10 +250,7 @@ def test_shared_size_is_the_length_of_the_packed_row():
         for _ in range(3):
             head = generator.integers(10, 13, generator.integers(1, 6)).tolist()
             texts.append(
-                [
-                    np.array(head + generator.integers(10, 13, generator.integers(0, 4)).tolist() + [3])
-                    for _ in range(4)
-                ]
+                [np.array(head + generator.integers(10, 13, generator.integers(0, 4)).tolist() + [3]) for _ in range(4)]
             )
         width = max(len(t) for text in texts for t in text)
         ids = torch.tensor([[t.tolist() + [0] * (width - len(t)) for t in text] for text in texts])

@@ -62,9 +62,7 @@ def png_header(width: int, height: int) -> bytes:
 def test_every_mode_becomes_rgb(tmp_path, mode, suffix, value, expected):
     path = tmp_path / f"picture{suffix}"
     image = Image.new("RGB", (9, 7), RED).convert("HSV") if mode == "HSV" else Image.new(mode, (9, 7), value)
-    (image.convert("RGB") if mode == "HSV" else image).save(
-        path, **({"lossless": True} if suffix == ".webp" else {})
-    )
+    (image.convert("RGB") if mode == "HSV" else image).save(path, **({"lossless": True} if suffix == ".webp" else {}))
     opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", (9, 7))
     assert np.abs(np.asarray(opened)[3, 4].astype(int) - expected).max() <= 2
@@ -154,11 +152,7 @@ def test_paths_that_leave_the_root_are_refused_unopened(tmp_path):
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    for name, reason in (
-        ("pipe.jpg", "not a file"),
-        ("folder.jpg", "not a file"),
-        ("none.jpg", "no such file"),
-    ):
+    for name, reason in (("pipe.jpg", "not a file"), ("folder.jpg", "not a file"), ("none.jpg", "no such file")):
         with pytest.raises(BadImage, match=reason):
             open_image(tmp_path / name)
 

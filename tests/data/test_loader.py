@@ -9,23 +9,9 @@ from PIL import Image
 from minilora.data.generated.shapes import classification_splits
 from minilora.data.pictures.folder import Sample, Split
 from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.loader import (
-    PictureDataset,
-    collate,
-    epoch_order,
-    in_order,
-    make_loader,
-    mix,
-    train_keys,
-)
+from minilora.data.pictures.loader import PictureDataset, collate, epoch_order, in_order, make_loader, mix, train_keys
 
-PREPROCESS = {
-    "image_size": 24,
-    "resize": "squash",
-    "interpolation": "bilinear",
-    "mean": [0.5] * 3,
-    "std": [0.5] * 3,
-}
+PREPROCESS = {"image_size": 24, "resize": "squash", "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def shapes(augment="rand", seed=0):
@@ -102,9 +88,7 @@ def test_a_broken_picture_stops_with_its_name_or_is_marked_in_its_row(broken, wo
     batches = list(make_loader(PictureDataset(broken, PREPROCESS, bad_data="skip"), [[0, 1], [2]], workers))
     assert torch.cat([batch["valid"] for batch in batches]).tolist() == [True, False, True]
     assert torch.cat([batch["label"] for batch in batches]).tolist() == [0, 1, 2]
-    assert batches[0]["image"][1].abs().sum() == 0 and torch.equal(
-        batches[0]["image"][0], batches[1]["image"][0]
-    )
+    assert batches[0]["image"][1].abs().sum() == 0 and torch.equal(batches[0]["image"][0], batches[1]["image"][0])
 
 
 def test_pictures_are_kept_while_there_is_room(broken, monkeypatch):

@@ -121,9 +121,7 @@ def test_crops_are_those_of_the_files_where_pictures_have_the_stored_size(tmp_pa
     flags = {"augment": "basic", "batch_size": 32}
     (files,), (stored,) = (train_epoch(task(tmp_path / name, **flags), 3) for name in ("source", "shards"))
     level = 1 / (255 * min(task(source).preprocess["std"]))
-    assert (
-        files["image"] - stored["image"]
-    ).abs().max() < 1.01 * level  # torchvision's rounding beside Pillow's
+    assert (files["image"] - stored["image"]).abs().max() < 1.01 * level  # torchvision's rounding beside Pillow's
 
 
 def test_crops_of_larger_pictures_are_near_those_of_the_files(source, shards):
@@ -193,9 +191,7 @@ def test_shards_of_another_model_task_or_plan_are_refused(source, shards):
         task(source, data_format="shards")
 
 
-@pytest.mark.parametrize(
-    "key", ["classes", "keys", "info", "parts", "preprocess", "made", "shards", "format"]
-)
+@pytest.mark.parametrize("key", ["classes", "keys", "info", "parts", "preprocess", "made", "shards", "format"])
 def test_a_damaged_index_is_named(shards, key):
     index = json.loads((shards / "index.json").read_text())
     for value in (None, 7, ["x"], {"../other.safetensors": 1}):
@@ -218,9 +214,7 @@ def test_a_broken_picture_ends_the_writing_or_is_left_out(source, tmp_path):
 
 def test_a_subset_of_shards_is_the_subset_of_the_files(source, shards):
     one, two = (task(folder, subset=0.5).splits.train for folder in (source, shards))
-    assert [tuple(sample) for sample in one] == [tuple(sample) for sample in two] and isinstance(
-        two, ShardSplit
-    )
+    assert [tuple(sample) for sample in one] == [tuple(sample) for sample in two] and isinstance(two, ShardSplit)
 
 
 def test_a_run_on_shards_trains_and_is_evaluated_from_them(source, shards, tmp_path, capsys):
@@ -229,9 +223,6 @@ def test_a_run_on_shards_trains_and_is_evaluated_from_them(source, shards, tmp_p
     assert program("evaluate").main([str(tmp_path / "run"), "--device", "cpu"]) == 0
     capsys.readouterr()
     for folder in (source, shards):
-        assert (
-            program("evaluate").main([str(tmp_path / "run"), "--data-dir", str(folder), "--device", "cpu"])
-            == 0
-        )
+        assert program("evaluate").main([str(tmp_path / "run"), "--data-dir", str(folder), "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert told.count("accuracy") % 2 == 0 and load_run(tmp_path / "run").config.data_format == "shards"

@@ -38,9 +38,7 @@ def test_batches_are_those_of_the_files_bit_for_bit(source, tmp_path, grouped):
     for epoch in range(2):
         batches = files.train_batches(epoch)
         assert batches == shards.train_batches(epoch)
-        for one, two in zip(
-            files.train_loader(epoch, batches), shards.train_loader(epoch, batches), strict=True
-        ):
+        for one, two in zip(files.train_loader(epoch, batches), shards.train_loader(epoch, batches), strict=True):
             assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     one, two = (task.evaluate(task.model.eval()) for task in (files, shards))
     assert one == two

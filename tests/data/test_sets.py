@@ -197,8 +197,7 @@ def test_labels_that_are_numbers_are_ordered_as_numbers(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize(
-    "header",
-    [["path", "noisy_labels_0", "noisy_labels_1", "is_valid"], ["IMG_PATH", "Class", "x", "is_valid"]],
+    "header", [["path", "noisy_labels_0", "noisy_labels_1", "is_valid"], ["IMG_PATH", "Class", "x", "is_valid"]]
 )
 def test_imagewoof_table_with_is_valid(tmp_path, encoding, header):
     rows = [[f"train/n{i % 2}/{i}.JPEG", f"n{i % 2}", "n9", str(i >= 8)] for i in range(12)]
@@ -298,9 +297,7 @@ def test_several_tables_ask_which(tmp_path):
 def test_a_link_in_a_table_that_leaves_the_folder_is_never_opened(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    make_table(
-        data / "t.csv", [["file", "label"]] + [[f"{name}.png", "xy"[i % 2]] for i, name in enumerate("abcd")]
-    )
+    make_table(data / "t.csv", [["file", "label"]] + [[f"{name}.png", "xy"[i % 2]] for i, name in enumerate("abcd")])
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     os.unlink(data / "a.png")
     os.symlink(tmp_path / "secret.png", data / "a.png")

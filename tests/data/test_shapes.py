@@ -121,9 +121,7 @@ def test_questions_per_picture_as_in_vqa_v2_and_words_alone_do_not_answer():
 
 def test_splits_and_seeds_ask_about_different_pictures():
     one, other = ShapesVQA("vqa", "train", 30), ShapesVQA("vqa", "val", 30)
-    assert (
-        one.questions != other.questions and one.questions != ShapesVQA("vqa", "train", 30, seed=1).questions
-    )
+    assert one.questions != other.questions and one.questions != ShapesVQA("vqa", "train", 30, seed=1).questions
     assert one.questions == ShapesVQA("vqa", "train", 30).questions
 
 

@@ -7,13 +7,7 @@ import pytest
 
 from minilora.data.questions.vqa2 import Question, answer_key, clean_question, read_vqa2
 from minilora.data.questions.vqa_batches import bucketed_batches, grouped_batches, shuffled_groups
-from minilora.data.questions.vqa_sets import (
-    choose_answers,
-    hold_out,
-    load_vqa,
-    question_only_guess,
-    take_subset,
-)
+from minilora.data.questions.vqa_sets import choose_answers, hold_out, load_vqa, question_only_guess, take_subset
 from minilora.errors import UserError
 from minilora.report.vqa_metric import score_vqa
 from tests.support.vqa_data import records, write_json, write_pictures, write_vqa
@@ -108,11 +102,7 @@ BROKEN = {
     "no question": ("questions", lambda rows: rows.pop(), "annotations have no question"),
     "empty question": ("questions", lambda rows: rows[1].update(question="  "), "question 1 is empty"),
     "text for a number": ("questions", lambda rows: rows[1].update(image_id="1"), "questions[1].image_id"),
-    "no answers": (
-        "annotations",
-        lambda rows: rows[0].update(answers=[], multiple_choice_answer=""),
-        "no answers",
-    ),
+    "no answers": ("annotations", lambda rows: rows[0].update(answers=[], multiple_choice_answer=""), "no answers"),
     "answers no list": ("annotations", lambda rows: rows[0].update(answers="red"), "answers must be a list"),
 }
 

@@ -97,9 +97,7 @@ def test_same_weights_and_adapters_give_pefts_logits_gradients_and_file(oracle, 
 def plain_name(name: str) -> str:
     """PEFT's parameter name inside the model -> ours."""
     name = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
-    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(
-        ".default", ""
-    )
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default", "")
 
 
 @oracles
@@ -127,10 +125,7 @@ def test_pefts_choices_of_layers_are_followed(options, tmp_path):
 def test_an_adapter_with_a_task_type_names_heads_that_the_model_does_not_have_and_loads(tmp_path):
     base, x = their_bert(), torch.randint(0, 40, (2, 5))
     theirs = by_peft(copy.deepcopy(base), ["query"], tmp_path, task_type="SEQ_CLS")
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == [
-        "classifier",
-        "score",
-    ]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
     wanted = logits_of(theirs, x)
     assert (logits_of(load_adapter(base, tmp_path), x) - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
@@ -152,14 +147,7 @@ def in_their_library(base: nn.Module, layout: str, directory) -> nn.Module:
     """The same model in transformers or timm, from the files that save_pretrained writes."""
     if layout == "timm":
         save_pretrained(base, directory, "timm")
-        sizes = {
-            "img_size": 32,
-            "embed_dim": 24,
-            "num_heads": 3,
-            "depth": 2,
-            "mlp_ratio": 2,
-            "num_classes": 10,
-        }
+        sizes = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2, "mlp_ratio": 2, "num_classes": 10}
         path = str(directory / "model.safetensors")
         return timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **sizes).eval()
     save_pretrained(base, directory, "transformers")
@@ -187,9 +175,7 @@ def test_an_exported_adapter_loads_in_peft_with_the_same_logits(base, layout, op
     theirs = in_their_library(base, layout, tmp_path / "base")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        theirs = peft.PeftModel.from_pretrained(
-            theirs, export_adapter(model, tmp_path / "out", layout)
-        ).eval()
+        theirs = peft.PeftModel.from_pretrained(theirs, export_adapter(model, tmp_path / "out", layout)).eval()
     assert not [str(w.message) for w in told if "missing" in str(w.message) or "nexpected" in str(w.message)]
     wanted = logits_of(model, x)
     assert (logits_of(theirs, x) - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
@@ -199,9 +185,7 @@ def test_an_exported_adapter_loads_in_peft_with_the_same_logits(base, layout, op
 @pytest.mark.parametrize("layout", ["transformers5", "transformers4", "timm"])
 def test_round_trip_ours_theirs_ours_is_bit_equal(base, layout, options, tmp_path):
     if layout == "timm" and "alpha_pattern" in options:
-        options = options | {
-            "alpha_pattern": {"blocks.0.attn.q_proj": 9}
-        }  # one qkv has one scaling, 9/3 = 6/2
+        options = options | {"alpha_pattern": {"blocks.0.attn.q_proj": 9}}  # one qkv has one scaling, 9/3 = 6/2
     model, x = trained(base, **options), torch.randn(2, 3, 32, 32)
     loaded = load_adapter(copy.deepcopy(base), export_adapter(model, tmp_path, layout))
     assert same_bits(lora_state_dict(loaded), lora_state_dict(model))
@@ -224,14 +208,10 @@ def test_names_of_transformers_4_are_written_and_read(base, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["transformers5", "timm"])
-@pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"use_rslora": True}, {"bias": "lora_only"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"bias": "lora_only"}], ids=str)
 def test_an_adapter_trained_by_peft_on_their_model_loads_into_ours(base, layout, options, tmp_path):
     theirs = in_their_library(base, layout, tmp_path / "base")
-    targets, head = (
-        (["qkv", "fc1"], "head") if layout == "timm" else (["q_proj", "v_proj", "fc1"], "classifier")
-    )
+    targets, head = (["qkv", "fc1"], "head") if layout == "timm" else (["q_proj", "v_proj", "fc1"], "classifier")
     theirs = by_peft(theirs, targets, tmp_path / "adapter", modules_to_save=[head], **options)
     x = torch.randn(2, 3, 32, 32)
     wanted = logits_of(theirs, x)
@@ -245,35 +225,15 @@ def test_an_unknown_layout_and_a_layer_without_a_place_are_refused(base, tmp_pat
     ):
         export_adapter(trained(base), tmp_path, "keras")
     with pytest.raises(UserError, match="only its own, which save_adapter writes"):
-        export_adapter(
-            inject_lora(nn.Sequential(nn.Linear(3, 3)), LoRAConfig(target_modules=("0",))), tmp_path, "timm"
-        )
+        export_adapter(inject_lora(nn.Sequential(nn.Linear(3, 3)), LoRAConfig(target_modules=("0",))), tmp_path, "timm")
 
 
 # ---- PEFT's adapters on every family of transformers, saved there and loaded into our model
 
 FAMILIES = {  # model: (class, query, value, head, last norm)
-    "beit-nano-patch8-48": (
-        "BeitForImageClassification",
-        "q_proj",
-        "v_proj",
-        "classifier",
-        "pooler.layernorm",
-    ),
-    "swin-nano-patch4-window6-48": (
-        "SwinForImageClassification",
-        "q_proj",
-        "v_proj",
-        "classifier",
-        "layernorm",
-    ),
-    "swinv2-nano-patch4-window6-48": (
-        "Swinv2ForImageClassification",
-        "query",
-        "value",
-        "classifier",
-        "layernorm",
-    ),
+    "beit-nano-patch8-48": ("BeitForImageClassification", "q_proj", "v_proj", "classifier", "pooler.layernorm"),
+    "swin-nano-patch4-window6-48": ("SwinForImageClassification", "q_proj", "v_proj", "classifier", "layernorm"),
+    "swinv2-nano-patch4-window6-48": ("Swinv2ForImageClassification", "query", "value", "classifier", "layernorm"),
     "bert-nano": ("BertModel", "query", "value", "pooler.dense", "embeddings.LayerNorm"),
     "clip-nano": ("CLIPModel", "q_proj", "v_proj", "visual_projection", "post_layernorm"),
 }
@@ -299,11 +259,7 @@ def answers_of(model: nn.Module, name: str) -> torch.Tensor:
     with torch.no_grad():
         if name == "bert-nano":
             found = model(texts)
-            return (
-                torch.cat([found[0][:, 0], found[1]])
-                if ours
-                else torch.cat([found[0][:, 0], found.pooler_output])
-            )
+            return torch.cat([found[0][:, 0], found[1]]) if ours else torch.cat([found[0][:, 0], found.pooler_output])
         if name == "clip-nano":
             return model.encode_image(images) if ours else model.get_image_features(images).pooler_output
         found = model(images)
@@ -312,9 +268,7 @@ def answers_of(model: nn.Module, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_adapter_trained_by_peft_on_any_family_loads_into_ours_and_survives_saving(
-    name, setting, tmp_path
-):
+def test_an_adapter_trained_by_peft_on_any_family_loads_into_ours_and_survives_saving(name, setting, tmp_path):
     kind, query, value, head, norm = FAMILIES[name]
     base = fill(create_model(name, **({} if name in ("bert-nano", "clip-nano") else {"num_classes": 5})))
     save_pretrained(base, tmp_path / "base", "transformers")

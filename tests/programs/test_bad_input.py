@@ -56,9 +56,7 @@ def test_folder_that_is_needed_but_not_named():
 def test_empty_class(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos/train/class_9").mkdir()
-    assert "class_9: class folder without a picture" in refused(
-        train.main, *NANO, "--data-dir", tmp_path / "photos"
-    )
+    assert "class_9: class folder without a picture" in refused(train.main, *NANO, "--data-dir", tmp_path / "photos")
 
 
 def test_one_class(tmp_path):
@@ -67,15 +65,11 @@ def test_one_class(tmp_path):
 
 
 def test_format_of_another_task(photos):
-    assert "not for --task classify" in refused(
-        train.main, *NANO, "--data-format", "vqa2", "--data-dir", photos
-    )
+    assert "not for --task classify" in refused(train.main, *NANO, "--data-format", "vqa2", "--data-dir", photos)
 
 
 def test_shapes_with_a_folder(photos):
-    assert "leave --data-dir out" in refused(
-        train.main, *NANO, "--data-format", "shapes", "--data-dir", photos
-    )
+    assert "leave --data-dir out" in refused(train.main, *NANO, "--data-format", "shapes", "--data-dir", photos)
 
 
 def test_broken_picture_names_the_file(photos, tmp_path):
@@ -128,10 +122,7 @@ def test_unknown_model_and_target():
 def weights(tmp_path):
     """A checkpoint of the nano ViT."""
     torch.manual_seed(0)
-    return (
-        save_pretrained(create_model("vit-nano-patch8-48", num_classes=5), tmp_path / "nano")
-        / "model.safetensors"
-    )
+    return save_pretrained(create_model("vit-nano-patch8-48", num_classes=5), tmp_path / "nano") / "model.safetensors"
 
 
 def test_truncated_weights(weights):
@@ -149,9 +140,7 @@ def test_weights_with_nan(weights):
     tensors = load_file(weights)
     tensors["norm.weight"][3] = float("nan")
     save_file(tensors, weights)
-    assert "norm.weight holds NaN" in refused(
-        train.main, "--model", "vit-nano-patch8-48", "--weights", weights
-    )
+    assert "norm.weight holds NaN" in refused(train.main, "--model", "vit-nano-patch8-48", "--weights", weights)
 
 
 def test_weights_with_a_key_too_many_or_too_few(weights):

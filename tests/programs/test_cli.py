@@ -21,15 +21,7 @@ from tests.support.cli_data import NANO, QUICK, ROOT, program, write_photos
 
 train, evaluate = program("train"), program("evaluate")
 FILES = {"config.toml", "adapter_config.json", "adapter_model.safetensors", "labels.json", "preprocess.json"}
-FILES |= {
-    "metrics.jsonl",
-    "summary.json",
-    "train.log",
-    "curves.png",
-    "attention.png",
-    "report.html",
-    "checkpoints",
-}
+FILES |= {"metrics.jsonl", "summary.json", "train.log", "curves.png", "attention.png", "report.html", "checkpoints"}
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +101,7 @@ def test_runs_are_numbered(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         train.main([*QUICK, "--data-dir", str(photos), "--mode", "linear", "--max-steps", "1"])
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        "classify-linear-000",
-        "classify-linear-001",
-    ]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["classify-linear-000", "classify-linear-001"]
 
 
 def test_a_moved_run_predicts_the_same(run, photos, tmp_path):
@@ -174,14 +163,10 @@ def test_half_precision_base_trains_float32(photos, tmp_path):
 
 
 def test_predictions_have_one_row_per_picture_in_order(run, photos, tmp_path):
-    evaluate.main(
-        [str(run), "--predictions", str(tmp_path / "p.csv"), "--submission", str(tmp_path / "s.csv")]
-    )
+    evaluate.main([str(run), "--predictions", str(tmp_path / "p.csv"), "--submission", str(tmp_path / "s.csv")])
     header, *rows = rows_of(tmp_path / "p.csv")
     assert header[:3] == ["file", "label", "probability"] and len(header) == 7
-    assert [row[0] for row in rows] == [
-        str(p.relative_to(photos)) for p in sorted((photos / "val").rglob("*.png"))
-    ]
+    assert [row[0] for row in rows] == [str(p.relative_to(photos)) for p in sorted((photos / "val").rglob("*.png"))]
     assert [row[:2] for row in rows] == rows_of(tmp_path / "s.csv")[1:]
 
 
@@ -251,9 +236,7 @@ def test_estimated_activations_are_those_that_are_kept(photos):
 
 def allocated_at_most(run) -> int:
     """The most bytes that were alive at once of those that `run()` allocated, from torch's own record."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
     sizes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
@@ -327,14 +310,7 @@ def test_resolved_configuration_names_model_weights_and_lr(run):
 def test_deit_scores_as_timm_with_its_own_head(shared, capsys):
     """70.0 % over 1000 classes and 93.75 % among the ten breeds, as timm on the same file and pictures."""
     weights = shared / "weights" / "deit_tiny_patch16_224.fp16.safetensors"
-    words = [
-        "--model",
-        "vit-tiny-patch16-224",
-        "--weights",
-        str(weights),
-        "--data-dir",
-        str(shared / "imagewoof224"),
-    ]
+    words = ["--model", "vit-tiny-patch16-224", "--weights", str(weights), "--data-dir", str(shared / "imagewoof224")]
     assert evaluate.main(words) == 0
     assert "top-1 70.00 % over all 1000 classes, 93.75 % among the folder's 10" in capsys.readouterr().out
 

@@ -33,9 +33,7 @@ from tests.support.fuzzing import Watch, strange_bytes, strange_header, strange_
 from tests.support.toy_task import ToyTask
 
 SIZES = {"image_size": 16, "dim": 8, "heads": 2, "hidden": 16, "depth": 1}
-QUESTIONS = [
-    {"question_id": 10 * i + j, "image_id": i, "question": f"What is {j}?"} for i in (1, 2) for j in (0, 1)
-]
+QUESTIONS = [{"question_id": 10 * i + j, "image_id": i, "question": f"What is {j}?"} for i in (1, 2) for j in (0, 1)]
 ANSWERS = [{"question_id": q["question_id"], "multiple_choice_answer": "red", "answer_type": "other",
             "question_type": "what", "answers": [{"answer": "red", "answer_id": 1}, {"answer": "a dog"}]}
            for q in QUESTIONS]  # fmt: skip
@@ -71,9 +69,7 @@ def whole(tmp_path_factory):
     for part, name in (("train", "cat"), ("train", "dog"), ("val", "cat"), ("val", "dog")):
         (photos / part / name).mkdir(parents=True)
         Image.new("RGB", (20, 20), (9, 99, 200)).save(photos / part / name / "1.png")
-    (photos / "classes.json").write_text(
-        json.dumps({"cat": {"name": "a cat", "imagenet_index": 3}, "dog": "dog"})
-    )
+    (photos / "classes.json").write_text(json.dumps({"cat": {"name": "a cat", "imagenet_index": 3}, "dog": "dog"}))
     words = ["--model", root / "model", "--data-dir", photos, "--max-steps", "1", "--output", root / "run"]
     assert program("train").main([str(word) for word in words]) == 0
     for name in ("curves.png", "attention.png", "report.html"):
@@ -203,9 +199,7 @@ def test_damaged_safetensors_headers(whole, tmp_path, example, cases):
     assert watch.refused > cases // 2
 
 
-@pytest.mark.parametrize(
-    "number", range(len(TEXTS)), ids=[f"{e}-{f.rpartition('/')[2]}" for e, f, _ in TEXTS]
-)
+@pytest.mark.parametrize("number", range(len(TEXTS)), ids=[f"{e}-{f.rpartition('/')[2]}" for e, f, _ in TEXTS])
 @pytest.mark.parametrize("cases", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_damaged_texts(whole, tmp_path, number, cases):
     watch = fuzz(whole, tmp_path, *TEXTS[number], seed=number, cases=cases)
@@ -215,15 +209,7 @@ def test_damaged_texts(whole, tmp_path, number, cases):
 
 def test_weights_of_every_kind_of_nonsense_are_refused_quickly(tmp_path):
     """Empty, a huge declared header, a web page, a zip, zeros, a folder of that name."""
-    contents = [
-        b"",
-        b"\0" * 7,
-        b"\xff" * 8,
-        b"\xff" * 100,
-        b"\0" * 1000,
-        b"<html></html>",
-        b"PK\3\4" + b"\0" * 64,
-    ]
+    contents = [b"", b"\0" * 7, b"\xff" * 8, b"\xff" * 100, b"\0" * 1000, b"<html></html>", b"PK\3\4" + b"\0" * 64]
     contents += [(2**40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"]
     watch = Watch(tmp_path)
     for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"):

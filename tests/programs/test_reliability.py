@@ -35,9 +35,7 @@ def tasks(tmp_path_factory):
 def run(tasks, tmp_path_factory):
     """A finished run of two steps, with everything that train.py leaves."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    assert (
-        train.main([*tasks["classify"], "--max-steps", "2", "--save-every", "1", "--output", str(path)]) == 0
-    )
+    assert train.main([*tasks["classify"], "--max-steps", "2", "--save-every", "1", "--output", str(path)]) == 0
     return path
 
 
@@ -52,9 +50,7 @@ def test_a_full_disk_costs_nothing_and_the_run_goes_on_when_there_is_room(tmp_pa
     if not mounts_allowed():
         pytest.skip("a tmpfs cannot be mounted here (needs root); RLIMIT_FSIZE is tested in test_faults.py")
     words = ["unshare", "-m", sys.executable, "-m", "tests.support.disk_lab", tmp_path, *rooms]
-    done = subprocess.run(
-        [str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["complaints"] == []
@@ -101,9 +97,7 @@ def test_a_flipped_bit_in_the_weights_of_a_finished_run_is_noticed(run, tmp_path
 
 
 def test_an_adapter_of_another_run_in_its_place_is_noticed(run, tasks, tmp_path, monkeypatch):
-    run_quickly(
-        [*tasks["classify"], "--max-steps", "1", "--seed", "1", "--output", tmp_path / "other"], monkeypatch
-    )
+    run_quickly([*tasks["classify"], "--max-steps", "1", "--seed", "1", "--output", tmp_path / "other"], monkeypatch)
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.copy(tmp_path / "other" / "adapter_model.safetensors", copy)
     with pytest.raises(UserError, match="damaged or exchanged"):
@@ -144,13 +138,9 @@ def test_a_rate_that_blows_up_ends_with_a_message_and_leaves_no_nan(tasks, task,
         run_quickly(words, monkeypatch)
     told = str(caught.value)
     assert "\n" not in told and "--lr" in told
-    assert (
-        "step " in told and "checkpoint" in told and "is not finite; batch: " in told
-    ) or "holds NaN" in told
+    assert ("step " in told and "checkpoint" in told and "is not finite; batch: " in told) or "holds NaN" in told
     for file in (tmp_path / "run").rglob("*.safetensors"):
-        assert all(
-            tensor.isfinite().all() for tensor in load_file(file).values() if tensor.is_floating_point()
-        )
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values() if tensor.is_floating_point())
     newest = checkpoint.latest_checkpoint(tmp_path / "run")
     assert newest is None or checkpoint.why_invalid(newest) is None
 
@@ -174,17 +164,7 @@ def test_a_poisoned_batch_names_step_and_files_and_skip_goes_on(tasks, task, pol
         return built
 
     monkeypatch.setattr(train, "build_task", poisoned)
-    words = [
-        *tasks[task],
-        "--nan-policy",
-        policy,
-        "--save-every",
-        "1",
-        "--epochs",
-        "1",
-        "--output",
-        tmp_path / "run",
-    ]
+    words = [*tasks[task], "--nan-policy", policy, "--save-every", "1", "--epochs", "1", "--output", tmp_path / "run"]
     if policy == "skip":
         run_quickly(words, monkeypatch)
         log = (tmp_path / "run/train.log").read_text()
@@ -192,16 +172,12 @@ def test_a_poisoned_batch_names_step_and_files_and_skip_goes_on(tasks, task, pol
         rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
         assert rows[-1]["skipped_steps"] == 1 and rows[-1]["train_loss"] is not None
     else:
-        with pytest.raises(
-            RunError, match=r"epoch 1, step 3 \(last checkpoint .*step-2\): the loss"
-        ) as caught:
+        with pytest.raises(RunError, match=r"epoch 1, step 3 \(last checkpoint .*step-2\): the loss") as caught:
             run_quickly(words, monkeypatch)
         assert seen[2] in str(caught.value) and ".png" in seen[2]
         assert checkpoint.latest_checkpoint(tmp_path / "run").name == "step-2"
     for file in (tmp_path / "run").rglob("*.safetensors"):
-        assert all(
-            tensor.isfinite().all() for tensor in load_file(file).values() if tensor.is_floating_point()
-        )
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values() if tensor.is_floating_point())
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------
@@ -242,9 +218,7 @@ def test_predictions_have_one_row_for_every_picture_in_order_whatever_it_is(run,
     """And the rows of good pictures are those that they get alone, whatever stands before them."""
     expected = write_odd_pictures(tmp_path / "odd")
     table = tmp_path / "p.csv"
-    evaluate.main(
-        [str(run), "--data-dir", str(tmp_path / "odd"), "--predictions", str(table), "--batch-size", "4"]
-    )
+    evaluate.main([str(run), "--data-dir", str(tmp_path / "odd"), "--predictions", str(table), "--batch-size", "4"])
     rows = rows_of(table)
     assert [row[0] for row in rows] == list(expected)
     assert {row[0]: bool(row[1]) for row in rows} == expected
@@ -263,13 +237,7 @@ def test_predictions_of_a_table_keep_the_order_of_its_rows(run, tmp_path):
     random.Random(0).shuffle(names)
     names.insert(3, "missing.png")
     (tmp_path / "odd" / "list.csv").write_text("file\n" + "\n".join(names) + "\n")
-    words = [
-        str(run),
-        "--data-dir",
-        str(tmp_path / "odd" / "list.csv"),
-        "--predictions",
-        str(tmp_path / "p.csv"),
-    ]
+    words = [str(run), "--data-dir", str(tmp_path / "odd" / "list.csv"), "--predictions", str(tmp_path / "p.csv")]
     evaluate.main([*words, "--workers", "2", "--batch-size", "3"])
     rows = rows_of(tmp_path / "p.csv")
     assert [row[0] for row in rows] == names
@@ -309,14 +277,6 @@ def test_a_folder_of_100000_pictures_starts_in_seconds(tasks, tmp_path, monkeypa
             for i in range(each - 1):
                 os.link(folder / "one.png", folder / f"{i:05d}.png")
     started = time.perf_counter()
-    words = [
-        *tasks["classify"],
-        "--data-dir",
-        tmp_path / "photos",
-        "--max-steps",
-        "1",
-        "--output",
-        tmp_path / "run",
-    ]
+    words = [*tasks["classify"], "--data-dir", tmp_path / "photos", "--max-steps", "1", "--output", tmp_path / "run"]
     run_quickly(words, monkeypatch)
     assert time.perf_counter() - started < 60, "seconds on a quiet machine; a crowded one is slower"

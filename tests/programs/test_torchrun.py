@@ -21,15 +21,7 @@ STEPS += ["--log-interval", "1000", "--device", "cpu"]
 
 def torchrun(words, processes=2, *more, **environment) -> subprocess.CompletedProcess:
     """`torchrun --nproc-per-node N train.py WORDS` on the CPU (gloo)."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        processes,
-        *more,
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *more]
     return subprocess.run(
         [str(word) for word in (*launcher, "train.py", *words)],
         cwd=ROOT,
@@ -81,10 +73,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(task, tmp_path):
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-6
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert one["step"] == two["step"] and one["accuracy"] == two["accuracy"]
-        assert (
-            abs(one["val_loss"] - two["val_loss"]) < 1e-6
-            and abs(one["train_loss"] - two["train_loss"]) < 1e-6
-        )
+        assert abs(one["val_loss"] - two["val_loss"]) < 1e-6 and abs(one["train_loss"] - two["train_loss"]) < 1e-6
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert names[0] == names[1]
 
@@ -105,9 +94,7 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
         subprocess.run(["rm", "-r", str(path)], check=True)
     (tmp_path / earlier.name).rename(folder / earlier.name)
     config = (tmp_path / "run" / "config.toml").read_text()
-    (tmp_path / "run" / "config.toml").write_text(
-        config.replace("grad_accum_steps = 1", "grad_accum_steps = 2")
-    )
+    (tmp_path / "run" / "config.toml").write_text(config.replace("grad_accum_steps = 1", "grad_accum_steps = 2"))
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"{earlier.name}: epoch" in log
@@ -152,9 +139,7 @@ def test_a_signal_to_torchrun_writes_a_checkpoint_within_a_step(signum, tmp_path
     process.send_signal(signum)
     after = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    said = re.search(
-        r"stopped by signal (\d+) after step (\d+); checkpoint run/checkpoints/step-(\d+)", after
-    )
+    said = re.search(r"stopped by signal (\d+) after step (\d+); checkpoint run/checkpoints/step-(\d+)", after)
     assert said, before[-1000:] + after
     shown = re.findall(r" step (\d+)/", before + after[: said.start()])
     assert int(said[2]) == int(said[3]) <= int(shown[-1]) + 1

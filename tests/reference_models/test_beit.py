@@ -52,21 +52,12 @@ def timm_beit(size=32, classes=5, **options):
     from timm.models.beit import Beit
 
     sizes = {"img_size": size, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5}
-    return fill(
-        Beit(**{**sizes, "num_classes": classes, "use_rel_pos_bias": True, "init_values": 0.1, **options})
-    )
+    return fill(Beit(**{**sizes, "num_classes": classes, "use_rel_pos_bias": True, "init_values": 0.1, **options}))
 
 
 TIMM_CONFIG = {
     "architecture": "beit_base_patch16_224",
-    "model_args": {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 4,
-        "mlp_ratio": 1.5,
-    },
+    "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5},
 }
 
 
@@ -84,11 +75,7 @@ def test_random_configurations_equal_transformers(seed, tmp_path):
     heads, size = choose([1, 2, 3, 6]), choose([16, 31, 40, 64])
     options = {"hidden_size": heads * choose([4, 8, 12]), "num_attention_heads": heads}
     options |= {"num_hidden_layers": choose([1, 2, 3]), "intermediate_size": choose([20, 64])}
-    options |= {
-        "patch_size": choose([4, 8]),
-        "num_labels": choose([3, 7]),
-        "hidden_act": choose(["gelu", "relu"]),
-    }
+    options |= {"patch_size": choose([4, 8]), "num_labels": choose([3, 7]), "hidden_act": choose(["gelu", "relu"])}
     kinds = ("relative_position_bias", "shared_relative_position_bias", "mean_pooling")
     options |= {f"use_{kind}": choose([True, False]) for kind in kinds}
     options |= {"layer_scale_init_value": choose([0.0, 0.1]), "layer_norm_eps": choose([1e-12, 1e-5])}
@@ -125,9 +112,7 @@ def test_transformers_and_timm_load_what_we_save(kind, tmp_path):
     model, x = small(kind, tmp_path), pictures(32)
     model.labels = ["a", "b", "c", "d", "e"]
     expected = logits_of(model, x)
-    theirs = BeitForImageClassification.from_pretrained(
-        save_pretrained(model, tmp_path / "hf", "transformers")
-    )
+    theirs = BeitForImageClassification.from_pretrained(save_pretrained(model, tmp_path / "hf", "transformers"))
     assert theirs.config.id2label[4] == "e"
     assert distance(logits_of(theirs.eval(), x), expected) <= 1e-5
     folder = save_pretrained(model, tmp_path / "timm", "timm")
@@ -186,18 +171,13 @@ def test_resized_tables_keep_the_class_tokens_rows_and_constants():
 def test_the_files_size_is_found_in_its_tables(tmp_path):
     oracle = timm_beit(40)
     write_weights(oracle, tmp_path)
-    model = load_pretrained(
-        "beit-nano-patch8-48", tmp_path, image_size=40, dim=32, depth=2, heads=4, hidden=48
-    )
+    model = load_pretrained("beit-nano-patch8-48", tmp_path, image_size=40, dim=32, depth=2, heads=4, hidden=48)
     assert distance(logits_of(model.eval(), pictures(40)), logits_of(oracle, pictures(40))) <= 1e-5
 
 
 @pytest.mark.parametrize(
     "name, classes, key",
-    [
-        ("beit-large-patch16-384", 200, "beit_large_384_200"),
-        ("beit-large-patch16-384", 1000, "beit_large_384_1000"),
-    ],
+    [("beit-large-patch16-384", 200, "beit_large_384_200"), ("beit-large-patch16-384", 1000, "beit_large_384_1000")],
 )
 def test_parameter_counts_of_the_report(name, classes, key, shared):
     counts = json.loads((shared / "param_counts.json").read_text())
@@ -208,10 +188,7 @@ def test_parameter_counts_of_the_report(name, classes, key, shared):
         if classes == 200:
             config = LoRAConfig(r=16, target_modules=("q_proj", "k_proj"), modules_to_save=("head",))
             inject_lora(model, config)
-            assert count_parameters(model) == (
-                counts["beit_lora_trainable"],
-                counts["beit_with_lora_single_head"],
-            )
+            assert count_parameters(model) == (counts["beit_lora_trainable"], counts["beit_with_lora_single_head"])
             assert counts["beit_lora_r16_qv"] + counts["beit_head_200"] == counts["beit_lora_trainable"]
 
 

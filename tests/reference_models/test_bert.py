@@ -38,11 +38,7 @@ SIZES = [
 
 
 def oracle(kind=transformers.BertModel, size: int = 0, **changes):
-    options = {
-        "attn_implementation": "eager",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
+    options = {"attn_implementation": "eager", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return randomize(kind(transformers.BertConfig(**options | SIZES[size] | changes)), seed=size)
 
 

@@ -26,9 +26,7 @@ from tests.support.text_parity import (
 )
 
 VOCABULARY, EOS = 61, 60
-TEXT = dict(
-    vocab_size=VOCABULARY, max_position_embeddings=12, num_attention_heads=2, pad_token_id=0, bos_token_id=1
-)
+TEXT = dict(vocab_size=VOCABULARY, max_position_embeddings=12, num_attention_heads=2, pad_token_id=0, bos_token_id=1)
 SMALL = dict(  # our settings of the first oracle below
     embed_dim=20, image_size=24, patch_size=8, vocab_size=VOCABULARY, context=12,
     vision_dim=32, vision_depth=2, vision_heads=4, vision_hidden=48,
@@ -160,9 +158,7 @@ def test_every_swap_in_the_key_table_breaks_parity(layout, tmp_path):
         expected = both(ours, images, ids)
     state = load_file(tmp_path / "model.safetensors")
     assert key_biases_agree(ours, state, layout)
-    survivors = surviving_mutants(
-        ours, state, ours.key_table(layout), lambda m: both(m, images, ids), expected
-    )
+    survivors = surviving_mutants(ours, state, ours.key_table(layout), lambda m: both(m, images, ids), expected)
     # a bias on the keys adds the same to all scores of a query: softmax does not see it
     assert [pair for pair in survivors if pair.count("k_proj.bias") < 2] == []
 
@@ -202,9 +198,7 @@ def test_choices_that_share_their_beginning_are_encoded_as_if_alone_value_and_gr
     config = LoRAConfig(r=2, target_modules=("q_proj", "v_proj", "out_proj"), init_lora_weights=False)
     inject_lora(model, config)
     lengths = [[9, 6, 11, 7], [4, 4, 4, 4], [5, 3, 8, 2], [1, 1, 1, 1], [6, 6, 2, 11]]
-    ids = choices(
-        lengths, shared=[5, 4, 0, 1, 2]
-    )  # the second and the fourth question: all choices are equal
+    ids = choices(lengths, shared=[5, 4, 0, 1, 2])  # the second and the fourth question: all choices are equal
     results = []
     for packed in (True, False):
         model.zero_grad()
@@ -262,9 +256,7 @@ def test_round_trip_is_bit_equal_and_loads_in_the_other_library(layout, eos, tmp
         if layout == "transformers":
             theirs, report = transformers.CLIPModel.from_pretrained(tmp_path / "a", output_loading_info=True)
             assert not report["missing_keys"] and not report["unexpected_keys"]
-            assert (
-                distance(theirs.eval()(input_ids=ids, pixel_values=images).logits_per_image, logits) <= 1e-5
-            )
+            assert distance(theirs.eval()(input_ids=ids, pixel_values=images).logits_per_image, logits) <= 1e-5
         if layout == "open_clip":
             theirs = open_clip.create_model(f"local-dir:{tmp_path / 'a'}").eval()
             assert distance(theirs.get_logits(images, ids)[0], logits) <= 1e-5
@@ -342,17 +334,9 @@ def test_bad_input_is_named(tmp_path):
     config = json.loads(json.dumps(config, default=str))
     text = config["text_config"]
     cases = {
-        "vocabulary": (
-            good,
-            {**config, "text_config": {**text, "vocab_size": 80}},
-            "text.token_embed.weight is (61",
-        ),
+        "vocabulary": (good, {**config, "text_config": {**text, "vocab_size": 80}}, "text.token_embed.weight is (61"),
         "extra": ({**good, "odd.weight": torch.zeros(2)}, config, "odd.weight"),
-        "nan": (
-            {**good, "text_projection.weight": torch.full((20, 24), torch.nan)},
-            config,
-            "text_projection",
-        ),
+        "nan": ({**good, "text_projection.weight": torch.full((20, 24), torch.nan)}, config, "text_projection"),
         "activation": (good, {**config, "text_config": {**text, "hidden_act": "swoosh"}}, "swoosh"),
         "timm": (good, {"model_cfg": {"vision_cfg": {"timm_model_name": "x"}}}, "timm_model_name"),
     }

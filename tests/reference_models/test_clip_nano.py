@@ -20,9 +20,7 @@ FOLDER = bundled_weights("clip-nano")
 
 
 def zero_shot_accuracy(capsys) -> float:
-    assert (
-        program("evaluate").main(["--task", "choice", "--model", "clip-nano", "--data-format", "shapes"]) == 0
-    )
+    assert program("evaluate").main(["--task", "choice", "--model", "clip-nano", "--data-format", "shapes"]) == 0
     return float(capsys.readouterr().out.split("accuracy ")[1].split()[0])
 
 
@@ -49,9 +47,7 @@ def test_captions_say_what_is_there_and_sometimes_a_part_of_it():
         named = [str(thing) in captions.caption(i) for thing in things]
         assert any(named)
         parts += not all(named)
-    assert (
-        0.3 < parts / 300 / PART < 0.8
-    )  # of two things one is left out; about half of the pictures show one
+    assert 0.3 < parts / 300 / PART < 0.8  # of two things one is left out; about half of the pictures show one
     assert captions.caption(5) == Captions("train", 300, seed=1).caption(5)
 
 

@@ -47,9 +47,7 @@ def test_models_adapters_and_tokenizers_have_the_permissions_of_a_new_file(expec
     wordpiece().save(tmp_path / "bert")
     ClipTokenizer(MERGES).save(tmp_path / "clip")
     found = modes(tmp_path)
-    assert {"minilora/model.safetensors", "converted/adapter_model.safetensors", "clip/merges.txt"} <= set(
-        found
-    )
+    assert {"minilora/model.safetensors", "converted/adapter_model.safetensors", "clip/merges.txt"} <= set(found)
     assert set(found.values()) == {expected}, found
 
 

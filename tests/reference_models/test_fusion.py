@@ -170,10 +170,7 @@ def test_saved_models_come_back_with_the_same_bits(name, tmp_path):
 def test_student_reads_the_last_real_token_and_one_bias_is_not_trained():
     model = create_model("student-nano").eval()
     ids = torch.randint(1, 4000, (2, 6))
-    padded, mask = (
-        torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], 1),
-        torch.ones(2, 9, dtype=torch.long),
-    )
+    padded, mask = (torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], 1), torch.ones(2, 9, dtype=torch.long))
     mask[:, 6:] = 0
     assert torch.allclose(model.text.pooled(padded, mask), model.text.pooled(ids), atol=1e-6)
     two = create_model("student-nano", single_bias=False).eval()

@@ -21,9 +21,7 @@ def leftovers(folder) -> list[str]:
 def test_downloads_once_and_is_then_used_from_the_cache(hub):
     folder = resolve("hf:org/name")
     assert folder == cache_folder() / "org--name" / "main"
-    assert (folder / "model.safetensors").read_bytes() == WEIGHTS and (
-        folder / "config.json"
-    ).read_bytes() == CONFIG
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS and (folder / "config.json").read_bytes() == CONFIG
     assert leftovers(folder) == []
     asked = len(hub.seen)
     assert resolve("hf:org/name") == folder and len(hub.seen) == asked
@@ -35,9 +33,7 @@ def test_a_path_is_returned_as_it_is(tmp_path):
 
 def test_later_files_are_asked_from_the_commit_of_the_first(hub):
     resolve("hf:org/name@refs/pr/1")
-    revisions = Counter(
-        path.split("/resolve/")[1].rpartition("/")[0] for path, _ in hub.seen if "/resolve/" in path
-    )
+    revisions = Counter(path.split("/resolve/")[1].rpartition("/")[0] for path, _ in hub.seen if "/resolve/" in path)
     assert revisions.pop("refs%2Fpr%2F1") == 1 and set(revisions) == {COMMIT}
 
 
@@ -128,9 +124,7 @@ def test_shards_are_fetched_through_the_index(hub):
         **{"a.safetensors": b"aaaa", "b.safetensors": b"bbbb", "pytorch_model.bin": b"pickle"},
     }
     folder = resolve("hf:org/name")
-    assert (folder / "a.safetensors").read_bytes() == b"aaaa" and (
-        folder / "b.safetensors"
-    ).read_bytes() == b"bbbb"
+    assert (folder / "a.safetensors").read_bytes() == b"aaaa" and (folder / "b.safetensors").read_bytes() == b"bbbb"
     assert hub.requests("pytorch_model.bin") == []
     (folder / "b.safetensors").unlink()  # noticed, and only it is fetched again
     hub.seen.clear()
@@ -140,16 +134,7 @@ def test_shards_are_fetched_through_the_index(hub):
 @pytest.mark.parametrize(
     "evil",
     ["../../evil.safetensors", "/tmp/evil.safetensors", "..\\evil.safetensors", "sub/a.safetensors"]
-    + [
-        "config.json",
-        ".hidden.safetensors",
-        "a.safetensors?x=.safetensors",
-        "a.safetensors\n",
-        "",
-        3,
-        None,
-        "a.bin",
-    ],
+    + ["config.json", ".hidden.safetensors", "a.safetensors?x=.safetensors", "a.safetensors\n", "", 3, None, "a.bin"],
 )
 def test_an_index_cannot_name_files_outside_the_cache(hub, evil, tmp_path):
     index = {"weight_map": {"x": evil}}
@@ -203,9 +188,7 @@ def test_the_token_never_goes_to_another_host(hub, monkeypatch):
         assert (resolve("hf:org/name") / "model.safetensors").read_bytes() == WEIGHTS
         assert [path for path, _ in other.seen] == ["/blobs/model.safetensors"]
         assert "secret" not in json.dumps(other.seen)
-        assert all(
-            headers["Authorization"] == "Bearer secret" for headers in hub.requests("model.safetensors")
-        )
+        assert all(headers["Authorization"] == "Bearer secret" for headers in hub.requests("model.safetensors"))
     finally:
         other.shutdown()
         other.server_close()
@@ -231,20 +214,14 @@ def test_another_host_declares_nothing_where_the_hub_is_silent(hub):
     try:
         hub.redirect_to = other.url
         hub.declare["model.safetensors"] = {"X-Linked-ETag": "", "X-Linked-Size": ""}
-        other.declare["model.safetensors"] = {
-            "ETag": "0" * 64,
-            "X-Linked-ETag": "0" * 64,
-            "X-Linked-Size": "1",
-        }
+        other.declare["model.safetensors"] = {"ETag": "0" * 64, "X-Linked-ETag": "0" * 64, "X-Linked-Size": "1"}
         assert (resolve("hf:org/name") / "model.safetensors").read_bytes() == WEIGHTS
     finally:
         other.shutdown()
         other.server_close()
 
 
-@pytest.mark.parametrize(
-    "place, words", [("file:///etc/hostname", "not allowed"), ("ftp://x/y", "redirects to ftp:")]
-)
+@pytest.mark.parametrize("place, words", [("file:///etc/hostname", "not allowed"), ("ftp://x/y", "redirects to ftp:")])
 def test_a_redirect_away_from_http_is_not_followed(hub, place, words):
     hub.declare["model.safetensors"] = {"Location": place}
     with pytest.raises(ModelError, match=words):
@@ -285,9 +262,7 @@ def test_offline_uses_the_cache_and_asks_nobody(hub, monkeypatch):
     assert hub.seen == []
 
 
-@pytest.mark.parametrize(
-    "spec", ["hf:", "hf:a/b/c", "hf:../x", "hf:org/..", "hf:org/name@", "hf:org/name@../../x"]
-)
+@pytest.mark.parametrize("spec", ["hf:", "hf:a/b/c", "hf:../x", "hf:org/..", "hf:org/name@", "hf:org/name@../../x"])
 def test_malformed_names_are_refused_before_anything_is_asked(hub, spec):
     with pytest.raises(ModelError, match="hf:"):
         resolve(spec)

@@ -102,14 +102,7 @@ def test_bert_from_the_hub_brings_its_tokenizer_to_vqa(hub, tmp_path):
     (tmp_path / "bert/vocab.txt").write_text("\n".join(words.split()) + "\n")
     (tmp_path / "bert/tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 64}')
     publish(hub, tmp_path / "bert")
-    models = [
-        "--model",
-        "vision=vit-nano-patch8-48",
-        "text=bert-nano",
-        "--weights",
-        "vision=none",
-        "text=hf:org/name",
-    ]
+    models = ["--model", "vision=vit-nano-patch8-48", "text=bert-nano", "--weights", "vision=none", "text=hf:org/name"]
     data = ["--data-dir", str(write_vqa(tmp_path / "vqa")), "--output", str(tmp_path / "run")]
     assert program("train").main(["--task", "vqa", *models, *data, *STEPS]) == 0
     run = load_run(tmp_path / "run")
@@ -122,16 +115,7 @@ def test_bert_from_the_hub_brings_its_tokenizer_to_vqa(hub, tmp_path):
 @pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json"])
 def test_clip_from_the_hub_brings_its_tokenizer_to_choices(kind, hub, tmp_path):
     publish(hub, write_clip(tmp_path / "clip", "transformers", kind))
-    words = [
-        "--task",
-        "choice",
-        "--model",
-        "clip-nano",
-        "--weights",
-        "hf:org/name",
-        "--target-modules",
-        "q_proj",
-    ]
+    words = ["--task", "choice", "--model", "clip-nano", "--weights", "hf:org/name", "--target-modules", "q_proj"]
     data = ["--data-dir", str(write_scpc(tmp_path / "scpc")), "--output", str(tmp_path / "run")]
     assert program("train").main([*words, *data, *STEPS, "--image-size", "32"]) == 0
     run = load_run(tmp_path / "run")

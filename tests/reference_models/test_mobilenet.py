@@ -91,11 +91,7 @@ def test_reads_features_without_classifier_and_adds_a_new_head(shared, images):
 def test_the_crop_keeps_its_proportion_at_other_sizes():
     for side, edge in ((224, 256), (112, 128)):
         preprocess = create_model("mobilenet-v2", width=0.25, image_size=side).preprocess
-        assert (preprocess["image_size"], preprocess["resize_to"], preprocess["resize"]) == (
-            side,
-            edge,
-            "shortest",
-        )
+        assert (preprocess["image_size"], preprocess["resize_to"], preprocess["resize"]) == (side, edge, "shortest")
 
 
 def test_parameter_counts(shared):

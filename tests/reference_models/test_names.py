@@ -61,11 +61,7 @@ OPTIONS = {
     "plain": {},
     "dora": {"use_dora": True, "target_modules": ["q_proj", "o_proj", "fc2"]},
     "saved": {"modules_to_save": ["classifier", "layernorm_after"], "bias": "lora_only"},
-    "patterns": {
-        "rank_pattern": {"q_proj": 3},
-        "alpha_pattern": {"layers.*.v_proj": 7},
-        "use_rslora": True,
-    },
+    "patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.*.v_proj": 7}, "use_rslora": True},
     "regex": {"target_modules": r".*\.(q_proj|fc1)"},
     "layers": {"layers_to_transform": [0], "layers_pattern": ["layers", "blocks"]},
 }
@@ -105,9 +101,7 @@ def test_names_of_transformers_4_are_those_of_its_checkpoints(tmp_path):
 def test_an_adapter_with_the_right_names_is_copied_and_bert_and_clip_do_not_change(tmp_path):
     adapter("vit", tmp_path / "five")
     assert convert(tmp_path / "five", tmp_path / "same", "transformers5") == 0
-    assert all(
-        torch.equal(t, tensors(tmp_path / "five")[key]) for key, t in tensors(tmp_path / "same").items()
-    )
+    assert all(torch.equal(t, tensors(tmp_path / "five")[key]) for key, t in tensors(tmp_path / "same").items())
     for family in ("bert", "clip"):
         for rule in rules_for(family, "transformers4", "transformers5"):
             assert rule.source.fullmatch(rule.target.replace("{}", "3")), rule

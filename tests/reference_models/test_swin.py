@@ -31,14 +31,7 @@ from tests.support.parity import (
     write_weights,
 )
 
-SMALL = {
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "mlp_ratio": 2.0,
-    "patch_size": 2,
-    "num_labels": 5,
-}
+SMALL = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "mlp_ratio": 2.0, "patch_size": 2, "num_labels": 5}
 
 
 def hf_swin(version=1, size=32, window=4, **options):
@@ -71,11 +64,7 @@ def timm_swin(version=1, **options):
 
 
 def torchvision_swin(version=1, window=4):
-    from torchvision.models.swin_transformer import (
-        PatchMergingV2,
-        SwinTransformer,
-        SwinTransformerBlockV2,
-    )
+    from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
     parts = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if version == 2 else {}
     sizes = {"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "mlp_ratio": 2.0}
@@ -108,18 +97,14 @@ def test_random_configurations_equal_transformers(version, seed, tmp_path):
     }
     if version == 2:
         options |= {"pretrained_window_sizes": [choose([0, 3, 6]) for _ in range(stages)]}
-    size = options["patch_size"] * window * 2 ** (stages - 1) + choose(
-        [0, 1, 5, 14]
-    )  # no grid below the window
+    size = options["patch_size"] * window * 2 ** (stages - 1) + choose([0, 1, 5, 14])  # no grid below the window
     oracle, x = hf_swin(version, size, window, **options), pictures(size)
     model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
     assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(
-    "options", [{}, {"window_size": 8}, {"img_size": 24, "window_size": 3}, {"window_size": 16}]
-)
+@pytest.mark.parametrize("options", [{}, {"window_size": 8}, {"img_size": 24, "window_size": 3}, {"window_size": 16}])
 def test_logits_equal_timm(version, options, tmp_path):
     oracle, config = timm_swin(version, **options)
     x = pictures(config["model_args"]["img_size"])
@@ -273,10 +258,7 @@ def test_torchvision_counts_the_key_biases_that_it_does_not_use(shared):
         ("swin-base-patch4-window7-224", "hf_swin_base_patch4_window7_224__SwinForImageClassification"),
         ("swin-base-patch4-window7-224", "timm_swin_base_patch4_window7_224"),
         ("swin-base-patch4-window7-224", "torchvision_swin_b"),
-        (
-            "swinv2-base-patch4-window12-192",
-            "hf_swinv2_base_patch4_window12_192__Swinv2ForImageClassification",
-        ),
+        ("swinv2-base-patch4-window12-192", "hf_swinv2_base_patch4_window12_192__Swinv2ForImageClassification"),
         ("swinv2-base-patch4-window8-256", "torchvision_swin_v2_b"),
     ],
 )

@@ -11,18 +11,11 @@ import torch
 
 from reference_models.errors import ModelError
 from reference_models.text.base import longest_first
-from reference_models.text.tokenizers import (
-    ClipTokenizer,
-    WordPieceTokenizer,
-    build_wordpiece_vocab,
-    load_tokenizer,
-)
+from reference_models.text.tokenizers import ClipTokenizer, WordPieceTokenizer, build_wordpiece_vocab, load_tokenizer
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SNIPPETS = """[SEP] [MASK] [CLS] [sep] <|endoftext|> <|startoftext|> <|ENDOFTEXT|> 's 'll 'RE !'s &amp; &lt; İ Σ ΑΣ ß ﬁ
- 각 한 中文 ½ Ⅳ ٣ e\u0301\u0323 \u200d \ufeff \ufffd \u0085 \u001c \u2028 don't U.S.A. 3.14 $5 naïve""".split(
-    " "
-)
+ 각 한 中文 ½ Ⅳ ٣ e\u0301\u0323 \u200d \ufeff \ufffd \u0085 \u001c \u2028 don't U.S.A. 3.14 $5 naïve""".split(" ")
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +124,10 @@ class TestAgainstTransformers:
             got = ours(texts, max_length=limit)
             compare(got, expected, theirs.pad_token_id)
             fixed = ours(texts, padding=limit)
-            expected = theirs(
-                texts, truncation=True, max_length=limit, padding="max_length", return_tensors="pt"
-            )
+            expected = theirs(texts, truncation=True, max_length=limit, padding="max_length", return_tensors="pt")
             compare(fixed, expected, theirs.pad_token_id)
 
-    def test_saved_files_give_the_same_ids_here_and_in_transformers(
-        self, kind, pairs_of_tokenizers, tmp_path
-    ):
+    def test_saved_files_give_the_same_ids_here_and_in_transformers(self, kind, pairs_of_tokenizers, tmp_path):
         transformers = pytest.importorskip("transformers")
         ours = pairs_of_tokenizers[kind][0]
         ours.save(tmp_path)
@@ -288,9 +277,7 @@ class TestTrainedVocabulary:
     def test_covers_english_and_stays_in_size(self, real_texts):
         vocab = build_wordpiece_vocab(real_texts, 1200)
         assert len(vocab) == len(set(vocab)) == 1200
-        assert vocab[:5] == SPECIALS and all(
-            chr(c) in vocab and f"##{chr(c)}" in vocab for c in range(33, 127)
-        )
+        assert vocab[:5] == SPECIALS and all(chr(c) in vocab and f"##{chr(c)}" in vocab for c in range(33, 127))
         tokenizer = WordPieceTokenizer(vocab)
         for text in (*real_texts[:500], "Zyzzyva! quux_42 @ \\ ~"):
             if text.isascii():
@@ -303,9 +290,7 @@ class TestTrainedVocabulary:
         assert vocab[193:] == ["##ow", "low", "##er"]
 
     def test_is_the_same_every_time_and_may_stop_early(self):
-        assert (
-            build_wordpiece_vocab(["ab ab cd"], 999)[193:] == build_wordpiece_vocab(["cd ab ab"], 999)[193:]
-        )
+        assert build_wordpiece_vocab(["ab ab cd"], 999)[193:] == build_wordpiece_vocab(["cd ab ab"], 999)[193:]
         assert build_wordpiece_vocab(["ab ab cd"], 999)[193:] == ["ab", "cd"]
         assert build_wordpiece_vocab(["aaaa aaaa"], 999)[193:] == ["##aa", "##aaa", "aaaa"]
 
@@ -331,15 +316,8 @@ class TestBadFiles:
         self.refused(self.write(tmp_path, "vocab.txt", "[PAD]\n[UNK]\na\n"), "'[CLS]'", "missing")
         self.refused(self.write(tmp_path, "vocab.txt", f"{lines}\na\nb\na\n"), "line 8", "'a'", "line 6")
         self.refused(self.write(tmp_path, "vocab.txt", f"{lines}\na\n\nb\n"), "line 7", "empty")
-        self.refused(
-            self.write(tmp_path, "vocab.txt", lines.encode() + b"\na\n\xff\xfe\n"), "line 7", "UTF-8"
-        )
-        assert (
-            load_tokenizer(self.write(tmp_path, "vocab.txt", f"{lines}\na\n".replace("\n", "\r\n"))).vocab[
-                "a"
-            ]
-            == 5
-        )
+        self.refused(self.write(tmp_path, "vocab.txt", lines.encode() + b"\na\n\xff\xfe\n"), "line 7", "UTF-8")
+        assert load_tokenizer(self.write(tmp_path, "vocab.txt", f"{lines}\na\n".replace("\n", "\r\n"))).vocab["a"] == 5
 
     def test_nothing_there(self, tmp_path):
         self.refused(tmp_path, "vocab.txt", "tokenizer.json")

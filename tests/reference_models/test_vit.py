@@ -46,14 +46,7 @@ def hf_vit(size=32, kind="ViT", **options):
 def timm_vit(size=32, **options):
     import timm
 
-    arguments = {
-        "img_size": size,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 4,
-        "mlp_ratio": 1.5,
-    }
+    arguments = {"img_size": size, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5}
     oracle = timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments, **options)
     return fill(oracle), {"architecture": "vit_tiny_patch16_224", "model_args": {**arguments, **options}}
 
@@ -189,9 +182,7 @@ def test_transformers_timm_and_torchvision_load_what_we_save(tmp_path):
     model, x = ours(), pictures(32)
     model.labels = ["a", "b", "c", "d", "e"]
     expected = logits_of(model, x)
-    theirs = ViTForImageClassification.from_pretrained(
-        save_pretrained(model, tmp_path / "hf", "transformers")
-    )
+    theirs = ViTForImageClassification.from_pretrained(save_pretrained(model, tmp_path / "hf", "transformers"))
     assert theirs.config.id2label[4] == "e" and theirs.config.layer_norm_eps == 1e-6
     assert distance(logits_of(theirs.eval(), x), expected) <= 1e-5
     folder = save_pretrained(model, tmp_path / "timm", "timm")
@@ -249,9 +240,7 @@ def test_encoder_without_prefix_with_pooler_and_without_head(tmp_path):
 
     oracle = fill(ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=8)))
     x = pictures(32)
-    model = load_pretrained(
-        write_transformers(oracle, tmp_path), num_classes=3
-    )  # a new head, the pooler is dropped
+    model = load_pretrained(write_transformers(oracle, tmp_path), num_classes=3)  # a new head, the pooler is dropped
     assert model.head.weight.shape == (3, 32) and model.pooler is None
     assert distance(model.forward_features(x), oracle(x).last_hidden_state) <= 1e-5
     model = load_pretrained(tmp_path, num_classes=0, pooler=True)
@@ -290,10 +279,7 @@ def shard(folder):
     halves = [keys[: len(keys) // 2], keys[len(keys) // 2 :]]
     for name, half in zip(names, halves, strict=True):
         save_file({key: state[key] for key in half}, folder / name)
-    index = {
-        "metadata": {},
-        "weight_map": {k: n for n, half in zip(names, halves, strict=True) for k in half},
-    }
+    index = {"metadata": {}, "weight_map": {k: n for n, half in zip(names, halves, strict=True) for k in half}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder / names[1]
 
@@ -307,9 +293,7 @@ def test_sharded_checkpoints_and_a_missing_shard(tmp_path):
         load_pretrained(tmp_path / "source")
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}]
-)
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
 def test_pytorch_model_bin(wrap, tmp_path):
     expected, folder = logits_of(small(tmp_path), pictures(32)), tmp_path / "source"
     torch.save(wrap(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
@@ -397,10 +381,7 @@ def test_extra_and_missing_keys(tmp_path):
     refused(folder, "1 keys have no place", "vit.surprise.weight", "model.safetensors")
     folder, _ = rewritten(tmp_path, lambda state: {k: t for k, t in state.items() if "layer.1" not in k})
     refused(
-        folder,
-        "missing 16",
-        "blocks.1.norm1.weight (vit.encoder.layer.1.layernorm_before.weight)",
-        "model.safetensors",
+        folder, "missing 16", "blocks.1.norm1.weight (vit.encoder.layer.1.layernorm_before.weight)", "model.safetensors"
     )
 
 
@@ -463,9 +444,7 @@ def test_parameter_counts(name, classes, key, shared):
     with torch.device("meta"):
         assert count_parameters(create_model(name, classes)).total == counts[key]
         if not classes:
-            assert (
-                count_parameters(create_model(name, 0, pooler=True)).total == counts["vit_base_with_pooler"]
-            )
+            assert count_parameters(create_model(name, 0, pooler=True)).total == counts["vit_base_with_pooler"]
 
 
 def test_counts_of_the_report_on_imagewoof(shared):
@@ -473,14 +452,8 @@ def test_counts_of_the_report_on_imagewoof(shared):
     with torch.device("meta"):
         model = create_model("vit-tiny-patch16-224", 10)
         assert count_parameters(model.blocks[0]).total == counts["vit_tiny_block"]
-        every = LoRAConfig(
-            r=4, lora_alpha=4, target_modules=TARGETS, modules_to_save=("head",), train_norms=True
-        )
-        assert (
-            count_parameters(inject_lora(model, every)).trainable
-            == counts["vit_tiny_lora_trainable"]
-            == 177_418
-        )
+        every = LoRAConfig(r=4, lora_alpha=4, target_modules=TARGETS, modules_to_save=("head",), train_norms=True)
+        assert count_parameters(inject_lora(model, every)).trainable == counts["vit_tiny_lora_trainable"] == 177_418
         model = create_model("vit-tiny-patch16-224", 10)
         inject_lora(model, LoRAConfig(r=8, modules_to_save=("head",)))
         line = "trainable params: 75,658 || all params: 5,600,074 || trainable%: 1.3510"

@@ -75,9 +75,7 @@ def test_windows_are_put_back_where_they_were_cut_out_and_the_shift_is_undone():
 
 
 def test_windows_have_no_rollout_and_the_training_mode_comes_back():
-    swin = Looker(
-        lambda x: [torch.rand(x.shape[0] * 4, 2, 16, 16), torch.rand(x.shape[0], 2, 16, 16)]
-    ).train()
+    swin = Looker(lambda x: [torch.rand(x.shape[0] * 4, 2, 16, 16), torch.rand(x.shape[0], 2, 16, 16)]).train()
     last, rollout = attention_heats(swin, torch.zeros(3, 3, 16, 16))
     assert last.shape == (3, 2, 4, 4) and rollout is None and swin.training
 
@@ -117,9 +115,7 @@ def test_the_maps_of_our_vit_are_those_of_transformers_on_the_same_weights(tmp_p
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     save_pretrained(model, tmp_path, layout="transformers")
-    oracle = transformers.ViTForImageClassification.from_pretrained(tmp_path, attn_implementation="eager").to(
-        dtype
-    )
+    oracle = transformers.ViTForImageClassification.from_pretrained(tmp_path, attn_implementation="eager").to(dtype)
     x = torch.randn(2, 3, 48, 48, dtype=dtype)
     with torch.no_grad():
         theirs, ours = oracle.eval()(x, output_attentions=True).attentions, model.attention_maps(x)

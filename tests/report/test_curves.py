@@ -13,8 +13,7 @@ from minilora.report.svg import curves_html, ticks
 
 def records(n=4):
     return [
-        {"epoch": e, "lr": 1e-3 / e, "train_loss": 2 / e, "val_loss": 3 / e, "accuracy": 1 - 1 / e}
-        for e in range(1, n)
+        {"epoch": e, "lr": 1e-3 / e, "train_loss": 2 / e, "val_loss": 3 / e, "accuracy": 1 - 1 / e} for e in range(1, n)
     ]
 
 
@@ -37,12 +36,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
 
 
 def test_values_that_are_not_finite_or_missing_leave_a_gap():
-    points = [
-        {"epoch": 1, "loss": 2.0},
-        {"epoch": 2, "loss": float("nan")},
-        {"epoch": 3},
-        {"epoch": 4, "loss": 1},
-    ]
+    points = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": float("nan")}, {"epoch": 3}, {"epoch": 4, "loss": 1}]
     assert curve(points, "loss") == ([1.0, 4.0], [2.0, 1.0])
 
 
@@ -57,11 +51,7 @@ def test_without_matplotlib_one_line_is_printed_and_nothing_else_happens(tmp_pat
     assert curves_figure({"lora": records()}, tmp_path / "curves.png") is False
     assert spectrum_figure({"lora": []}, tmp_path / "spectrum.png") is False
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        len(lines) == 2
-        and all("matplotlib is missing" in line for line in lines)
-        and not list(tmp_path.iterdir())
-    )
+    assert len(lines) == 2 and all("matplotlib is missing" in line for line in lines) and not list(tmp_path.iterdir())
     assert curves_html({"lora": records()}).count("<svg") == 3  # the page draws its own
 
 

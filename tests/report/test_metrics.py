@@ -78,10 +78,7 @@ def test_many_classes_keep_no_matrix_and_print_the_weakest():
 def test_seeds_of_equal_configuration_are_averaged_with_their_spread():
     group = group_key({"lr": 1e-3, "seed": 0, "output": "x"})
     assert group == group_key({"seed": 7, "lr": 1e-3}) != group_key({"lr": 1e-4})
-    rows = [
-        RunRow("lora", "lora", group, s, accuracy=a, trainable=10, total=100)
-        for s, a in enumerate((0.9, 0.92))
-    ]
+    rows = [RunRow("lora", "lora", group, s, accuracy=a, trainable=10, total=100) for s, a in enumerate((0.9, 0.92))]
     rows.append(RunRow("full", "full", "other", 0, accuracy=0.5, seconds=3.0))
     assert [len(g.runs) for g in group_runs(rows)] == [2, 1]
     table = comparison_table(rows)

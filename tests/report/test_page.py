@@ -49,9 +49,7 @@ def photo(seed=0, size=(60, 40)):
 def full_data():
     """Every section, with a hostile string in every place that can hold one."""
     example = samples.Example(photo(), EVIL, EVIL + "2", 0.7, question=EVIL, choices=[(EVIL, 0.7)], name=EVIL)
-    records = [
-        {"epoch": e, "lr": 0.1, "train_loss": 1 / e, "val_loss": 2 / e, "accuracy": 0.5} for e in (1, 2, 3)
-    ]
+    records = [{"epoch": e, "lr": 0.1, "train_loss": 1 / e, "val_loss": 2 / e, "accuracy": 0.5} for e in (1, 2, 3)]
     return page.ReportData(
         EVIL,
         subtitle=EVIL,
@@ -102,10 +100,7 @@ def test_a_class_called_script_is_shown_and_not_run():
 def test_every_link_of_the_navigation_has_its_heading():
     reader = Reader(page.render_report(full_data()))
     links = {value[1:] for tag, key, value in reader.attributes if (tag, key) == ("a", "href")}
-    assert (
-        links == {value for tag, key, value in reader.attributes if (tag, key) == ("h2", "id")}
-        and len(links) == 15
-    )
+    assert links == {value for tag, key, value in reader.attributes if (tag, key) == ("h2", "id")} and len(links) == 15
 
 
 def test_a_page_with_a_title_alone_has_no_empty_sections():
@@ -156,9 +151,7 @@ def test_pictures_of_every_mode_fit_into_the_page(mode):
 
 
 def test_grids_hold_all_pictures_and_cut_long_names():
-    sheet = samples.sample_grid(
-        {"a very long class name " * 9: [photo()], "cat": [photo(), photo()]}, side=32
-    )
+    sheet = samples.sample_grid({"a very long class name " * 9: [photo()], "cat": [photo(), photo()]}, side=32)
     assert sheet.height >= 2 * 32 and 64 < sheet.width < 300
     grid = samples.example_grid([samples.Example(photo(), "dog", "cat", 0.5)] * 5, columns=2, side=40)
     assert grid.height > 3 * 40 and grid.width > 80

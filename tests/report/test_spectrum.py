@@ -83,7 +83,4 @@ def test_the_table_has_a_line_per_layer_and_ends_with_how_to_read_it():
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     layers = sp.spectrum([("q", torch.randn(8, 8), torch.randn(8, 2) @ torch.randn(2, 8))])
-    assert (
-        sp.spectrum_figure({"lora": layers}, tmp_path / "s.png")
-        and (tmp_path / "s.png").stat().st_size > 5000
-    )
+    assert sp.spectrum_figure({"lora": layers}, tmp_path / "s.png") and (tmp_path / "s.png").stat().st_size > 5000

@@ -10,12 +10,7 @@ from minilora.report import vqa_metric as vqa
 
 def question(number, answers, answer_type="other", question_type="what is"):
     answers = [{"answer": a, "answer_id": i} for i, a in enumerate(answers, 1)]
-    return {
-        "question_id": number,
-        "answers": answers,
-        "answer_type": answer_type,
-        "question_type": question_type,
-    }
+    return {"question_id": number, "answers": answers, "answer_type": answer_type, "question_type": question_type}
 
 
 def test_normalisation_equals_all_golden_pairs(shared):
@@ -93,16 +88,11 @@ def test_a_question_id_that_occurs_twice_is_refused():
 def test_the_results_file_has_the_official_form(tmp_path):
     vqa.write_results(tmp_path / "results.json", {262148000: "down", 262148001: "café"})
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert rows == [
-        {"question_id": 262148000, "answer": "down"},
-        {"question_id": 262148001, "answer": "café"},
-    ]
+    assert rows == [{"question_id": 262148000, "answer": "down"}, {"question_id": 262148001, "answer": "café"}]
 
 
 def test_the_most_common_answers_of_real_annotations_score_as_the_reference_does(shared):
-    data = json.loads((shared / "vqav2_small" / "annotations.json").read_text(encoding="utf-8"))[
-        "annotations"
-    ]
+    data = json.loads((shared / "vqav2_small" / "annotations.json").read_text(encoding="utf-8"))["annotations"]
     scores = vqa.score_vqa({a["question_id"]: a["multiple_choice_answer"] for a in data}, data)
     assert scores["metric"] == vqa.OFFICIAL and set(scores["by_answer_type"]) == {"number", "other", "yes/no"}
     for annotation in data:  # the definition, word for word, beside the closed form

@@ -23,10 +23,7 @@ def gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_(True)
     y = layer(x)
     trained = [p for p in layer.parameters() if p.requires_grad]
-    return [
-        y.detach(),
-        *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [x, *trained]),
-    ]
+    return [y.detach(), *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [x, *trained])]
 
 
 @needs_onednn

@@ -88,11 +88,7 @@ def main(folder: Path, rooms: list[int]) -> dict:
         findings["messages"].append(said)
         after = files_of(run)
         newer = checkpoint.latest_checkpoint(run, lambda line: None).name != "step-3"
-        lost = (
-            []
-            if newer
-            else [name for name in before if before[name] != after.get(name) and name != "train.log"]
-        )
+        lost = [] if newer else [name for name in before if before[name] != after.get(name) and name != "train.log"]
         findings["complaints"] += [f"{room} KiB left: lost {name}" for name in lost]
         torsos = [name for name in after if ".tmp" in name]
         unread = [d.name for d in checkpoint.checkpoint_dirs(run) if checkpoint.why_invalid(d)]

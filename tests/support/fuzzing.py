@@ -26,31 +26,8 @@ MEMORY = 3 << 30  # address space that a reader may take beside what the process
 STRANGE = (
     *(None, True, False, 0, -1, 1, 2, 7, 1.5, -0.0, 1e300, 2**31, 2**63, 10**30, float("nan"), float("inf")),
     *("", " ", "\0", "a\nb", "../../etc/passwd", "/etc/passwd", "C:\\x", "\u202e", "<script>", "x" * 5000),
-    *(
-        "{0.__class__}",
-        "__import__('os').system('true')",
-        "%s%n",
-        "none",
-        "nan",
-        "-1",
-        "hf:../..",
-        "é\U0001f600",
-    ),
-    *(
-        [],
-        {},
-        [[]],
-        [None],
-        [1, 2],
-        [-1],
-        ["a"],
-        {"": 0},
-        {"a": {}},
-        [1] * 3000,
-        "((((((a*)*)*)*)*)*)b",
-        "(",
-        "[z-a]",
-    ),
+    *("{0.__class__}", "__import__('os').system('true')", "%s%n", "none", "nan", "-1", "hf:../..", "é\U0001f600"),
+    *([], {}, [[]], [None], [1, 2], [-1], ["a"], {"": 0}, {"a": {}}, [1] * 3000, "((((((a*)*)*)*)*)*)b", "(", "[z-a]"),
 )
 
 
@@ -133,9 +110,7 @@ def strange_json(rng: random.Random, data: bytes) -> bytes:
         return deep().encode()
     if kind == 1:  # every key of an object twice, the second time with another value
         value = json.loads(data)
-        twice = (
-            [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()] if isinstance(value, dict) else []
-        )
+        twice = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()] if isinstance(value, dict) else []
         twice += [f"{json.dumps(k)}: {json.dumps(rng.choice(STRANGE))}" for k in value] if twice else []
         return ("{" + ", ".join(twice) + "}").encode()
     if kind < 13:
@@ -152,9 +127,7 @@ def strange_header(rng: random.Random, data: bytes) -> bytes:
     text, tensors = data[8 : 8 + size], data[8 + size :]
     kind = rng.randrange(10)
     if kind == 0:
-        length = rng.choice(
-            (0, 1, size - 1, size + 1, 2**27, 2**31, 2**63, 2**64 - 1, rng.randrange(2 * size))
-        )
+        length = rng.choice((0, 1, size - 1, size + 1, 2**27, 2**31, 2**63, 2**64 - 1, rng.randrange(2 * size)))
         return struct.pack("<Q", length) + text + tensors
     if kind == 1:
         return strange_bytes(rng, data[: 8 + size]) + tensors
@@ -178,21 +151,10 @@ def strange_entry(rng: random.Random, header: dict) -> dict:
     if kind == 0:
         entry["dtype"] = rng.choice(("F64", "F16", "BF16", "I8", "BOOL", "F8_E4M3", "U64", "X", "", None, 3))
     elif kind == 1:
-        entry["shape"] = rng.choice(
-            ([], [0], [-1], [2**62, 4], entry["shape"][::-1], [*entry["shape"], 1], None, "3")
-        )
+        entry["shape"] = rng.choice(([], [0], [-1], [2**62, 4], entry["shape"][::-1], [*entry["shape"], 1], None, "3"))
     elif kind == 2:
         start, end = entry["data_offsets"]
-        pairs = (
-            (end, start),
-            (start, end + 4),
-            (-4, end),
-            (0, 2**63),
-            (start + 1, end),
-            (0, 0),
-            (start,),
-            None,
-        )
+        pairs = ((end, start), (start, end + 4), (-4, end), (0, 2**63), (start + 1, end), (0, 0), (start,), None)
         entry["data_offsets"] = rng.choice(pairs)
     elif kind == 3:
         other = rng.choice([key for key in header if key != "__metadata__"])
@@ -208,13 +170,7 @@ _writing: list = []  # where files may be written while a Watch is open
 
 
 def _audit(event, args):
-    if not _writing or event not in (
-        "open",
-        "os.rename",
-        "os.mkdir",
-        "os.symlink",
-        "os.truncate",
-    ):
+    if not _writing or event not in ("open", "os.rename", "os.mkdir", "os.symlink", "os.truncate"):
         return
     if event == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wax+")):
         return

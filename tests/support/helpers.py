@@ -27,9 +27,7 @@ class readable_form:
 
 def lora_linear(d_in=6, d_out=4, r=2, alpha=3.0, bias=True, dtype=torch.float64, **options) -> LoRALinear:
     """A LoRALinear whose A and B (and DoRA lengths) are all non-zero, so that no mistake hides behind B = 0."""
-    layer = LoRALinear(
-        nn.Linear(d_in, d_out, bias=bias, dtype=dtype), r, alpha, init_lora_weights=False, **options
-    )
+    layer = LoRALinear(nn.Linear(d_in, d_out, bias=bias, dtype=dtype), r, alpha, init_lora_weights=False, **options)
     if layer.lora_magnitude_vector is not None:
         with torch.no_grad():
             layer.lora_magnitude_vector.mul_(torch.rand_like(layer.lora_magnitude_vector) + 0.5)
@@ -54,14 +52,10 @@ def value_and_gradients(function, x: Tensor, parameters: dict[str, Tensor]) -> d
     weights = torch.linspace(-1, 1, max(n, 1), dtype=torch.float64, device=x.device)[:n]
     loss = (y.double() * weights.view(y.shape)).sum()
     inputs = {"x": x, **{name: p for name, p in parameters.items() if p.requires_grad}}
-    return {"y": y.detach()} | dict(
-        zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True)
-    )
+    return {"y": y.detach()} | dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
 
 
-def assert_equal_value_and_gradients(
-    ours, wanted, x: Tensor, layer: nn.Module, tolerance: float | None = None
-):
+def assert_equal_value_and_gradients(ours, wanted, x: Tensor, layer: nn.Module, tolerance: float | None = None):
     """Both functions of x give the same value and the same gradients of x and of every trainable parameter.
 
     Differences are counted in units of the largest number in the comparison, or of 1 where all are smaller.
@@ -120,9 +114,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
-    )
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 def adapted(model: nn.Module) -> list[str]:

@@ -17,9 +17,7 @@ class Hub(ThreadingHTTPServer):
         self.files = {"config.json": CONFIG, "vocab.txt": b"[PAD]\n", "model.safetensors": WEIGHTS}
         self.large = {"model.safetensors", "a.safetensors", "b.safetensors", "pytorch_model.bin"}
         self.declare: dict[str, dict] = {}  # name -> headers that override the true ones
-        self.break_after: dict[
-            str, list[int]
-        ] = {}  # name -> bytes to send before closing, request by request
+        self.break_after: dict[str, list[int]] = {}  # name -> bytes to send before closing, request by request
         self.send: dict[str, bytes] = {}  # name -> bytes sent in place of the true ones
         self.status: dict[str, list[int]] = {}  # name -> answers before the real one
         self.ranges = True
@@ -54,11 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(hub.status[name].pop(0))
         if self.path.startswith("/old/"):  # a renamed model
             return self.answer(307, {"Location": self.path.replace("/old/", "/org/")})
-        if (
-            hub.token
-            and "/resolve/" in self.path
-            and self.headers.get("Authorization") != f"Bearer {hub.token}"
-        ):
+        if hub.token and "/resolve/" in self.path and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.answer(401, {"X-Error-Message": "Invalid credentials"})
         body = hub.files.get(name)
         if body is None:

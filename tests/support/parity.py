@@ -90,9 +90,7 @@ def assert_round_trip(model: nn.Module, layout: str, folder: Path) -> nn.Module:
     return back
 
 
-def swappable_pairs(
-    model: nn.Module, layout: str, limit: int | None, seed: int = 0
-) -> list[tuple[Entry, Entry]]:
+def swappable_pairs(model: nn.Module, layout: str, limit: int | None, seed: int = 0) -> list[tuple[Entry, Entry]]:
     """Pairs of table entries whose tensors of ours have equal shapes, a seeded choice of `limit` of them."""
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     groups: dict[tuple, list[Entry]] = {}
@@ -121,16 +119,10 @@ def assert_swaps_are_noticed(
     assert pairs
     for one, other in pairs:
         with torch.no_grad():
-            _copy(
-                wrong,
-                {**theirs, one.theirs: theirs[other.theirs], other.theirs: theirs[one.theirs]},
-                (one, other),
-            )
+            _copy(wrong, {**theirs, one.theirs: theirs[other.theirs], other.theirs: theirs[one.theirs]}, (one, other))
             changed = distance(logits_of(wrong, x), expected)
             _copy(wrong, theirs, (one, other))
-        assert changed > tolerance, (
-            f"{one.theirs} and {other.theirs} can be exchanged unnoticed ({changed:.1e})"
-        )
+        assert changed > tolerance, f"{one.theirs} and {other.theirs} can be exchanged unnoticed ({changed:.1e})"
     assert torch.equal(logits_of(wrong, x), expected)
     return len(pairs)
 
@@ -184,9 +176,7 @@ def assert_same_lora_gradients(model: nn.Module, oracle: nn.Module, layout: str,
     adapted(model, tuple(targets)).eval()
     config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets.values()))
     peft = get_peft_model(oracle, config).eval()
-    theirs = {
-        e.ours[0].removesuffix(".weight"): e.theirs.removesuffix(".weight") for e in model.key_table(layout)
-    }
+    theirs = {e.ours[0].removesuffix(".weight"): e.theirs.removesuffix(".weight") for e in model.key_table(layout)}
     pairs = []
     for name, layer in lora_layers(model):
         other = peft.base_model.model.get_submodule(theirs[name])

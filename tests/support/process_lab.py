@@ -28,14 +28,7 @@ from minilora.training import checkpoint, distributed
 from minilora.training.trainer import Trainer, TrainOptions
 from tests.support.toy_task import ToyTask
 
-OPTIONS = {
-    "epochs": 2,
-    "save_every": 2,
-    "log_interval": 1,
-    "amp": "fp16",
-    "sched": "plateau",
-    "grad_accum_steps": 1,
-}
+OPTIONS = {"epochs": 2, "save_every": 2, "log_interval": 1, "amp": "fp16", "sched": "plateau", "grad_accum_steps": 1}
 PLAIN = {"dropout": 0.0, "noise": 0.0, "norm": False}
 
 
@@ -204,9 +197,7 @@ def disk_full(folder):
         return train(run)
 
     def snapshot(run):
-        return {
-            str(p.relative_to(run)): checkpoint.file_sha256(p) for p in sorted(run.rglob("*")) if p.is_file()
-        }
+        return {str(p.relative_to(run)): checkpoint.file_sha256(p) for p in sorted(run.rglob("*")) if p.is_file()}
 
     assert join(fork(train, folder / "whole"))[0] == 0
     run, findings = folder / "run", {"statuses": [], "messages": [], "complaints": []}
@@ -286,11 +277,7 @@ def distance(a, b):
 def only_rank_0_writes(folder, **options):
     def hook(event, args):
         writes = event == "open" and isinstance(args[1], str) and any(c in args[1] for c in "wa+x")
-        if (
-            distributed.rank()
-            and (writes or event in ("os.rename", "os.mkdir"))
-            and str(folder) in str(args[0])
-        ):
+        if distributed.rank() and (writes or event in ("os.rename", "os.mkdir")) and str(folder) in str(args[0]):
             if not Path(args[0]).is_dir():
                 raise AssertionError(f"rank {distributed.rank()} writes: {event} {args}")
 
@@ -302,21 +289,9 @@ def only_rank_0_writes(folder, **options):
 def two_equal_one(folder):
     """20 optimizer steps of 2 processes with batch b against 1 process with batch 2b, ragged ends included."""
     findings = {}
-    cases = (
-        ("even", 32, 2, 1),
-        ("ragged", 22, 3, 1),
-        ("one process has none", 18, 2, 1),
-        ("accumulation", 23, 2, 2),
-    )
+    cases = (("even", 32, 2, 1), ("ragged", 22, 3, 1), ("one process has none", 18, 2, 1), ("accumulation", 23, 2, 2))
     for name, n, batch, accumulate in cases:
-        options = {
-            "amp": "fp32",
-            "sched": "cosine",
-            "lr": 0.01,
-            "epochs": 9,
-            "max_steps": 20,
-            "save_every": 0,
-        }
+        options = {"amp": "fp32", "sched": "cosine", "lr": 0.01, "epochs": 9, "max_steps": 20, "save_every": 0}
         options["grad_accum_steps"] = accumulate
         data = PLAIN | {"n": n}
         status, single = join(fork(train, folder / f"{name}-1", data | {"batch_size": 2 * batch}, **options))
@@ -353,10 +328,7 @@ def several(folder):
     world(2, train, folder / "two", PLAIN, **options)
     world(2, interrupted_plain, folder / "two-one", **options)
     join(fork(train, folder / "two-one", PLAIN, grad_accum_steps=2, **options))
-    findings["two, then one"] = [
-        distance(folder / "two", folder / "two-one"),
-        steps_resumed(folder / "two-one"),
-    ]
+    findings["two, then one"] = [distance(folder / "two", folder / "two-one"), steps_resumed(folder / "two-one")]
     return findings
 
 
@@ -369,9 +341,7 @@ def interrupted_plain(folder, **options):
 
 
 def steps_resumed(folder):
-    return [
-        line.split(": ")[1] for line in (folder / "train.log").read_text().splitlines() if "resumed" in line
-    ]
+    return [line.split(": ")[1] for line in (folder / "train.log").read_text().splitlines() if "resumed" in line]
 
 
 def dying(folder):

@@ -68,9 +68,7 @@ def mutations(table, state: dict, count: int | None = None, seed: int = 0):
         yield f"{table[i].theirs} <-> {table[j].theirs}", mutant
 
 
-def surviving_mutants(
-    model: nn.Module, state: dict, table, run, expected: torch.Tensor, count=None
-) -> list[str]:
+def surviving_mutants(model: nn.Module, state: dict, table, run, expected: torch.Tensor, count=None) -> list[str]:
     """Swaps of the key table that the parity test would not notice. `run(model)` is compared with `expected`."""
     ignored = family_module(model.config.family).ignored
     survivors = []
@@ -116,8 +114,7 @@ def key_biases_agree(model: nn.Module, state: dict, layout: str) -> bool:
     own = model.state_dict()
     names = [e for e in model.key_table(layout) if e.form == "same" and e.ours[0].endswith("k_proj.bias")]
     return all(
-        torch.equal(own[e.ours[0]], state[e.theirs])
-        and re.findall(r"\d+", e.ours[0]) == re.findall(r"\d+", e.theirs)
+        torch.equal(own[e.ours[0]], state[e.theirs]) and re.findall(r"\d+", e.ours[0]) == re.findall(r"\d+", e.theirs)
         for e in names
     )
 

@@ -59,9 +59,7 @@ class ToyTask:
 
     mode, metric = "full", "accuracy"
 
-    def __init__(
-        self, n=22, batch_size=4, seed=0, dropout=0.3, noise=0.5, workers=0, norm=True, poison=(), after=None
-    ):
+    def __init__(self, n=22, batch_size=4, seed=0, dropout=0.3, noise=0.5, workers=0, norm=True, poison=(), after=None):
         torch.manual_seed(seed)
         self.model = ToyModel(dropout, norm)
         self.data, self.validation = NoisyPoints(n, seed, noise), NoisyPoints(21, seed + 1, 0.0)
@@ -79,11 +77,7 @@ class ToyTask:
     def train_loader(self, epoch, batches):
         keys = [[(epoch, i) for i in batch] for batch in batches]
         return DataLoader(
-            self.data,
-            batch_sampler=keys,
-            collate_fn=collate,
-            num_workers=self.workers,
-            worker_init_fn=ignore_signals,
+            self.data, batch_sampler=keys, collate_fn=collate, num_workers=self.workers, worker_init_fn=ignore_signals
         )
 
     def loss(self, model, batch):
@@ -108,13 +102,9 @@ class ToyTask:
         for i in mine:
             item = collate([self.validation[i]])
             logits = model(item["x"]).float()
-            rows.append(
-                (i, F.cross_entropy(logits, item["label"]).item(), int(logits.argmax()) == int(item["label"]))
-            )
+            rows.append((i, F.cross_entropy(logits, item["label"]).item(), int(logits.argmax()) == int(item["label"])))
         rows = sorted(row for part in gather_objects(rows) for row in part)
-        assert [row[0] for row in rows] == list(range(len(self.validation))), (
-            "each validation item exactly once"
-        )
+        assert [row[0] for row in rows] == list(range(len(self.validation))), "each validation item exactly once"
         return {"loss": sum(r[1] for r in rows) / len(rows), "accuracy": sum(r[2] for r in rows) / len(rows)}
 
     def describe(self, batch):

@@ -16,18 +16,11 @@ def records(pictures: int, start: int = 0, answers: int = 1) -> tuple[list[dict]
         colour = list(COLOURS)[i % 3]
         asked = [
             ("What's the color of it?", colour, "what", "other"),
-            (
-                f"is it {list(COLOURS)[(i + i // 3) % 3]}?",
-                "yes" if i // 3 % 3 == 0 else "no",
-                "is it",
-                "yes/no",
-            ),
+            (f"is it {list(COLOURS)[(i + i // 3) % 3]}?", "yes" if i // 3 % 3 == 0 else "no", "is it", "yes/no"),
             (f"how many things are there in picture {i % 5}?", "1", "how many", "number"),
         ]
         for k, (text, answer, kind, answer_type) in enumerate(asked):
-            said = [
-                {"answer": answer, "answer_confidence": "yes", "answer_id": n + 1} for n in range(answers)
-            ]
+            said = [{"answer": answer, "answer_confidence": "yes", "answer_id": n + 1} for n in range(answers)]
             questions.append({"question_id": 10 * i + k, "image_id": i, "question": text})
             annotations.append(
                 {

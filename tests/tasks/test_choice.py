@@ -136,9 +136,7 @@ def test_logits_are_transformers_from_every_layout_and_tokenizer_file(act, legac
     """The same weights in transformers' and open_clip's files, the tokenizer as vocab.json and as tokenizer.json."""
     acts = {"vision_act": act, "text_act": act}
     kinds = (("transformers", "vocab.json"), ("open_clip", "tokenizer.json"), ("minilora", "vocab.json"))
-    folders = [
-        write_clip(tmp_path / layout, layout, kind, legacy_eos=legacy_eos, **acts) for layout, kind in kinds
-    ]
+    folders = [write_clip(tmp_path / layout, layout, kind, legacy_eos=legacy_eos, **acts) for layout, kind in kinds]
     theirs = transformers.CLIPModel.from_pretrained(folders[0]).eval()
     results = []
     for folder in folders:
@@ -185,19 +183,7 @@ def test_32_questions_are_learned_by_heart(tmp_path):
     """The overfit test: random weights, 32 generated questions, 100 % on the training data."""
     clip = write_clip(tmp_path / "clip", embed_dim=32)
     config, _ = parse_args(
-        [
-            *QUICK,
-            "--model",
-            str(clip),
-            "--subset",
-            "16",
-            "--batch-size",
-            "32",
-            "--mode",
-            "full",
-            "--lr",
-            "3e-3",
-        ]
+        [*QUICK, "--model", str(clip), "--subset", "16", "--batch-size", "32", "--mode", "full", "--lr", "3e-3"]
     )
     task = build_task(config)
     assert len(task.data["train"]) == 32
@@ -223,9 +209,7 @@ def test_cached_features_give_the_same_run(clip, scpc):
     plain, kept = task_of(clip, scpc, *words), task_of(clip, scpc, *words, "--cache-features")
     for part in (0, 1):
         rows = plain.train_batches(0)[part : part + 1]
-        losses = [
-            task.loss(task.model.eval(), next(iter(task.train_loader(0, rows))))[0] for task in (plain, kept)
-        ]
+        losses = [task.loss(task.model.eval(), next(iter(task.train_loader(0, rows))))[0] for task in (plain, kept)]
         torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
     assert plain.evaluate(plain.model) == pytest.approx(kept.evaluate(kept.model))
 
@@ -282,25 +266,13 @@ def test_visual7w_results_and_accuracy_by_type(run_of_visual7w, tmp_path, capsys
     right = [record["candidates"][0]["answer"].startswith("Right") for record in records]
     found = load_run(run).evaluate(EvalConfig())
     assert found.scores["accuracy"] == sum(right) / 4
-    assert found.vqa["by_question_type"] == pytest.approx(
-        {kind: 100 * value for kind, value in by_type.items()}
-    )
+    assert found.vqa["by_question_type"] == pytest.approx({kind: 100 * value for kind, value in by_type.items()})
 
 
 def test_a_run_answers_one_question(run_of_visual7w, capsys):
     run, data = run_of_visual7w
     image = str(data / "images/p0.png")
-    words = [
-        str(run),
-        "--image",
-        image,
-        "--question",
-        "Who is there?",
-        "--choices",
-        "A boy.",
-        "A dog.",
-        "No, nobody.",
-    ]
+    words = [str(run), "--image", image, "--question", "Who is there?", "--choices", "A boy.", "A dog.", "No, nobody."]
     assert program("evaluate").main(words) == 0
     out = capsys.readouterr().out
     assert all(text in out for text in ("A boy.", "A dog.", "No, nobody.", "%"))
@@ -334,19 +306,12 @@ def test_a_run_opens_again_and_gives_the_same_answers(mode, clip, scpc, tmp_path
     run = load_run(moved)
     best = json.loads((moved / "summary.json").read_text())["best"]
     assert run.evaluate(EvalConfig()).scores["accuracy"] == best["accuracy"]
-    assert (
-        program("evaluate").main(
-            [str(moved), "--merge-to", str(tmp_path / "out"), "--layout", "transformers"]
-        )
-        == 0
-    )
+    assert program("evaluate").main([str(moved), "--merge-to", str(tmp_path / "out"), "--layout", "transformers"]) == 0
     plain = load_pretrained(tmp_path / "out").eval()
     assert load_tokenizer(tmp_path / "out").vocab == run.tokenizer.vocab
     batch = run.batch(2, EvalConfig())
     with torch.no_grad():
-        torch.testing.assert_close(
-            choice.logits_of(plain, batch), run.logits(load_batch(run)), atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(choice.logits_of(plain, batch), run.logits(load_batch(run)), atol=1e-5, rtol=1e-5)
 
 
 def load_batch(run):
@@ -356,9 +321,7 @@ def load_batch(run):
 def test_random_weights_need_a_tokenizer_and_come_back_the_same(clip, scpc, tmp_path):
     words = ["--model", "clip-vit-b-32", "--weights", "none"]
     config, _ = parse_args([*QUICK, *words, "--data-dir", str(scpc)])
-    with pytest.raises(
-        UserError, match="--tokenizer is missing, and there is none bundled for clip-vit-b-32"
-    ):
+    with pytest.raises(UserError, match="--tokenizer is missing, and there is none bundled for clip-vit-b-32"):
         build_task(config)
     run = trained("clip-nano", scpc, tmp_path / "run", "--weights", "none", "--tokenizer", str(clip))
     assert load_run(run).evaluate(EvalConfig()).scores is not None
@@ -392,14 +355,8 @@ def test_zero_shot_class_folders_with_prompts(clip, tmp_path, capsys):
     words = ["--model", str(clip), "--data-dir", str(photos), "--device", "cpu"]
     assert program("evaluate").main(words) == 0
     out = capsys.readouterr().out
-    assert (
-        "zero-shot with 'a photo of a {}.', 6 pictures: top-1" in out
-        and "among 3 classes (chance 33.33 %)" in out
-    )
-    assert class_texts(["Border_terrier", "orange"], None) == [
-        "a photo of a Border terrier.",
-        "a photo of an orange.",
-    ]
+    assert "zero-shot with 'a photo of a {}.', 6 pictures: top-1" in out and "among 3 classes (chance 33.33 %)" in out
+    assert class_texts(["Border_terrier", "orange"], None) == ["a photo of a Border terrier.", "a photo of an orange."]
     assert class_texts(["orange"], "{}, a dog") == ["orange, a dog"]
     with pytest.raises(UserError, match="must contain {} once"):
         program("evaluate").main([*words, "--prompt", "a photo"])
@@ -418,9 +375,7 @@ def test_real_visual7w_runs_end_to_end_in_both_layouts(shared, tmp_path):
     for layout, kind in (("transformers", "vocab.json"), ("open_clip", "tokenizer.json")):
         clip = write_clip(tmp_path / layout, layout, kind, context=77)
         data = shared / "visual7w_small"
-        run = trained(
-            clip, data, tmp_path / f"run-{layout}", "--subset", "12", "--batch-size", "16", "--seed", "41"
-        )
+        run = trained(clip, data, tmp_path / f"run-{layout}", "--subset", "12", "--batch-size", "16", "--seed", "41")
         found = load_run(run).evaluate(EvalConfig(split="test"))
         assert len(found.rows) == 77 and set(found.vqa["by_question_type"]) == {"who", "when", "where"}
 

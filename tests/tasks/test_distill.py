@@ -53,9 +53,7 @@ def by_hand(student, teacher, labels, alpha, temperature, t2=False):
     return total / len(student)
 
 
-@pytest.mark.parametrize(
-    "options", [HARD, SOFT, {"alpha": 0.0, "temperature": 1.0}], ids=["R5", "t2", "teacher"]
-)
+@pytest.mark.parametrize("options", [HARD, SOFT, {"alpha": 0.0, "temperature": 1.0}], ids=["R5", "t2", "teacher"])
 def test_value_and_gradient_are_those_of_the_definition(options):
     teacher, labels = torch.randn(6, 5, dtype=torch.double), torch.randint(5, (6,))
     student = torch.randn(6, 5, dtype=torch.double, requires_grad=True)
@@ -155,10 +153,7 @@ def test_a_student_runs_resumes_to_the_same_bits_and_needs_no_teacher_afterwards
         if step.name != "step-5":
             shutil.rmtree(step)
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
-    sums = [
-        json.loads((tmp_path / run / "summary.json").read_text())["weights_sha256"]
-        for run in ("whole", "cut")
-    ]
+    sums = [json.loads((tmp_path / run / "summary.json").read_text())["weights_sha256"] for run in ("whole", "cut")]
     assert sums[0] == sums[1]
     shutil.rmtree(moved)
     assert load_run(tmp_path / "whole").labels == ["class_0", "class_1", "class_2"]

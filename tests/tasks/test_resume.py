@@ -11,18 +11,7 @@ from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer
 from tests.support.tiny_tasks import bits, run_quickly, write_tasks
 
-HARD = [
-    "--augment",
-    "basic",
-    "--grad-accum-steps",
-    "2",
-    "--amp",
-    "fp16",
-    "--sched",
-    "plateau",
-    "--lora-dropout",
-    "0.3",
-]
+HARD = ["--augment", "basic", "--grad-accum-steps", "2", "--amp", "fp16", "--sched", "plateau", "--lora-dropout", "0.3"]
 CASES = {
     "everything": [*HARD, "--epochs", "2", "--early-stop", "1", "--lr", "0.05", "--save-every", "2"],
     "plateau, early stop": [*HARD, "--epochs", "8", "--early-stop", "5", "--lr", "0.1"],
@@ -68,9 +57,7 @@ def resumed_equals_whole(words, folder, monkeypatch, workers=("0", "0"), every=1
         words = ["--resume", moved] if k % 2 else [*second, "--output", moved]
         run_quickly(words, monkeypatch)
         found = bits(moved)
-        if (
-            k == steps
-        ):  # what was stopped in the last step has its checkpoint already, from before the last validation
+        if k == steps:  # what was stopped in the last step has its checkpoint already, from before the last validation
             found["values"] = whole["values"]
         assert found == whole, f"stopped after step {k}"
         assert f"step {k}" in (moved / "train.log").read_text()
@@ -89,9 +76,7 @@ def test_resume_at_every_step_is_bit_equal(tasks, task, tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [("0", "2"), ("2", "0")])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("task", TASKS)
-def test_resume_in_other_settings_and_with_workers_is_bit_equal(
-    tasks, task, case, workers, tmp_path, monkeypatch
-):
+def test_resume_in_other_settings_and_with_workers_is_bit_equal(tasks, task, case, workers, tmp_path, monkeypatch):
     words = [*tasks[task], *CASES[case]]
     if case in ("rand, clipping, dora", "linear"):
         words += OWN.get(task, ())

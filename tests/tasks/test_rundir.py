@@ -42,9 +42,7 @@ def test_a_run_whose_data_and_weights_were_moved_goes_on_to_the_same_bits(world,
     run = stopped(words, root / "run", monkeypatch)
     (root / "photos").rename(root / "photos, moved")
     (root / "base").rename(root / "base, moved")
-    with pytest.raises(
-        UserError, match="photos: no such folder or file; if it was moved, name its new place"
-    ):
+    with pytest.raises(UserError, match="photos: no such folder or file; if it was moved, name its new place"):
         train.main(["--resume", str(run)])
     places = ["--data-dir", root / "photos, moved", "--weights", root / "base, moved"]
     run_quickly(["--resume", run, *places], monkeypatch)

@@ -240,25 +240,16 @@ def test_train_and_evaluate_leave_what_a_vqa_run_needs(folder, tmp_path, capsys)
     run_dir = tmp_path / "run"
     train("--data-dir", folder, "--weights", "none", "--epochs", 2, "--group-by-image", "--output", run_dir)
     names = {path.name for path in run_dir.iterdir()}
-    assert {
-        "labels.json",
-        "vocab.txt",
-        "adapter_model.safetensors",
-        "report.html",
-        "preprocess.json",
-    } <= names
+    assert {"labels.json", "vocab.txt", "adapter_model.safetensors", "report.html", "preprocess.json"} <= names
     evaluate, results, table = program("evaluate").main, tmp_path / "results.json", tmp_path / "out.csv"
     assert evaluate([str(run_dir), "--submission", str(results), "--predictions", str(table)]) == 0
     out = capsys.readouterr().out
     assert (
-        "exact match after normalisation" in out
-        and "picture greyed out" in out
-        and "out of the vocabulary: 0" in out
+        "exact match after normalisation" in out and "picture greyed out" in out and "out of the vocabulary: 0" in out
     )
     page = (run_dir / "report.html").read_text()
     assert all(
-        words in page
-        for words in ("picture greyed out", "By question type", "Answers", "what is the color of it")
+        words in page for words in ("picture greyed out", "By question type", "Answers", "what is the color of it")
     )
     rows = json.loads(results.read_text())
     assert len(rows) == 18 and set(rows[0]) == {"question_id", "answer"}
@@ -282,14 +273,9 @@ def test_questions_without_answers_get_predictions_and_a_results_file(folder, tm
     write_json(data / "v2_OpenEnded_mscoco_test2015_questions.json", "questions", questions)
     write_pictures(data / "test2015", range(5, 8), "COCO_test2015_{:012d}.jpg")
     evaluate, results = program("evaluate").main, tmp_path / "results.json"
-    assert (
-        evaluate([str(run_dir), "--data-dir", str(data), "--split", "test", "--submission", str(results)])
-        == 0
-    )
+    assert evaluate([str(run_dir), "--data-dir", str(data), "--split", "test", "--submission", str(results)]) == 0
     assert "9 questions without answers" in capsys.readouterr().out
-    assert [row["question_id"] for row in json.loads(results.read_text())] == [
-        q["question_id"] for q in questions
-    ]
+    assert [row["question_id"] for row in json.loads(results.read_text())] == [q["question_id"] for q in questions]
 
 
 def test_dry_run_says_what_would_be_trained(folder, capsys):
@@ -300,39 +286,15 @@ def test_dry_run_says_what_would_be_trained(folder, capsys):
 
 @pytest.mark.parametrize("mode", ["full", "linear"])
 def test_other_modes_come_back_from_their_run_directory(folder, tmp_path, mode):
-    train(
-        "--data-dir",
-        folder,
-        "--weights",
-        "none",
-        "--mode",
-        mode,
-        "--max-steps",
-        2,
-        "--output",
-        tmp_path / "run",
-    )
+    train("--data-dir", folder, "--weights", "none", "--mode", mode, "--max-steps", 2, "--output", tmp_path / "run")
     assert load_run(tmp_path / "run").config.mode == mode
 
 
 def test_resumed_run_ends_with_the_same_bits(folder, tmp_path):
-    flags = [
-        "--data-dir",
-        folder,
-        "--weights",
-        "none",
-        "--batch-size",
-        "8",
-        "--epochs",
-        "2",
-        "--augment",
-        "basic",
-    ]
+    flags = ["--data-dir", folder, "--weights", "none", "--batch-size", "8", "--epochs", "2", "--augment", "basic"]
     train(*flags, "--output", tmp_path / "whole")
     train(*flags, "--save-every", "1", "--output", tmp_path / "parts")
-    steps = sorted(
-        (tmp_path / "parts" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1])
-    )
+    steps = sorted((tmp_path / "parts" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     train("--resume", steps[0])
     name = "adapter_model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()

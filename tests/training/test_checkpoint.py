@@ -143,23 +143,13 @@ def test_model_tensors_are_the_trainable_ones_and_buffers_and_load_strictly():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
     model[0].requires_grad_(False)
     model[2].weight = torch.nn.Parameter(torch.ones(2, 3))
-    names = [
-        "1.weight",
-        "1.bias",
-        "1.running_mean",
-        "1.running_var",
-        "1.num_batches_tracked",
-        "2.weight",
-        "2.bias",
-    ]
+    names = ["1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight", "2.bias"]
     own = {n: state.portable(t) for n, t in state.model_tensors(model).items()}
     assert list(own) == names
     state.load_model_tensors(model, own, "here")
     wrong = {**own, "2.bias": torch.zeros(5), "extra": torch.zeros(1)}
     del wrong["1.weight"]
-    with pytest.raises(
-        UserError, match=r"missing 1.weight; unexpected extra; 2.bias is \(5,\), the model has \(2,\)"
-    ):
+    with pytest.raises(UserError, match=r"missing 1.weight; unexpected extra; 2.bias is \(5,\), the model has \(2,\)"):
         state.load_model_tensors(model, wrong, "here")
 
 

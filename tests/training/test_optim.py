@@ -85,10 +85,7 @@ def test_fused_optimizer_equals_the_plain_one(opt):
     theirs.load_state_dict(ours.state_dict())
     a = optim.build_optimizer(ours, opt, lr=0.1, weight_decay=0.2)
     assert a.param_groups[0]["fused"]
-    groups = [
-        {"params": [theirs.weight], "weight_decay": 0.2},
-        {"params": [theirs.bias], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [theirs.weight], "weight_decay": 0.2}, {"params": [theirs.bias], "weight_decay": 0.0}]
     b = plain(groups, lr=0.1, fused=False, **({"momentum": 0.9} if opt == "sgd" else {}))
     for _ in range(5):
         x = torch.randn(4, 5)

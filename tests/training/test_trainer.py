@@ -20,10 +20,7 @@ CASES = {  # {task}, {options}: 14 items in batches of 4 are 4 steps per epoch, 
     "accumulation": ({}, {"grad_accum_steps": 2, "sched": "linear", "warmup_ratio": 0.3, "epochs": 3}),
     "fp16": ({}, {"amp": "fp16"}),
     "bf16 sgd": ({}, {"amp": "bf16", "opt": "sgd", "lr": 0.05}),
-    "plateau and early stop": (
-        {"batch_size": 7},
-        {"sched": "plateau", "early_stop": 4, "epochs": 8, "lr": 0.3},
-    ),
+    "plateau and early stop": ({"batch_size": 7}, {"sched": "plateau", "early_stop": 4, "epochs": 8, "lr": 0.3}),
     "adam": ({"norm": False}, {"opt": "adam", "clip_grad": 0.0, "save_every": 3}),
     "max steps": ({}, {"max_steps": 6, "save_every": 1}),
     "skipped steps": ({"poison": (3,)}, {"nan_policy": "skip"}),
@@ -78,9 +75,7 @@ def test_resume_at_every_step_is_bit_equal(tmp_path, case):
     trainer, result = train(tmp_path / "whole", task_args, **options)
     whole = everything(trainer, result)
     if "plateau" in case:
-        assert trainer.state.plateau.factor < 1.0 and trainer.state.epoch < 8, (
-            "the case must do what its name says"
-        )
+        assert trainer.state.plateau.factor < 1.0 and trainer.state.epoch < 8, "the case must do what its name says"
     for k in range(1, result["steps"] + 1):
         folder = tmp_path / f"run-{k}"
         interrupt_after(k, Trainer(ToyTask(**task_args), TrainOptions(**options), folder, "cpu"))
@@ -112,11 +107,7 @@ def test_accumulation_equals_the_big_batch(tmp_path, batch_size, accumulate):
     quiet = {"dropout": 0.0, "norm": False}
     big, _ = train(tmp_path / "big", {**quiet, "batch_size": batch_size * accumulate}, opt="sgd", lr=0.1)
     small, _ = train(
-        tmp_path / "small",
-        {**quiet, "batch_size": batch_size},
-        opt="sgd",
-        lr=0.1,
-        grad_accum_steps=accumulate,
+        tmp_path / "small", {**quiet, "batch_size": batch_size}, opt="sgd", lr=0.1, grad_accum_steps=accumulate
     )
     assert big.state.step == small.state.step
     for a, b in zip(big.model.parameters(), small.model.parameters(), strict=True):
@@ -204,9 +195,7 @@ def test_nan_gradient_with_a_finite_loss_is_caught_too(tmp_path):
     class Cusp(ToyTask):
         def loss(self, model, batch):
             loss, stats = super().loss(model, batch)
-            return loss + (
-                model.head.bias * 0.0
-            ).abs().sum().sqrt(), stats  # d sqrt(0) is infinite, times 0 is NaN
+            return loss + (model.head.bias * 0.0).abs().sum().sqrt(), stats  # d sqrt(0) is infinite, times 0 is NaN
 
     task = Cusp()
     with pytest.raises(
@@ -266,9 +255,7 @@ def test_compiled_training_ends_near_the_eager_one(tmp_path):
     options = {"opt": "sgd", "lr": 0.1, "epochs": 2}
     eager, _ = train(tmp_path / "eager", {"dropout": 0.0}, **options)
     compiled, _ = train(tmp_path / "compiled", {"dropout": 0.0}, compile=True, **options)
-    for (name, a), (other, b) in zip(
-        eager.model.named_parameters(), compiled.model.named_parameters(), strict=True
-    ):
+    for (name, a), (other, b) in zip(eager.model.named_parameters(), compiled.model.named_parameters(), strict=True):
         assert name == other
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -276,15 +263,7 @@ def test_compiled_training_ends_near_the_eager_one(tmp_path):
 def test_log_lines_are_greppable(tmp_path, capsys):
     train(tmp_path, log_interval=2)
     line = capsys.readouterr().out.splitlines()[0]
-    for word in (
-        "epoch 1/3 step 2/18 loss ",
-        " accuracy ",
-        " lr ",
-        " images/s ",
-        " left 0:00:0",
-        " peak ",
-        " MiB",
-    ):
+    for word in ("epoch 1/3 step 2/18 loss ", " accuracy ", " lr ", " images/s ", " left 0:00:0", " peak ", " MiB"):
         assert word in line
     assert "\x1b" not in line and line in (tmp_path / "train.log").read_text()
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -319,9 +298,7 @@ def test_resume_never_starts_over_and_resume_dir_goes_on_elsewhere(tmp_path):
     assert everything(*train(tmp_path / "b", resume=str(tmp_path / "a"))) == whole
     assert everything(*train(tmp_path / "c", resume=str(tmp_path / "a" / "checkpoints" / "step-4"))) == whole
     trainer, result = train(tmp_path / "a", resume="never")
-    assert (
-        everything(trainer, result) == whole and "resumed" not in (tmp_path / "a" / "train.log").read_text()
-    )
+    assert everything(trainer, result) == whole and "resumed" not in (tmp_path / "a" / "train.log").read_text()
     with pytest.raises(UserError, match="no valid checkpoint"):
         train(tmp_path / "d", resume=str(tmp_path / "nowhere"))
 

@@ -1,1 +1,3 @@
-"""Data drawn on the fly: shapes, scenes with questions and captions, sentences. Nothing to download."""
+"""Data drawn on the fly: shapes, scenes with questions and captions, sentences.
+Nothing to download.
+"""

@@ -1,7 +1,8 @@
-"""Captions of scenes in several wordings, and the vocabulary they need: what the bundled nano CLIP is trained on.
+"""Captions of scenes in several wordings, and the vocabulary they need: what the bundled nano
+CLIP is trained on.
 
-Who reads captions of the web meets one picture described in many ways, and mostly in part. So here: some captions name
-one thing of several, and none of them has the form of a question.
+Who reads captions of the web meets one picture described in many ways, and mostly in part. So here:
+some captions name one thing of several, and none of them has the form of a question.
 """
 
 from __future__ import annotations

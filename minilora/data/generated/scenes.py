@@ -1,8 +1,10 @@
-"""Scenes of one to four coloured shapes, with questions, choices and captions about them: shapes-VQA and friends.
+"""Scenes of one to four coloured shapes, with questions, choices and captions about them:
+shapes-VQA and friends.
 
-Everything is drawn and asked on the fly and depends only on (seed, world, split, picture number). A `World` names the
-shapes and colours that occur and the families of questions that are asked. Worlds for pre-training differ from those
-of the demonstrations in shapes, colours and families, so that fine-tuning has something to adapt.
+Everything is drawn and asked on the fly and depends only on (seed, world, split, picture number). A
+`World` names the shapes and colours that occur and the families of questions that are asked. Worlds
+for pre-training differ from those of the demonstrations in shapes, colours and families, so that
+fine-tuning has something to adapt.
 """
 
 from __future__ import annotations
@@ -59,11 +61,7 @@ WORLDS = {
     world.name: world
     for world in (
         World("vqa-source", SOURCE_SHAPES[:6], tuple(SOURCE_COLOURS)[:5]),
-        World(
-            "vqa",
-            SOURCE_SHAPES[:2] + TARGET_SHAPES[2:4],
-            tuple(SOURCE_COLOURS)[:2] + tuple(TARGET_COLOURS)[:2],
-        ),
+        World("vqa", SOURCE_SHAPES[:2] + TARGET_SHAPES[2:4], tuple(SOURCE_COLOURS)[:2] + tuple(TARGET_COLOURS)[:2]),
         World("captions", SOURCE_SHAPES[:6], tuple(SOURCE_COLOURS), (), 2),
         World(
             "choice",
@@ -103,9 +101,7 @@ class Scenes:
         for thing in self.things(i):
             radius = rng.uniform(7, 9.5)
             x, y = SIZE / 4 * (1 + 2 * np.array([thing.column, thing.row])) + rng.uniform(-1.5, 1.5, 2)
-            canvas = paint(
-                canvas, outline_mask(thing.shape, x, y, radius, rng.uniform(-0.15, 0.15)), thing.colour, rng
-            )
+            canvas = paint(canvas, outline_mask(thing.shape, x, y, radius, rng.uniform(-0.15, 0.15)), thing.colour, rng)
         return finish(canvas, rng)
 
     def image(self, i: int) -> Image.Image:
@@ -122,8 +118,9 @@ class Scenes:
 class ShapesVQA(Scenes):
     """Open-ended questions about scenes: `questions` is a list of records as VQA v2 has them.
 
-    A record: question_id, image_id, question, answer, question_type, answer_type ("yes/no", "number", "other").
-    About 5.3 different questions per picture; `image(image_id)` draws the picture of a record.
+    A record: question_id, image_id, question, answer, question_type, answer_type ("yes/no",
+    "number", "other"). About 5.3 different questions per picture; `image(image_id)` draws the
+    picture of a record.
     """
 
     def __init__(self, world: World | str = "vqa", split: str = "train", pictures: int = 600, seed: int = 0):
@@ -150,21 +147,19 @@ class ShapesVQA(Scenes):
                 )
             if len(asked) == wanted:
                 break
-        return [
-            {"question_id": 10 * i + k, "image_id": i, **record} for k, record in enumerate(asked.values())
-        ]
+        return [{"question_id": 10 * i + k, "image_id": i, **record} for k, record in enumerate(asked.values())]
 
 
 class ShapesChoice(Scenes):
-    """Four-way multiple choice about scenes: `questions` is a list of records, one or more per picture.
+    """Four-way multiple choice about scenes: `questions` is a list of records, one or
+    more per picture.
 
-    A record: question_id, image_id, question, choices (4 strings), answer (index of the right one), type.
-    The right answer stands at every place equally often on average, and wrong ones come from the same family.
+    A record: question_id, image_id, question, choices (4 strings), answer (index of the right one),
+    type. The right answer stands at every place equally often on average, and wrong ones come from
+    the same family.
     """
 
-    def __init__(
-        self, world: World | str = "choice", split: str = "train", pictures: int = 1000, seed: int = 0
-    ):
+    def __init__(self, world: World | str = "choice", split: str = "train", pictures: int = 1000, seed: int = 0):
         super().__init__(world, split, pictures, seed)
         self.questions = [record for i in range(pictures) for record in self._ask(i)]
 
@@ -172,9 +167,7 @@ class ShapesChoice(Scenes):
         rng, things = self._rng(i, "choices"), self.things(i)
         records = []
         for family in ("what", *self.world.families):
-            record = (
-                _choose_what(things, self.world, rng) if family == "what" else self._from(family, things, rng)
-            )
+            record = _choose_what(things, self.world, rng) if family == "what" else self._from(family, things, rng)
             if record is None:
                 continue
             question, right, wrong, kind = record
@@ -186,7 +179,8 @@ class ShapesChoice(Scenes):
         return [{"question_id": 10 * i + k, "image_id": i, **record} for k, record in enumerate(kept)]
 
     def _from(self, family: str, things: list[Thing], rng) -> tuple[str, str, list[str], str] | None:
-        """An open question whose answer is a colour or a shape, with the other colours or shapes as wrong choices."""
+        """An open question whose answer is a colour or a shape, with the other colours or shapes
+        as wrong choices."""
         asked = ASK[family](things, self.world, rng)
         if asked is None or asked[1] not in self.world.colours + self.world.shapes:
             return None
@@ -229,15 +223,14 @@ def _ask_count(things: list[Thing], world: World, rng) -> tuple[str, str, str, s
     if rng.random() < 0.5:
         return "how many shapes are there?", str(len(things)), "how many", "number"
     present = rng.random() < 0.7
-    shape = (
-        things[rng.integers(len(things))].shape if present else world.shapes[rng.integers(len(world.shapes))]
-    )
+    shape = things[rng.integers(len(things))].shape if present else world.shapes[rng.integers(len(world.shapes))]
     number = sum(thing.shape == shape for thing in things)
     return f"how many {plural(shape)} are there?", str(number), "how many", "number"
 
 
 def _ask_exists(things: list[Thing], world: World, rng) -> tuple[str, str, str, str]:
-    """Half of the answers are yes; half of the no-questions change only the colour or only the shape."""
+    """Half of the answers are yes; half of the no-questions change only the colour
+    or only the shape."""
     thing = things[rng.integers(len(things))]
     pair = (thing.colour, thing.shape)
     if rng.random() < 0.5:
@@ -264,17 +257,12 @@ def _ask_side(things: list[Thing], world: World, rng) -> tuple[str, str, str, st
     return f"what is {side} the {y.shape}?", x.shape, "what is", "other"
 
 
-ASK = {
-    "color": _ask_color,
-    "shape": _ask_shape,
-    "count": _ask_count,
-    "exists": _ask_exists,
-    "side": _ask_side,
-}
+ASK = {"color": _ask_color, "shape": _ask_shape, "count": _ask_count, "exists": _ask_exists, "side": _ask_side}
 
 
 def _choose_what(things: list[Thing], world: World, rng) -> tuple[str, str, list[str], str] | None:
-    """Which of two colours x two shapes is in the picture. Crossed like this, the words alone give nothing away."""
+    """Which of two colours x two shapes is in the picture. Crossed like this, the words alone
+    give nothing away."""
     thing = things[rng.integers(len(things))]
     there = {(other.colour, other.shape) for other in things}
     crossings = [

@@ -1,6 +1,8 @@
-"""Plain English to make a small text encoder from: everyday words, and sentences put together from them.
+"""Plain English to make a small text encoder from: everyday words, and sentences put
+together from them.
 
-Words stand in classes, so that templates give questions and statements with the grammar of questions about pictures.
+Words stand in classes, so that templates give questions and statements with the grammar of
+questions about pictures.
 """
 
 from __future__ import annotations
@@ -142,7 +144,8 @@ SLOTS = {
     "other": OTHERS,
 }
 SCENE_SHARE = (
-    0.3  # of the sentences: questions about scenes; there are few of them, but demonstrations ask such
+    # of the sentences: questions about scenes; there are few of them, but demonstrations ask such
+    0.3
 )
 
 
@@ -166,13 +169,9 @@ def _draw(words: list[str], rng: np.random.Generator) -> str:
 
 
 def vocabulary_texts() -> Iterator[str]:
-    """What the vocabulary is learned from: every word with its usual endings, the commonest words more often."""
-    everyday = [
-        *OTHERS,
-        *NUMBERS,
-        *PLACES,
-        *(word for text in TEMPLATES for word in re.findall("[a-z]+", text)),
-    ]
+    """What the vocabulary is learned from: every word with its usual endings, the commonest
+    words more often."""
+    everyday = [*OTHERS, *NUMBERS, *PLACES, *(word for text in TEMPLATES for word in re.findall("[a-z]+", text))]
     yield from (f"{word} {word} {word}" for word in everyday)
     yield from (f"{thing} {thing} {plural(thing)}" for thing in THINGS)
     yield from (f"{quality} {quality} {quality}er" for quality in QUALITIES)

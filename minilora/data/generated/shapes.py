@@ -1,4 +1,5 @@
-"""Pictures of plain shapes, drawn on the fly: the data of every demonstration, with nothing to download.
+"""Pictures of plain shapes, drawn on the fly: the data of every demonstration, with
+nothing to download.
 
 Two classification tasks that share no shape and no colour:
   source  48 classes, 6 colours x 8 shapes: what the bundled nano ViT was trained on (commands/pretrain)
@@ -80,10 +81,9 @@ SOURCE_SHAPES = tuple(OUTLINES)[:8]
 TARGET_SHAPES = tuple(OUTLINES)[8:]
 
 
-def outline_mask(
-    shape: str, x: float, y: float, radius: float, tilt: float = 0.0, size: int = SIZE
-) -> np.ndarray:
-    """Coverage (size, size) float32 in [0, 1] of a shape centred at pixel (x, y), turned by `tilt` radians."""
+def outline_mask(shape: str, x: float, y: float, radius: float, tilt: float = 0.0, size: int = SIZE) -> np.ndarray:
+    """Coverage (size, size) float32 in [0, 1] of a shape centred at pixel (x, y), turned
+    by `tilt` radians."""
     canvas = Image.new("L", (size * OVERSAMPLING, size * OVERSAMPLING))
     draw = ImageDraw.Draw(canvas)
     cos, sin = radius * math.cos(tilt), radius * math.sin(tilt)
@@ -115,7 +115,8 @@ def finish(canvas: np.ndarray, rng: np.random.Generator, noise: float = 6.0) -> 
 
 
 def single(shape: str, colour: str, rng: np.random.Generator, tilt: float) -> np.ndarray:
-    """One large shape near the middle of a dark ground, turned by up to `tilt` radians: (48, 48, 3) uint8."""
+    """One large shape near the middle of a dark ground, turned by up to `tilt` radians:
+    (48, 48, 3) uint8."""
     radius = rng.uniform(13, 17)
     x, y = SIZE / 2 + rng.uniform(-3, 3, 2)
     canvas = background(rng)
@@ -124,14 +125,13 @@ def single(shape: str, colour: str, rng: np.random.Generator, tilt: float) -> np
 
 
 class ShapesSplit(Split):
-    """A split whose pictures are drawn when asked for. `numbers` are the picture numbers within the set."""
+    """A split whose pictures are drawn when asked for. `numbers` are the picture
+    numbers within the set."""
 
     def __init__(self, task: str, part: str, seed: int, numbers: Iterable[int]):
         self.task, self.part, self.seed, self.numbers = task, part, seed, list(numbers)
         names = len(task_classes(task))
-        super().__init__(
-            (Sample(f"shapes/{task}/{part}/{n:06d}.png", n % names) for n in self.numbers), "shapes"
-        )
+        super().__init__((Sample(f"shapes/{task}/{part}/{n:06d}.png", n % names) for n in self.numbers), "shapes")
 
     def pixels(self, i: int) -> np.ndarray:
         """Picture i as (48, 48, 3) uint8."""
@@ -167,8 +167,5 @@ def classification_splits(
     task: str = "target", train: int = 1500, val: int = 600, test: int = 600, seed: int = 0
 ) -> Splits:
     """The set as Splits; the labels go round in order, so every class is equally frequent."""
-    parts = [
-        ShapesSplit(task, part, seed, range(n))
-        for part, n in (("train", train), ("val", val), ("test", test))
-    ]
+    parts = [ShapesSplit(task, part, seed, range(n)) for part, n in (("train", train), ("val", val), ("test", test))]
     return Splits(*parts, classes=task_classes(task))

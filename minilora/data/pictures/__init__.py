@@ -1,1 +1,3 @@
-"""Labelled pictures: one file -> one RGB picture; folders and tables -> a labelled set; a set -> batches."""
+"""Labelled pictures: one file -> one RGB picture; folders and tables -> a labelled set;
+a set -> batches.
+"""

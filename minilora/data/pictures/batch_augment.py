@@ -1,8 +1,10 @@
-"""The last steps of the input for a whole uint8 batch, on the device that trains: crop, flip, RandAugment, normalise.
+"""The last steps of the input for a whole uint8 batch, on the device that trains: crop, flip,
+RandAugment, normalise.
 
-A batch of uint8 pictures is a quarter of the bytes that have to be copied, and the copy out of pinned memory does not
-wait. The random numbers come from each item's own seed and are drawn on the host, so that they are the same on every
-device, in every batch, with any number of workers, and after a resume.
+A batch of uint8 pictures is a quarter of the bytes that have to be copied, and the copy out of
+pinned memory does not wait. The random numbers come from each item's own seed and are drawn on
+the host, so that they are the same on every device, in every batch, with any number of workers,
+and after a resume.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ ON_TENSORS = ("nearest", "bilinear", "bicubic")  # the filters that torchvision 
 
 
 class Finish:
-    """uint8 batches of a ShardDataset -> batches whose `image` (B, 3, S, S) is float32, normalised, on the device.
+    """uint8 batches of a ShardDataset -> batches whose `image` (B, 3, S, S) is float32,
+    normalised, on the device.
 
     augment as in transforms.build_transform. Raises UserError for a filter that only Pillow has.
     """
@@ -54,7 +57,8 @@ class Finish:
         return rest | {"image": self.normalised(pixels)}
 
     def augmented(self, pixels: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:
-        """(3, H, W) uint8 -> (3, S, S) uint8; the box is drawn in one of `shape` (width, height), as in files."""
+        """(3, H, W) uint8 -> (3, S, S) uint8; the box is drawn in one of `shape` (width,
+        height), as in files."""
         height, width = pixels.shape[-2:]
         down, right = height / shape[1], width / shape[0]
         with seeded_cpu(seed):

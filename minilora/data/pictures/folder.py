@@ -1,8 +1,9 @@
-"""Pictures in class folders, ImageWoof's layout: `train/<class>/*.jpg`, `val/<class>/*.jpg`, optionally `test/`.
+"""Pictures in class folders, ImageWoof's layout: `train/<class>/*.jpg`, `val/<class>/*.jpg`,
+optionally `test/`.
 
-Here is also what every picture set gives: a `Split` is a sequence of `Sample(path, label)` that loads its own
-pictures, and `Splits` holds train, val and test with the names of the classes. Listing opens no picture, so that a
-folder of 100,000 files is there in a second.
+Here is also what every picture set gives: a `Split` is a sequence of `Sample(path, label)` that
+loads its own pictures, and `Splits` holds train, val and test with the names of the classes.
+Listing opens no picture, so that a folder of 100,000 files is there in a second.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Sample(NamedTuple):
 
 
 class Split(Sequence):
-    """Samples and the folder they live in. `load(i)` opens picture i (BadImage if that is impossible)."""
+    """Samples and the folder they live in. `load(i)` opens picture i (BadImage if
+    that is impossible)."""
 
     def __init__(self, samples: Iterable[Sample], root: str | os.PathLike):
         self.samples, self.root = list(samples), str(root)
@@ -50,15 +52,15 @@ class Split(Sequence):
 
 @dataclass
 class Splits:
-    """train / val / test (None where there is none), class names by index, and what the set says of each class."""
+    """train / val / test (None where there is none), class names by index, and what the set
+    says of each class."""
 
     train: Split | None
     val: Split | None
     test: Split | None
     classes: list[str]
-    keys: list[str] = field(
-        default_factory=list
-    )  # folder names or csv labels, before classes.json named them
+    # folder names or csv labels, before classes.json named them
+    keys: list[str] = field(default_factory=list)
     info: dict[str, dict] = field(default_factory=dict)  # key -> its entry in classes.json
 
     def __post_init__(self):
@@ -76,10 +78,12 @@ def existing_path(data_dir: str | os.PathLike | None) -> Path:
 
 
 def list_pictures(folder: str | os.PathLike, root: str | os.PathLike | None = None) -> list[str]:
-    """Paths of the pictures below `folder`, relative to it, sorted. Links that leave `root` raise UserError."""
+    """Paths of the pictures below `folder`, relative to it, sorted. Links that leave `root`
+    raise UserError."""
     folder, root = os.fspath(folder), os.fspath(root or folder)
     found: list[str] = []
-    queue = [("", (os.path.realpath(folder),))]  # a folder and the real paths above it, to notice loops
+    # a folder and the real paths above it, to notice loops
+    queue = [("", (os.path.realpath(folder),))]
     while queue:
         prefix, above = queue.pop()
         try:
@@ -90,15 +94,9 @@ def list_pictures(folder: str | os.PathLike, root: str | os.PathLike | None = No
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink() and not inside(entry.path, root):
-                raise UserError(
-                    f"{entry.path}: link to outside the data folder {root}; copy the files into it"
-                )
+                raise UserError(f"{entry.path}: link to outside the data folder {root}; copy the files into it")
             if entry.is_dir():
-                real = (
-                    os.path.realpath(entry.path)
-                    if entry.is_symlink()
-                    else os.path.join(above[-1], entry.name)
-                )
+                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
                 if real not in above:
                     queue.append((f"{prefix}{entry.name}/", (*above, real)))
             elif is_picture(entry.name):
@@ -107,10 +105,11 @@ def list_pictures(folder: str | os.PathLike, root: str | os.PathLike | None = No
 
 
 def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict[str, dict]]:
-    """(keys in class order, display names, info) from classes.json beside the folders, else the sorted keys.
+    """(keys in class order, display names, info) from classes.json beside the folders, else
+    the sorted keys.
 
-    classes.json is {key: {"name": ...}}, {key: name}, or a list: of the keys (it then fixes the order of the
-    classes) or of one name per sorted key.
+    classes.json is {key: {"name": ...}}, {key: name}, or a list: of the keys (it then fixes the
+    order of the classes) or of one name per sorted key.
     """
     path = root / "classes.json"
     if not path.is_file():
@@ -138,7 +137,8 @@ def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict
 
 
 def read_folders(root: Path) -> Splits:
-    """Class folders below train/, val/ and test/; without these, class folders right below `root` are train."""
+    """Class folders below train/, val/ and test/; without these, class folders right below
+    `root` are train."""
     parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     listed = {name: _class_folders(folder, root) for name, folder in (parts or {"train": root}).items()}
     if "test" in listed and not listed["test"]:
@@ -158,14 +158,14 @@ def read_folders(root: Path) -> Splits:
             )
         prefix = f"{part}/" if parts else ""
         splits[part] = Split(
-            (Sample(f"{prefix}{key}/{name}", index[key]) for key in keys for name in folders.get(key, ())),
-            root,
+            (Sample(f"{prefix}{key}/{name}", index[key]) for key in keys for name in folders.get(key, ())), root
         )
     return Splits(splits.get("train"), splits.get("val"), splits.get("test"), names, keys, info)
 
 
 def has_class_folders(root: Path) -> bool:
-    """Whether train/, val/ or test/ of `root` holds folders (pictures that a table names may lie there loosely)."""
+    """Whether train/, val/ or test/ of `root` holds folders (pictures that a table names may
+    lie there loosely)."""
     parts = (root / part for part in ("train", "val", "test"))
     return any(entry.is_dir() for part in parts if part.is_dir() for entry in os.scandir(part))
 

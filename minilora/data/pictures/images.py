@@ -1,6 +1,7 @@
 """Open one picture, whatever it is, as 8-bit RGB, or say in one line why it cannot be opened.
 
-Pictures come from strangers, so the order matters: first the path (it must stay inside the data folder), then the
+Pictures come from strangers, so the order matters: first the path (it must stay inside the data
+folder), then the
 header (format and size: a 50 kB file may unpack to gigabytes), and only then the pixels.
 """
 
@@ -15,14 +16,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minilora.errors import UserError
 
-# Formats that Pillow decodes by itself. Left out are those that start other programs (EPS: ghostscript).
+# Formats that Pillow decodes by itself. Left out are those that start other programs
+# (EPS: ghostscript).
 WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
 Image.init()
 FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif")
-)
-MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB as RGB; above it the header alone condemns the file
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"))
+# Pillow's own limit: 256 MiB as RGB; above it the header alone condemns the file
+MAX_PIXELS = 89_478_485
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
 
 
@@ -51,9 +52,10 @@ def inside(path: str | os.PathLike, root: str | os.PathLike) -> bool:
 def open_image(path: str | os.PathLike, root: str | os.PathLike | None = None) -> Image.Image:
     """The picture at `path` as an RGB image, upright (EXIF orientation applied).
 
-    Animated files give their first frame, transparency becomes white, 16-bit and float greys are scaled to 8 bits.
-    With `root`, a path that leaves that folder (through `..` or a symbolic link) is refused without being opened.
-    Raises BadImage(path, reason) for whatever cannot be read, before decoding where the header tells.
+    Animated files give their first frame, transparency becomes white, 16-bit and float greys are
+    scaled to 8 bits. With `root`, a path that leaves that folder (through `..` or a symbolic link)
+    is refused without being opened. Raises BadImage(path, reason) for whatever cannot be read,
+    before decoding where the header tells.
     """
     if root is not None and not inside(path, root):
         raise BadImage(path, f"lies outside the data folder {root}; copy the picture into the folder")
@@ -80,7 +82,8 @@ def open_image(path: str | os.PathLike, root: str | os.PathLike | None = None) -
         raise BadImage(path, "is not a picture of a known format " + _head(path)) from None
     except MemoryError:
         raise BadImage(path, "not enough memory to decode it") from None
-    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, zlib.error, by decoder
+    # OSError, SyntaxError, ValueError, struct.error, zlib.error, by decoder
+    except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadImage(path, f"cannot be decoded: {reason}") from None
 
@@ -95,7 +98,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any Pillow mode: 1, L, LA, P, PA, RGB(A/a/X), CMYK, YCbCr, LAB, HSV, I, I;16*, F."""
+    """8-bit RGB from any Pillow mode: 1, L, LA, P, PA, RGB(A/a/X), CMYK, YCbCr, LAB,
+    HSV, I, I;16*, F."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -108,7 +112,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_8bit(image: Image.Image) -> np.ndarray:
-    """Grey values of more than 8 bits as uint8. 16-bit: the upper byte; F: [0, 1] or [0, 255] by its maximum."""
+    """Grey values of more than 8 bits as uint8. 16-bit: the upper byte; F: [0, 1] or [0,
+    255] by its maximum."""
     values = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values.astype(np.float64), posinf=255.0, neginf=0.0)

@@ -1,7 +1,9 @@
-"""From samples to batches: the data set, the seeded augmentation, the order of an epoch, and the workers.
+"""From samples to batches: the data set, the seeded augmentation, the order of an epoch,
+and the workers.
 
-Everything random is a function of (seed, epoch, index) alone. A picture is therefore augmented in the same way by
-any worker, in any batch, before and after a resume, and loading takes nothing from the random numbers of the model.
+Everything random is a function of (seed, epoch, index) alone. A picture is therefore augmented in
+the same way by any worker, in any batch, before and after a resume, and loading takes nothing from
+the random numbers of the model.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ def mix(*numbers: int) -> int:
 
 @contextmanager
 def seeded_cpu(seed: int):
-    """Inside, torch's CPU random numbers start from `seed`; afterwards they go on as if nothing had happened.
+    """Inside, torch's CPU random numbers start from `seed`; afterwards they go on as if
+    nothing had happened.
 
-    torch.random.fork_rng does the same and costs more; torch.manual_seed would also reset the GPU's generators.
+    torch.random.fork_rng does the same and costs more; torch.manual_seed would also reset the
+    GPU's generators.
     """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
@@ -48,7 +52,8 @@ def seeded_cpu(seed: int):
 
 
 def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The indices 0 .. n-1 shuffled by (seed, epoch) and cut into batches; the last one may be shorter."""
+    """The indices 0 .. n-1 shuffled by (seed, epoch) and cut into batches; the last
+    one may be shorter."""
     generator = torch.Generator().manual_seed(mix(seed, epoch))
     order = torch.randperm(n, generator=generator).tolist()
     return [order[i : i + batch_size] for i in range(0, n, batch_size)]
@@ -60,7 +65,8 @@ def in_order(n: int, batch_size: int) -> list[list[int]]:
 
 
 class Pictures:
-    """Decoded pictures of a split by index, kept in memory while there is room; BadImage if one is broken.
+    """Decoded pictures of a split by index, kept in memory while there is room; BadImage
+    if one is broken.
 
     Workers keep nothing: they end with the epoch, in which they see every picture once.
     """
@@ -80,15 +86,15 @@ class Pictures:
 
 
 class PictureDataset(Dataset):
-    """Pictures with labels. `dataset[i]` is the plain item i, `dataset[(epoch, i)]` the augmented one of that epoch.
+    """Pictures with labels. `dataset[i]` is the plain item i, `dataset[(epoch, i)]` the augmented
+    one of that epoch.
 
-    An item: image (3, S, S) float32 normalised, label (-1 unknown), index, valid. A broken picture raises BadImage
-    (bad_data "error") or becomes zeros with valid False (bad_data "skip"), so that rows never shift.
+    An item: image (3, S, S) float32 normalised, label (-1 unknown), index, valid. A broken picture
+    raises BadImage (bad_data "error") or becomes zeros with valid False (bad_data "skip"), so that
+    rows never shift.
     """
 
-    def __init__(
-        self, split: Split, preprocess: dict, augment: str = "none", seed: int = 0, bad_data: str = "error"
-    ):
+    def __init__(self, split: Split, preprocess: dict, augment: str = "none", seed: int = 0, bad_data: str = "error"):
         self.split, self.pictures, self.seed, self.bad_data = split, Pictures(split), seed, bad_data
         self.size = preprocess["image_size"]
         self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
@@ -138,9 +144,11 @@ def make_loader(
     pin_memory: bool = False,
     collate_fn: Callable[[Sequence[dict]], dict] = collate,
 ) -> Iterator[dict]:
-    """The collated `batches` (lists of keys of `dataset`), in order, prepared by `workers` processes (0: this one).
+    """The collated `batches` (lists of keys of `dataset`), in order, prepared by `workers`
+    processes (0: this one).
 
-    The same bits for any number of workers. An error in a worker arrives here as the error that it was.
+    The same bits for any number of workers. An error in a worker arrives here as the
+    error that it was.
     """
     loader = DataLoader(
         _Guarded(dataset),
@@ -149,9 +157,8 @@ def make_loader(
         collate_fn=_GuardedCollate(collate_fn),
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
-        generator=torch.Generator().manual_seed(
-            0
-        ),  # else every loader takes a number from the model's generator
+        # else every loader takes a number from the model's generator
+        generator=torch.Generator().manual_seed(0),
     )
     for batch in loader:
         if isinstance(batch, BadImage):
@@ -160,7 +167,8 @@ def make_loader(
 
 
 def ignore_signals(worker_id: int) -> None:
-    """For workers: SIGINT and SIGTERM, which a terminal or a scheduler sends to all, are the main process's to answer.
+    """For workers: SIGINT and SIGTERM, which a terminal or a scheduler sends to all, are the main
+    process's to answer.
 
     It still needs the batch under way to end its step and to write a checkpoint.
     """
@@ -174,7 +182,8 @@ def train_keys(batches: Sequence[Sequence[int]], epoch: int) -> list[list[tuple[
 
 
 class _Guarded(Dataset):
-    """Hands a BadImage over as a value: raised in a worker it would come back wrapped in that worker's traceback."""
+    """Hands a BadImage over as a value: raised in a worker it would come back wrapped in that
+    worker's traceback."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset

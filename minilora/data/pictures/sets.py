@@ -1,4 +1,6 @@
-"""The one door to labelled pictures: class folders, tables and the procedural shapes come out as the same `Splits`."""
+"""The one door to labelled pictures: class folders, tables and the procedural shapes come out as
+the same `Splits`.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,7 @@ def load_classification(
     if classes is not None:
         splits = _renumber(splits, list(classes), data_dir)
     elif len(splits.classes) < 2:
-        raise UserError(
-            f"{data_dir}: only one class ({splits.classes[0]!r}); a classifier needs at least two"
-        )
+        raise UserError(f"{data_dir}: only one class ({splits.classes[0]!r}); a classifier needs at least two")
     if splits.train is None and require_train:
         raise UserError(
             f"{data_dir}: no training pictures (no train/ and no class folders); expected train/<class>/*.jpg"
@@ -70,7 +70,8 @@ def load_classification(
 
 
 def unlabelled(path: str | os.PathLike) -> Split:
-    """Every picture below a folder (or the one file), sorted by name, with label -1: input for predictions."""
+    """Every picture below a folder (or the one file), sorted by name, with label -1: input
+    for predictions."""
     path = existing_path(path)
     if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
         return read_unlabelled(path)
@@ -84,9 +85,7 @@ def unlabelled(path: str | os.PathLike) -> Split:
 
 def _read(path: Path, fmt: str, check_files: bool) -> Splits:
     if fmt == "shards" and not is_shards(path):
-        raise UserError(
-            f"--data-dir {path}: no shards here; write them with python -m minilora.commands.shards"
-        )
+        raise UserError(f"--data-dir {path}: no shards here; write them with python -m minilora.commands.shards")
     if fmt == "shards" or (fmt == "auto" and is_shards(path)):
         return read_picture_shards(path)
     if fmt == "auto":
@@ -94,9 +93,7 @@ def _read(path: Path, fmt: str, check_files: bool) -> Splits:
     if fmt == "csv":
         return read_tables(path, check_files)
     if not path.is_dir():
-        raise UserError(
-            f"--data-dir {path}: is a file; class folders need a folder (a table: --data-format csv)"
-        )
+        raise UserError(f"--data-dir {path}: is a file; class folders need a folder (a table: --data-format csv)")
     return read_folders(path)
 
 
@@ -106,18 +103,14 @@ def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
     new = [number.get(name, number.get(key)) for name, key in zip(splits.classes, splits.keys, strict=True)]
     if None in new:
         unknown = splits.keys[new.index(None)]
-        raise UserError(
-            f"{data_dir}: class {unknown!r} is not a class of this run ({', '.join(classes[:8])} ...)"
-        )
+        raise UserError(f"{data_dir}: class {unknown!r} is not a class of this run ({', '.join(classes[:8])} ...)")
 
     def again(split: Split | None) -> Split | None:
         if split is not None:
             split.samples = [Sample(path, new[label] if label >= 0 else -1) for path, label in split.samples]
         return split
 
-    return Splits(
-        again(splits.train), again(splits.val), again(splits.test), classes, list(classes), splits.info
-    )
+    return Splits(again(splits.train), again(splits.val), again(splits.test), classes, list(classes), splits.info)
 
 
 def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir) -> tuple[Split, Split]:
@@ -141,7 +134,8 @@ def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir)
 
 
 def stratified(split: Split, share: Callable[[int], int], seed: int) -> tuple[list[int], list[int]]:
-    """Draw share(n) of the n samples of every class; returns (drawn, rest), each in the split's order."""
+    """Draw share(n) of the n samples of every class; returns (drawn, rest), each in
+    the split's order."""
     labels = np.fromiter((sample.label for sample in split), dtype=np.int64, count=len(split))
     rng, drawn = np.random.default_rng(seed), np.zeros(len(split), dtype=bool)
     for label in np.unique(labels):

@@ -1,8 +1,9 @@
 """Picture classification from csv files.
 
-A folder with train.csv, val.csv, test.csv, or with one csv whose rows are divided by an `is_valid` (True / False) or
-`split` (train / val / test) column, or all train. Columns are found by their header; paths are relative to the csv.
-Other readers (multiple choice) use `read_rows` and `contained` from here.
+A folder with train.csv, val.csv, test.csv, or with one csv whose rows are divided by an `is_valid`
+(True / False) or `split` (train / val / test) column, or all train. Columns are found by their
+header; paths are relative to the csv. Other readers (multiple choice) use `read_rows` and
+`contained` from here.
 """
 
 from __future__ import annotations
@@ -26,22 +27,19 @@ def find_tables(folder: Path) -> dict[str, Path]:
     """{"train": .., "val": .., "test": ..} of a folder; a single csv of any other name is "all"."""
     if not folder.is_dir():
         return {"all": folder}
-    tables = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv") and path.is_file()
-    )
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv") and path.is_file())
     named = {SPLIT_NAMES[path.stem.lower()]: path for path in tables if path.stem.lower() in SPLIT_NAMES}
     if named or not tables:
         return named
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
-        raise UserError(
-            f"{folder}: several csv files ({names}); name one as --data-dir, or call them train.csv ..."
-        )
+        raise UserError(f"{folder}: several csv files ({names}); name one as --data-dir, or call them train.csv ...")
     return {"all": tables[0]}
 
 
 def read_tables(path: Path, check_files: bool = True) -> Splits:
-    """Splits from the csv at `path`, or from those in the folder `path`. Raises UserError with file and line.
+    """Splits from the csv at `path`, or from those in the folder `path`. Raises UserError
+    with file and line.
 
     check_files: also when a picture that a row names is not there.
     """
@@ -61,9 +59,7 @@ def read_tables(path: Path, check_files: bool = True) -> Splits:
     for part, rows in parts.items():
         for file, label in rows.items():
             if label not in index:
-                raise UserError(
-                    f"{path}: unknown label {label!r} of {file} in {part}: not among the training labels"
-                )
+                raise UserError(f"{path}: unknown label {label!r} of {file} in {part}: not among the training labels")
         splits[part] = Split((Sample(file, index[label]) for file, label in rows.items()), root)
     if check_files:
         _all_exist(splits, root)
@@ -78,9 +74,11 @@ def read_unlabelled(path: Path) -> Split:
 
 
 def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """(column names, [(line number, row)]) of a csv or tsv in UTF-8, with or without a byte order mark.
+    """(column names, [(line number, row)]) of a csv or tsv in UTF-8, with or without a
+    byte order mark.
 
-    Raises UserError for broken UTF-8, a missing header, a column named twice, or a row of another length.
+    Raises UserError for broken UTF-8, a missing header, a column named twice, or a row
+    of another length.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -100,9 +98,7 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
                 header = [cell.strip() for cell in cells]
                 continue
             if len(cells) != len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(cells)} fields, the header has {len(header)}"
-                )
+                raise UserError(f"{path}, line {reader.line_num}: {len(cells)} fields, the header has {len(header)}")
             rows.append((reader.line_num, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
@@ -114,7 +110,8 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
 
 
 def contained(file: str, where: str) -> str:
-    """`file` as a clean relative path with forward slashes; what is absolute or climbs with `..` is refused."""
+    """`file` as a clean relative path with forward slashes; what is absolute or climbs with
+    `..` is refused."""
     slashed = file.replace("\\", "/")
     parts = PurePosixPath(slashed).parts
     if not parts or "\0" in file:
@@ -153,21 +150,15 @@ def _labelled_rows(table: Path, part: str, required: bool):
 def _place(parts: dict[str, dict[str, str]], name: str, file: str, label: str, where: str) -> None:
     for part, rows in parts.items():
         if file in rows:
-            raise UserError(
-                f"{where}: {file} stands twice (in {part} with label {rows[file]!r}); keep one row"
-            )
+            raise UserError(f"{where}: {file} stands twice (in {part} with label {rows[file]!r}); keep one row")
     parts.setdefault(name, {})[file] = label
 
 
-def _find(
-    header: list[str], names: tuple[str, ...], path: Path, what: str, required: bool = True
-) -> str | None:
+def _find(header: list[str], names: tuple[str, ...], path: Path, what: str, required: bool = True) -> str | None:
     lower = {name.lower(): name for name in header}
     column = next((lower[name] for name in names if name in lower), None)
     if column is None and required:
-        raise UserError(
-            f"{path}: no {what} column; the header has {', '.join(header)}, known are {', '.join(names)}"
-        )
+        raise UserError(f"{path}: no {what} column; the header has {', '.join(header)}, known are {', '.join(names)}")
     return column
 
 
@@ -177,10 +168,9 @@ def _numbers_first(label: str):
 
 
 def _all_exist(splits: dict[str, Split], root: Path) -> None:
-    """One error for all files that a table names and the folder lacks, before an epoch stumbles over the first."""
-    missing = [
-        s.path for split in splits.values() for s in split if not os.path.lexists(os.path.join(root, s.path))
-    ]
+    """One error for all files that a table names and the folder lacks, before an epoch
+    stumbles over the first."""
+    missing = [s.path for split in splits.values() for s in split if not os.path.lexists(os.path.join(root, s.path))]
     if missing:
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise UserError(

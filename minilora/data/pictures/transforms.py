@@ -1,8 +1,10 @@
-"""Picture -> tensor: resize to what the model wants, optionally augment, scale to [0, 1], normalise.
+"""Picture -> tensor: resize to what the model wants, optionally augment, scale to
+[0, 1], normalise.
 
-`preprocess` is the dictionary that every model carries: image_size, resize ("squash" straight to the square, or
-"shortest" edge to `resize_to` and a centre crop), interpolation, mean, std. Geometry runs on the Pillow picture
-(antialiased); `to_uint8` stops before the normalisation, so that stored uint8 pictures and files give the same bits.
+`preprocess` is the dictionary that every model carries: image_size, resize ("squash" straight to
+the square, or "shortest" edge to `resize_to` and a centre crop), interpolation, mean, std. Geometry
+runs on the Pillow picture (antialiased); `to_uint8` stops before the normalisation, so that stored
+uint8 pictures and files give the same bits.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ MAX_EDGE = 8192  # a 20000 x 1 picture, resized by its shortest edge to 224, wou
 def build_transform(preprocess: dict, augment: str = "none") -> Callable[[Image.Image], Tensor]:
     """RGB picture -> (3, S, S) float32, normalised.
 
-    augment: "none" (deterministic), "basic" (random resized crop + horizontal flip, torchvision's defaults) or
-    "rand" (basic, then RandAugment; Cubuk et al. 2019, arXiv:1909.13719). All random numbers are torch's.
+    augment: "none" (deterministic), "basic" (random resized crop + horizontal flip, torchvision's
+    defaults) or "rand" (basic, then RandAugment; Cubuk et al. 2019, arXiv:1909.13719). All random
+    numbers are torch's.
     """
     if augment not in AUGMENTATIONS:
         raise UserError(f"--augment {augment!r} is unknown; choose from {', '.join(AUGMENTATIONS)}")
@@ -59,9 +62,11 @@ class Resize:
 
 
 class Normalise:
-    """uint8 (..., 3, H, W) -> float32 of the same shape: (x / 255 - mean) / std, as one multiplication and one sum.
+    """uint8 (..., 3, H, W) -> float32 of the same shape: (x / 255 - mean) / std, as one
+    multiplication and one sum.
 
-    numpy, not torch: torch would wake its threads for every picture, and they already have the model to compute.
+    numpy, not torch: torch would wake its threads for every picture, and they already have the
+    model to compute.
     """
 
     def __init__(self, preprocess: dict):
@@ -76,7 +81,8 @@ class Normalise:
 
 
 class Stored:
-    """A picture that has its final size already -> (3, S, S) float32, normalised: of a picture out of a shard."""
+    """A picture that has its final size already -> (3, S, S) float32, normalised: of a
+    picture out of a shard."""
 
     def __init__(self, preprocess: dict):
         self.normalise = Normalise(preprocess)
@@ -97,9 +103,7 @@ def resampling(preprocess: dict) -> Image.Resampling:
         return Image.Resampling[name.upper()]
     except KeyError:
         choices = ", ".join(mode.name.lower() for mode in Image.Resampling)
-        raise UserError(
-            f"interpolation {name!r} in the preprocessing is unknown; choose from {choices}"
-        ) from None
+        raise UserError(f"interpolation {name!r} in the preprocessing is unknown; choose from {choices}") from None
 
 
 def shortest_then_crop(image: Image.Image, edge: int, size: int, resample: Image.Resampling) -> Image.Image:
@@ -120,4 +124,5 @@ def shortest_then_crop(image: Image.Image, edge: int, size: int, resample: Image
     if image.size != target:
         image = image.resize(target, resample)
     left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    return image.crop((left, top, left + size, top + size))  # a crop beyond the border is filled with black
+    # a crop beyond the border is filled with black
+    return image.crop((left, top, left + size, top + size))

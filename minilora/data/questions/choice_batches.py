@@ -1,4 +1,5 @@
-"""From questions to batches: the texts of all choices as token ids, made once; pictures as they come.
+"""From questions to batches: the texts of all choices as token ids, made once;
+pictures as they come.
 
 A picture that several questions of a batch are about is in the batch once.
 """
@@ -19,12 +20,14 @@ from minilora.data.pictures.transforms import build_transform
 from minilora.data.questions.choices import ChoiceSplit
 
 WORTH_SHARING = (
-    0.75  # of the tokens are left when the choices share their beginning: then it is faster to do so
+    # of the tokens are left when the choices share their beginning: then it is faster to do so
+    0.75
 )
 
 
 class Tokens:
-    """Ragged token ids of N questions with C choices each, in one array. `tokens[i]` is a list of C rows."""
+    """Ragged token ids of N questions with C choices each, in one array. `tokens[i]` is
+    a list of C rows."""
 
     def __init__(self, rows: Sequence[Sequence[int]], choices: int):
         self.choices = choices
@@ -39,8 +42,9 @@ class Tokens:
 class ChoiceDataset(Dataset):
     """`dataset[i]` is question i, `dataset[(epoch, i)]` with its picture augmented for that epoch.
 
-    An item: image (3, S, S) float32 normalised, tokens (C rows), label (place of the right choice, -1 unknown), index,
-    picture, valid. A broken picture raises BadImage (bad_data "error") or is zeros with valid False (bad_data "skip").
+    An item: image (3, S, S) float32 normalised, tokens (C rows), label (place of the right choice,
+    -1 unknown), index, picture, valid. A broken picture raises BadImage (bad_data "error") or is
+    zeros with valid False (bad_data "skip").
     """
 
     def __init__(
@@ -55,7 +59,8 @@ class ChoiceDataset(Dataset):
         self.split, self.tokens, self.seed, self.bad_data = split, tokens, seed, bad_data
         self.pictures, self.size = Pictures(split.pictures), preprocess["image_size"]
         self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
-        self.last: tuple[object, Tensor | None] = (None, None)  # neighbours often ask about the same picture
+        # neighbours often ask about the same picture
+        self.last: tuple[object, Tensor | None] = (None, None)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -89,14 +94,16 @@ class ChoiceDataset(Dataset):
             return None
         if epoch is None:
             return self.plain(picture)
-        with seeded_cpu(mix(self.seed, epoch, number)):  # by picture: its questions see the same crop
+        # by picture: its questions see the same crop
+        with seeded_cpu(mix(self.seed, epoch, number)):
             return self.augmented(picture)
 
 
 def collate_choices(items: Sequence[dict], pad_id: int) -> dict:
     """Items -> batch. B questions, U different pictures, C choices, T tokens of the longest text.
 
-    image (U, 3, S, S), picture (B,) rows of image, input_ids (B, C, T), label, index (B,) int64, valid (B,) bool,
+    image (U, 3, S, S), picture (B,) rows of image, input_ids (B, C, T), label, index (B,) int64,
+    valid (B,) bool,
     share: whether it pays to encode what a question's choices have in common once.
     """
     rows: dict[int, int] = {}

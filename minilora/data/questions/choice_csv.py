@@ -1,10 +1,12 @@
-"""Multiple choice from csv tables, as the SCPC 2025 competition has them (and any table with such columns).
+"""Multiple choice from csv tables, as the SCPC 2025 competition has them (and any table
+with such columns).
 
     ID,img_path,Question,A,B,C,D,answer          a letter as answer; test.csv has no such column
     TRAIN_000,./train_input_images/TRAIN_000.jpg,"What, if anything, is on the table?",...,B
 
-A folder with train.csv, val.csv, test.csv, or one table, which a `split` column may divide. The columns A, B, C ... are
-the choices, 2 to 26 of them; a column `type` gives the type of the question. Paths are relative to the table.
+A folder with train.csv, val.csv, test.csv, or one table, which a `split` column may divide. The
+columns A, B, C ... are the choices, 2 to 26 of them; a column `type` gives the type of the
+question. Paths are relative to the table.
 """
 
 from __future__ import annotations
@@ -12,14 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minilora.data.pictures.folder import Sample, Split
-from minilora.data.pictures.tables import (
-    FILE_COLUMNS,
-    SPLIT_COLUMN,
-    SPLIT_NAMES,
-    contained,
-    find_tables,
-    read_rows,
-)
+from minilora.data.pictures.tables import FILE_COLUMNS, SPLIT_COLUMN, SPLIT_NAMES, contained, find_tables, read_rows
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
 
@@ -30,8 +25,8 @@ TYPES = ("type", "question_type")
 def read_choice_tables(path: Path) -> ChoiceSplits:
     """The questions of the table `path`, or of the tables in the folder `path`.
 
-    Rows without an answer column are a test set (answer -1); a table alone that has one is for training. Raises
-    UserError with file and line for whatever is wrong.
+    Rows without an answer column are a test set (answer -1); a table alone that has one is for
+    training. Raises UserError with file and line for whatever is wrong.
     """
     tables = {part: table for part, table in find_tables(path).items() if not _is_sample(table)}
     if not tables:
@@ -42,9 +37,7 @@ def read_choice_tables(path: Path) -> ChoiceSplits:
         if name == "all" and questions[0].answer < 0:
             name = "test"
         elif name in ("train", "val") and questions[0].answer < 0:
-            raise UserError(
-                f"{table}: no answer column; without answers there is nothing to learn (test.csv?)"
-            )
+            raise UserError(f"{table}: no answer column; without answers there is nothing to learn (test.csv?)")
         for part in dict.fromkeys(own_parts) if name == "all" else [name]:
             rows = (q for q, own in zip(questions, own_parts, strict=True) if name != "all" or own == part)
             parts[part] = ChoiceSplit(rows, pictures)
@@ -74,9 +67,7 @@ def read_choices(table: Path) -> tuple[list[Question], list[str], Split]:
         where = f"{table}, line {line}"
         key, text = row[lower["id"]], row[lower["question"]]
         if key in lines or not key:
-            raise UserError(
-                f"{where}: ID {key!r} " + (f"is already on line {lines[key]}" if key else "is empty")
-            )
+            raise UserError(f"{where}: ID {key!r} " + (f"is already on line {lines[key]}" if key else "is empty"))
         lines[key] = line
         choices = tuple(row[letter] for letter in letters)
         check_choices(choices, where)
@@ -93,9 +84,7 @@ def _letters(header: list[str], table: Path) -> str:
     letters = LETTERS[: len(found)]
     if sorted(found) != list(letters):
         gap = next(letter for letter in LETTERS if letter not in found)
-        raise UserError(
-            f"{table}: there is a column {max(found)} but no column {gap}; choices are A, B, C ..."
-        )
+        raise UserError(f"{table}: there is a column {max(found)} but no column {gap}; choices are A, B, C ...")
     if len(found) < 2 or "AA" in header:
         count = "more than 26 choice columns" if "AA" in header else f"{len(found)} choice column"
         raise UserError(f"{table}: {count}; a question needs 2 to {len(LETTERS)}, named A, B, C ...")
@@ -105,9 +94,7 @@ def _letters(header: list[str], table: Path) -> str:
 def _place(answer: str, letters: str, where: str) -> int:
     place = letters.find(answer.upper()) if len(answer) == 1 else -1
     if place < 0:
-        raise UserError(
-            f"{where}: the answer {answer!r} is none of the letters {letters[0]} to {letters[-1]}"
-        )
+        raise UserError(f"{where}: the answer {answer!r} is none of the letters {letters[0]} to {letters[-1]}")
     return place
 
 

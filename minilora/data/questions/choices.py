@@ -1,4 +1,5 @@
-"""Multiple choice: a picture, a question and 2 to 26 choices, from Visual7W files, csv tables or generated scenes.
+"""Multiple choice: a picture, a question and 2 to 26 choices, from Visual7W files, csv tables or
+generated scenes.
 
     splits = load_choices("visual7w", "auto", val_split=0.15, seed=41)
     splits.train[0]         # Question(id=0, picture=0, question="Who ...?", choices=(..4..), answer=2, kind="who")
@@ -24,7 +25,8 @@ from minilora.errors import UserError
 
 FORMATS = ("auto", "visual7w", "scpc", "csv", "shapes")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SHAPES = {"train": 700, "val": 400, "test": 400}  # pictures of the generated set, two questions each
+# pictures of the generated set, two questions each
+SHAPES = {"train": 700, "val": 400, "test": 400}
 
 
 class Question(NamedTuple):
@@ -65,7 +67,8 @@ class ChoiceSplit(Sequence):
 
 @dataclass
 class ChoiceSplits:
-    """train / val / test, None where there is none; `source`: the format; `whole`: all of a set without parts."""
+    """train / val / test, None where there is none; `source`: the format; `whole`: all of a
+    set without parts."""
 
     train: ChoiceSplit | None
     val: ChoiceSplit | None
@@ -97,7 +100,8 @@ def load_choices(
 ) -> ChoiceSplits:
     """The questions of `data_dir` as ChoiceSplits; no data_dir: generated scenes.
 
-    val_split: share of the training pictures held out where the set has no validation part of its own.
+    val_split: share of the training pictures held out where the set has no validation
+    part of its own.
     subset: keep a share (at most 1) or a number (above 1) of the training pictures.
     seed: order of the choices where the file does not give one (Visual7W), and the split.
     check_files: refuse a set that names pictures which do not exist (False with --bad-data skip).
@@ -163,7 +167,8 @@ def check_choices(choices: Sequence[str], where: str) -> None:
 
 
 def by_picture(split: ChoiceSplit, keep: int, seed: int) -> tuple[ChoiceSplit, ChoiceSplit]:
-    """(questions about `keep` pictures drawn by `seed`, questions about the others), each in the split's order."""
+    """(questions about `keep` pictures drawn by `seed`, questions about the others), each in
+    the split's order."""
     known = sorted({question.picture for question in split})
     drawn = set(np.random.default_rng(seed).permutation(known)[:keep].tolist())
 
@@ -174,20 +179,20 @@ def by_picture(split: ChoiceSplit, keep: int, seed: int) -> tuple[ChoiceSplit, C
 
 
 def _hold_out(train: ChoiceSplit, val_split: float, seed: int, data_dir, required: bool):
-    """(the rest, the held out part); with nothing to hold out (train, None), or a UserError where it is required."""
+    """(the rest, the held out part); with nothing to hold out (train, None), or a UserError
+    where it is required."""
     count = len({question.picture for question in train})
     if count < 2 and not required:
         return train, None
     if count < 2:
-        raise UserError(
-            f"{data_dir}: all questions are about one picture; none can be held out for validation"
-        )
+        raise UserError(f"{data_dir}: all questions are about one picture; none can be held out for validation")
     held, kept = by_picture(train, min(max(1, round(count * val_split)), count - 1), seed)
     return kept, held
 
 
 def _all_exist(split: ChoiceSplit | None) -> None:
-    """One error for all pictures that a set names and the folder lacks, before an epoch stumbles over the first."""
+    """One error for all pictures that a set names and the folder lacks, before an epoch
+    stumbles over the first."""
     if split is None or isinstance(split.pictures, DrawnPictures):
         return
     root = split.pictures.root

@@ -1,10 +1,12 @@
-"""Visual7W, telling questions: dataset_v7w_telling.json of https://github.com/yukezhu/visual7w-toolkit.
+"""Visual7W, telling questions: dataset_v7w_telling.json of
+https://github.com/yukezhu/visual7w-toolkit.
 
     {"images": [{"image_id": 1, "filename": "v7w_1.jpg", "split": "train|val|test", "qa_pairs": [{"qa_id": 7,
         "question": "Who is there?", "answer": "A boy.", "multiple_choices": [3 wrong ones], "type": "who"}]}]}
 
-The right answer is not among `multiple_choices`: the candidates are it and those, shuffled by (seed, qa_id). The
-toolkit scores the first candidate of its results file by case-insensitive comparison with the answer.
+The right answer is not among `multiple_choices`: the candidates are it and those, shuffled by
+(seed, qa_id). The toolkit scores the first candidate of its results file by case-insensitive
+comparison with the answer.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ PARTS = ("train", "val", "test")
 
 
 def find_visual7w(path: Path, required: bool = False) -> Path | None:
-    """The json file of the set: `path` itself or in the folder `path`; None, or a UserError, where there is none."""
+    """The json file of the set: `path` itself or in the folder `path`; None, or a UserError,
+    where there is none."""
     file = path / FILE if path.is_dir() else path
     if file.suffix.lower() == ".json" and file.is_file():
         return file
@@ -37,10 +40,11 @@ def find_visual7w(path: Path, required: bool = False) -> Path | None:
 
 
 def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
-    """The questions of a Visual7W file by its own splits; pictures below images/ or beside the file.
+    """The questions of a Visual7W file by its own splits; pictures below images/ or
+    beside the file.
 
-    Raises UserError for a file of another kind, a missing key, a qa_id that stands twice, a picture outside the
-    folder, or fewer than 2 and more than 26 choices.
+    Raises UserError for a file of another kind, a missing key, a qa_id that stands twice, a picture
+    outside the folder, or fewer than 2 and more than 26 choices.
     """
     images = _images(file)
     folder = "images/" if (file.parent / "images").is_dir() else ""
@@ -63,9 +67,7 @@ def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
         raise UserError(f"{file}: no questions in it")
     widths = {len(question.choices) for part in rows.values() for question in part}
     if len(widths) > 1:
-        raise UserError(
-            f"{file}: questions with {min(widths)} and with {max(widths)} choices; all need the same"
-        )
+        raise UserError(f"{file}: questions with {min(widths)} and with {max(widths)} choices; all need the same")
     shared = Split(pictures, file.parent)
     parts = {part: ChoiceSplit(questions, shared) for part, questions in rows.items()}
     return ChoiceSplits(*(parts.get(part) for part in PARTS), "visual7w")
@@ -107,7 +109,8 @@ def _question(pair: Any, picture: int, seed: int, where: str) -> Question:
 
 
 def results(split: ChoiceSplit, ranked: list[list[int]]) -> list[dict]:
-    """The toolkit's results: for each question its candidates, the most probable first (`ranked`: their places)."""
+    """The toolkit's results: for each question its candidates, the most probable first
+    (`ranked`: their places)."""
     return [
         {
             "qa_id": question.id,

@@ -1,14 +1,16 @@
-"""Questions about pictures in the files of VQA v2: questions json, annotations json, and pictures found by their id.
+"""Questions about pictures in the files of VQA v2: questions json, annotations json, and pictures
+found by their id.
 
-Three ways to lie in a folder are understood, all with the same json inside (Goyal et al. 2017, visualqa.org):
+Three ways to lie in a folder are understood, all with the same json inside (Goyal et al.
+2017, visualqa.org):
 
     official   v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json,
                train2014/COCO_train2014_%012d.jpg; the same for val2014 and test2015, also one folder deeper
     easy       train_questions.json, train_annotations.json, train/*; the same for val and test
     one pair   questions.json, annotations.json and a folder of pictures, split by --val-split
 
-The picture of image_id 25 is the file whose name ends in the number 25, in a folder of the same part. Ids repeat
-between parts, so everything is keyed by (part, id).
+The picture of image_id 25 is the file whose name ends in the number 25, in a folder of the same
+part. Ids repeat between parts, so everything is keyed by (part, id).
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ EXPANSIONS = (
     (re.compile(r"'m\b"), " am"),
     (re.compile(r"'s\b"), " is"),  # what's, it's, and of nouns too: guy's -> guy is (report R1)
 )
-LOOSE_MARK = re.compile(r"(?<!\d)[^\w\s']|[^\w\s'](?!\d)|_")  # punctuation that does not stand between digits
+# punctuation that does not stand between digits
+LOOSE_MARK = re.compile(r"(?<!\d)[^\w\s']|[^\w\s'](?!\d)|_")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question. picture: the number of its picture in its part; answers: as people typed them, one or ten."""
+    """One question. picture: the number of its picture in its part; answers: as people typed
+    them, one or ten."""
 
     question_id: int
     picture: int
@@ -64,7 +68,8 @@ class Question:
 
 @dataclass
 class VQAPart:
-    """train, val or test: questions, and pictures whose `load(j)` opens picture j and whose `[j].path` names it."""
+    """train, val or test: questions, and pictures whose `load(j)` opens picture j and whose
+    `[j].path` names it."""
 
     questions: list[Question]
     pictures: Sequence
@@ -72,7 +77,8 @@ class VQAPart:
 
     @property
     def shown(self) -> list[int]:
-        """The numbers of the pictures that have a question, each once, in the order of the questions."""
+        """The numbers of the pictures that have a question, each once, in the order
+        of the questions."""
         return list(dict.fromkeys(question.picture for question in self.questions))
 
     @property
@@ -94,7 +100,8 @@ def clean_question(text: str) -> str:
 
 
 def answer_key(text: str) -> str:
-    """What two spellings of one answer share: no case, no punctuation but in numbers: "T.V." -> "tv"."""
+    """What two spellings of one answer share: no case, no punctuation but in
+    numbers: "T.V." -> "tv"."""
     text = " ".join(text.lower().split())
     bare = LOOSE_MARK.sub(lambda mark: "" if mark[0] == "." else " ", text)
     return " ".join(bare.split()) or text
@@ -111,9 +118,7 @@ def find_files(root: Path) -> dict[str, tuple[Path, Path | None]]:
         match = PART.search(path.name.lower())
         part = match[1] if match else "all"
         if part in found[kind]:
-            raise UserError(
-                f"{found[kind][part]} and {path} are both {kind} of {part}; move one of them away"
-            )
+            raise UserError(f"{found[kind][part]} and {path} are both {kind} of {part}; move one of them away")
         found[kind][part] = path
     if not found["questions"]:
         raise UserError(f"{root}: no questions here; looked for *questions.json, as VQA v2 names its files")
@@ -126,25 +131,23 @@ def find_files(root: Path) -> dict[str, tuple[Path, Path | None]]:
 def has_questions(path: str | os.PathLike) -> bool:
     """Whether a folder looks like VQA v2's."""
     root = Path(path)
-    return root.is_dir() and any(
-        path for depth in ("", "*/") for path in root.glob(depth + "*questions.json")
-    )
+    return root.is_dir() and any(path for depth in ("", "*/") for path in root.glob(depth + "*questions.json"))
 
 
 def read_vqa2(data_dir: str | os.PathLike, bad_data: str = "error") -> dict[str, VQAPart]:
     """{part: VQAPart} of a folder in one of the three layouts.
 
-    bad_data "error": a missing picture, an empty question, a question without annotation or an annotation without
-    question raise UserError naming file and id. "skip": such questions are left out, and a note counts them; the
-    questions of a missing picture stay, and the data set makes their picture grey.
+    bad_data "error": a missing picture, an empty question, a question without annotation or an
+    annotation without question raise UserError naming file and id. "skip": such questions are left
+    out, and a note counts them; the questions of a missing picture stay, and the data set makes
+    their picture grey.
     """
     root = existing_path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: is a file; VQA v2 needs the folder with questions and pictures")
     names = list_pictures(root)
     return {
-        part: read_part(root, part, *files, names=names, bad_data=bad_data)
-        for part, files in find_files(root).items()
+        part: read_part(root, part, *files, names=names, bad_data=bad_data) for part, files in find_files(root).items()
     }
 
 
@@ -205,7 +208,8 @@ def make_question(record: dict, picture: int, known: dict[int, dict]) -> Questio
 
 
 def find_pictures(names: Sequence[str], part: str) -> dict[int, list[str]]:
-    """{image id: files whose names end in it}, from the folders of `part` where there are such folders."""
+    """{image id: files whose names end in it}, from the folders of `part` where there
+    are such folders."""
     mine = [name for name in names if any(folder.startswith(part) for folder in name.split("/")[:-1])]
     files: dict[int, list[str]] = {}
     for name in mine or names:
@@ -244,7 +248,8 @@ def by_id(path: Path) -> dict[int, dict]:
 
 
 def records(path: Path, key: str, fields: dict[str, type]) -> list[dict]:
-    """The list under `key` of a VQA v2 file: every record has `fields`, and no question_id comes twice."""
+    """The list under `key` of a VQA v2 file: every record has `fields`, and no
+    question_id comes twice."""
     data = read_json(path)
     rows = data.get(key) if isinstance(data, dict) else None
     if not isinstance(rows, list):
@@ -267,9 +272,7 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
-        ) from None
+        raise UserError(f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}: broken json at {where}: {error.msg}") from None

@@ -4,8 +4,8 @@
     input_ids (U, T)     text_index (B,)       and asks text text_index[b]; attention_mask (U, T)
     label (B,)           index (B,)  valid (B,)   class or -1, number of the question, whether its picture was readable
 
-B questions, P <= B pictures, U <= B texts. A model may so encode each picture and each text once: the same numbers
-for less work. Everything random is a function of (seed, epoch, picture) alone.
+B questions, P <= B pictures, U <= B texts. A model may so encode each picture and each text once:
+the same numbers for less work. Everything random is a function of (seed, epoch, picture) alone.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ BUCKET = 50  # batches whose questions are sorted by length together
 
 
 class Texts:
-    """The distinct texts of N questions as token ids, without padding: `row[i]` is the text of question i."""
+    """The distinct texts of N questions as token ids, without padding: `row[i]` is the
+    text of question i."""
 
     def __init__(
-        self,
-        questions: Sequence[Question],
-        tokenizer: Callable[..., dict[str, Tensor]],
-        max_length: int | None,
+        self, questions: Sequence[Question], tokenizer: Callable[..., dict[str, Tensor]], max_length: int | None
     ):
         number: dict[str, int] = {}
         rows = [number.setdefault(question.text, len(number)) for question in questions]
@@ -65,10 +63,12 @@ class Texts:
 
 
 class VQADataset(Dataset):
-    """A part with its tokens and labels. `dataset[(epoch, numbers)]` is the batch of these questions.
+    """A part with its tokens and labels. `dataset[(epoch, numbers)]` is the batch of
+    these questions.
 
-    epoch None: no augmentation. A broken or missing picture raises BadImage (bad_data "error") or becomes grey, with
-    its questions not valid. `targets` (N, K) float32 or None: soft labels. `pictures_of` keeps decoded pictures.
+    epoch None: no augmentation. A broken or missing picture raises BadImage (bad_data "error") or
+    becomes grey, with its questions not valid. `targets` (N, K) float32 or None: soft labels.
+    `pictures_of` keeps decoded pictures.
     """
 
     def __init__(
@@ -102,9 +102,7 @@ class VQADataset(Dataset):
             "valid": readable[torch.from_numpy(image_index)],
         }
 
-    def without_images(
-        self, numbers: np.ndarray, shown: np.ndarray, image_index: np.ndarray
-    ) -> dict[str, Tensor]:
+    def without_images(self, numbers: np.ndarray, shown: np.ndarray, image_index: np.ndarray) -> dict[str, Tensor]:
         """Texts and labels of a batch; picture (P,) are the numbers of its pictures."""
         rows, text_index = distinct(self.texts.row[numbers])
         return {
@@ -118,12 +116,11 @@ class VQADataset(Dataset):
         }
 
     def images(self, numbers: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
-        """(P, 3, S, S) float32 normalised and (P,) bool: readable; zeros, the mean colour, where it is not."""
+        """(P, 3, S, S) float32 normalised and (P,) bool: readable; zeros, the mean colour,
+        where it is not."""
         made = [self.image(int(j), epoch) for j in numbers]
         grey = torch.zeros(3, self.size, self.size)
-        return torch.stack([grey if x is None else x for x in made]), torch.tensor(
-            [x is not None for x in made]
-        )
+        return torch.stack([grey if x is None else x for x in made]), torch.tensor([x is not None for x in made])
 
     def image(self, j: int, epoch: int | None) -> Tensor | None:
         try:
@@ -146,11 +143,7 @@ def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def vqa_loader(
-    dataset: VQADataset,
-    batches: Sequence[Sequence[int]],
-    epoch: int | None,
-    workers: int = 0,
-    pin: bool = False,
+    dataset: VQADataset, batches: Sequence[Sequence[int]], epoch: int | None, workers: int = 0, pin: bool = False
 ) -> Iterator[dict]:
     """The batches of these questions, in order; make_loader with one key for each batch."""
     keys = [[(epoch, list(batch))] for batch in batches]
@@ -161,13 +154,12 @@ def only(items: Sequence[dict]) -> dict:
     return items[0]
 
 
-def grouped_batches(
-    picture: np.ndarray, batch_size: int, order: Sequence[int] | None = None
-) -> list[list[int]]:
+def grouped_batches(picture: np.ndarray, batch_size: int, order: Sequence[int] | None = None) -> list[list[int]]:
     """Batches of at most batch_size questions in which each picture's questions stand together.
 
-    picture (N,) is the picture of each question; `order`: the pictures' order, else that of the questions. Only
-    a picture with more than batch_size questions makes a larger batch: a picture is never encoded twice.
+    picture (N,) is the picture of each question; `order`: the pictures' order, else that of the
+    questions. Only a picture with more than batch_size questions makes a larger batch: a picture is
+    never encoded twice.
     """
     questions: dict[int, list[int]] = {}
     for i, j in enumerate(picture.tolist()):
@@ -190,7 +182,8 @@ def shuffled_groups(picture: np.ndarray, batch_size: int, seed: int, epoch: int)
 def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """All questions shuffled by (seed, epoch); batches of nearly equal lengths, in random order.
 
-    Of every BUCKET * batch_size questions that the shuffle brings together, those of similar length share a batch.
+    Of every BUCKET * batch_size questions that the shuffle brings together, those of similar
+    length share a batch.
     """
     generator = torch.Generator().manual_seed(mix(seed, epoch))
     order = torch.randperm(len(lengths), generator=generator).numpy()

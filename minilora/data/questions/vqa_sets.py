@@ -1,6 +1,8 @@
-"""The one door to questions about pictures: VQA v2 files, shards and generated scenes come out as the same `VQASplits`.
+"""The one door to questions about pictures: VQA v2 files, shards and generated scenes come out as
+the same `VQASplits`.
 
-Here the parts are cut (by picture, so that no picture stands on both sides), and answers become classes.
+Here the parts are cut (by picture, so that no picture stands on both sides), and
+answers become classes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ DEMO = replace(WORLDS["vqa"], most=2)  # one or two shapes in a picture: learned
 
 @dataclass
 class Answers:
-    """The classes: `labels` are the answers as they are given, `keys` what spellings of one answer share."""
+    """The classes: `labels` are the answers as they are given, `keys` what spellings of
+    one answer share."""
 
     labels: list[str]
     keys: list[str]
@@ -44,7 +47,8 @@ class Answers:
 
 @dataclass
 class VQASplits:
-    """train / val / test (None where there is none); `stored`: what shards say of how they were made."""
+    """train / val / test (None where there is none); `stored`: what shards say of
+    how they were made."""
 
     train: VQAPart | None
     val: VQAPart | None
@@ -86,10 +90,11 @@ def load_vqa(
 ) -> VQASplits:
     """The questions of `data_dir` (None: generated scenes) as VQASplits.
 
-    subset: keep a share (at most 1) or a number (above 1) of the training pictures, drawn before val is cut off.
-    val_split: share held out where the set has no val part: of the pictures (split_by "image"), or of the questions
-    ("question", report R1's plain 80/20, where one picture may stand on both sides). 0 holds nothing out.
-    Raises UserError naming folder, file, id or flag.
+    subset: keep a share (at most 1) or a number (above 1) of the training pictures, drawn
+    before val is cut off.
+    val_split: share held out where the set has no val part: of the pictures (split_by "image"), or
+    of the questions ("question", report R1's plain 80/20, where one picture may stand on both
+    sides). 0 holds nothing out. Raises UserError naming folder, file, id or flag.
     """
     if fmt == "auto":
         fmt = "shapes" if data_dir is None else _guess(data_dir)
@@ -122,9 +127,7 @@ def _guess(data_dir: str | os.PathLike) -> str:
     if is_shards(data_dir):
         return "shards"
     if os.path.exists(data_dir) and not has_questions(data_dir):
-        raise UserError(
-            f"--data-dir {data_dir}: neither VQA v2 questions (*questions.json) nor shards are here"
-        )
+        raise UserError(f"--data-dir {data_dir}: neither VQA v2 questions (*questions.json) nor shards are here")
     return "vqa2"
 
 
@@ -138,14 +141,7 @@ def shapes_part(part: str, pictures: int, world: World = DEMO, seed: int = 0) ->
     scenes = ShapesVQA(world, part, pictures, seed)
     keys = ("answer_type", "question_type")
     questions = [
-        Question(
-            q["question_id"],
-            q["image_id"],
-            q["question"],
-            (q["answer"],),
-            q["answer"],
-            *(q[key] for key in keys),
-        )
+        Question(q["question_id"], q["image_id"], q["question"], (q["answer"],), q["answer"], *(q[key] for key in keys))
         for q in scenes.questions
     ]
     return VQAPart(questions, ScenePictures(scenes))
@@ -177,7 +173,8 @@ def hold_out(part: VQAPart, val_split: float, seed: int, split_by: str = "image"
 
 
 def choose_answers(questions: Sequence[Question], number: int) -> Answers:
-    """The `number` most frequent answers, classes in alphabetical order (R1), spellings of one answer together."""
+    """The `number` most frequent answers, classes in alphabetical order (R1), spellings of one
+    answer together."""
     counts: Counter = Counter()
     spellings: dict[str, Counter] = defaultdict(Counter)
     for question in questions:
@@ -186,9 +183,7 @@ def choose_answers(questions: Sequence[Question], number: int) -> Answers:
             counts[key] += 1
             spellings[key][" ".join(question.answer.lower().split())] += 1
     if len(counts) < 2:
-        raise UserError(
-            f"the training questions have {len(counts)} different answers; a model needs two to choose"
-        )
+        raise UserError(f"the training questions have {len(counts)} different answers; a model needs two to choose")
     text = {key: min(forms, key=lambda form: (-forms[form], form)) for key, forms in spellings.items()}
     top = sorted(counts, key=lambda key: (-counts[key], text[key]))[:number]
     keys = sorted(top, key=lambda key: (text[key], key))
@@ -196,7 +191,8 @@ def choose_answers(questions: Sequence[Question], number: int) -> Answers:
 
 
 def question_only_guess(train: Sequence[Question], asked: Sequence[Question]) -> dict[int, str]:
-    """{question_id: answer} without a look at any picture: the most frequent answer to the same words in training.
+    """{question_id: answer} without a look at any picture: the most frequent answer to the same
+    words in training.
 
     Where these words were never asked, the most frequent answer of all; of equals the first.
     """

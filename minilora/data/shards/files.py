@@ -1,9 +1,11 @@
-"""What all shards have in common: safetensors files and their index, written on after an interruption, and checked.
+"""What all shards have in common: safetensors files and their index, written on after an
+interruption, and checked.
 
     index.json                format, how the set was made, and of every shard its part, counts and sha256
     train-00000.safetensors   tensors, and `records`: UTF-8 json
 
-index.json is written anew after every shard: an interrupted run goes on where it was, and an incomplete set is refused.
+index.json is written anew after every shard: an interrupted run goes on where it was, and an
+incomplete set is refused.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ def write_files(
     shards: Iterable[tuple[str, str, Callable[[], tuple[dict[str, Tensor], dict[str, int]]]]],
     log: Callable[[str], None],
 ) -> dict:
-    """Write `shards`, each (file, part, function that makes its tensors and counts); returns the index.
+    """Write `shards`, each (file, part, function that makes its tensors and counts);
+    returns the index.
 
-    plan: what the index says of the whole set. Raises UserError where `folder` holds shards of another plan.
+    plan: what the index says of the whole set. Raises UserError where `folder` holds shards
+    of another plan.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = started(folder, plan)
@@ -71,9 +75,7 @@ def started(folder: Path, plan: dict) -> dict:
         return plan | {"complete": False, "shards": {}}
     index = read_index(folder, plan["format"])
     if differing := [key for key in plan if json.loads(json.dumps(plan[key])) != index.get(key)]:
-        raise UserError(
-            f"{folder} holds shards made in another way ({', '.join(differing)}); use an empty folder"
-        )
+        raise UserError(f"{folder} holds shards made in another way ({', '.join(differing)}); use an empty folder")
     return index | {"complete": False}
 
 
@@ -90,20 +92,17 @@ def read_index(folder: Path, wanted: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / INDEX}: damaged ({error}); write the shards again") from None
     if found != wanted or not sound:
-        belongs = next(
-            (f"; these shards are for --task {t}" for t, name in FORMATS.items() if name == found), ""
-        )
+        belongs = next((f"; these shards are for --task {t}" for t, name in FORMATS.items() if name == found), "")
         raise UserError(f"{folder / INDEX}: not an index of {wanted}{belongs}")
     return index
 
 
 def checked_files(folder: Path, wanted: str) -> tuple[dict, dict[str, list[str]]]:
-    """(the index, {part: its files}) of a complete set whose sha256s are right; UserError names a damaged file."""
+    """(the index, {part: its files}) of a complete set whose sha256s are right; UserError
+    names a damaged file."""
     index = read_index(folder, wanted)
     if not index.get("complete"):
-        raise UserError(
-            f"{folder}: the shards are incomplete; run the command that writes them again, it goes on"
-        )
+        raise UserError(f"{folder}: the shards are incomplete; run the command that writes them again, it goes on")
     files: dict[str, list[str]] = {}
     for file, entry in index["shards"].items():
         path = folder / file
@@ -112,9 +111,7 @@ def checked_files(folder: Path, wanted: str) -> tuple[dict, dict[str, list[str]]
         if not path.is_file():
             raise UserError(f"{path}: this shard is missing; write the shards again, the others are kept")
         if file_sha256(path) != entry["sha256"]:
-            raise UserError(
-                f"{path}: this shard is damaged; delete it and write the shards again, the others are kept"
-            )
+            raise UserError(f"{path}: this shard is damaged; delete it and write the shards again, the others are kept")
         files.setdefault(entry["part"], []).append(file)
     return index, files
 
@@ -125,7 +122,8 @@ def to_records(value: object) -> Tensor:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict:
-    """The named small tensors of a shard as numpy arrays, `records` as the JSON value that it holds."""
+    """The named small tensors of a shard as numpy arrays, `records` as the JSON
+    value that it holds."""
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in names}
@@ -135,7 +133,8 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict:
 
 
 def check_geometry(stored: dict, preprocess: dict, directory: str | os.PathLike) -> None:
-    """UserError where the model wants other pictures than the shards hold; both are `preprocess` dictionaries."""
+    """UserError where the model wants other pictures than the shards hold; both are
+    `preprocess` dictionaries."""
     for key in GEOMETRY:
         if stored.get(key) != preprocess.get(key):
             raise UserError(
@@ -145,7 +144,8 @@ def check_geometry(stored: dict, preprocess: dict, directory: str | os.PathLike)
 
 
 class ShardPictures:
-    """The pictures of several shards by number; `load(j)` copies one picture out of the mapped file."""
+    """The pictures of several shards by number; `load(j)` copies one picture out of
+    the mapped file."""
 
     prepared = True  # they have the model's size already
 

@@ -1,4 +1,5 @@
-"""Labelled pictures, decoded and resized once: class folders or a table as uint8 pictures in safetensors shards.
+"""Labelled pictures, decoded and resized once: class folders or a table as uint8 pictures in
+safetensors shards.
 
     python -m minilora.commands.shards photos shards --model vit-tiny-patch16-224 --weights ...
     python train.py --data-dir shards ...               nothing but the shards is read, names of the classes included
@@ -6,10 +7,11 @@
     index.json                classes, how the set was made; of every shard its file, sha256 and number of pictures
     train-00000.safetensors   pixels (P, 3, S, S) uint8, `records`; of training pictures also wide (P, 3, L, L) uint8
 
-`pixels` is what the model's own resizing makes of a picture: evaluation, and training with --augment none, get the
-same bits as from the files. `wide` is the whole picture squashed to L x L, from which --augment basic and rand cut
-their crops: the same boxes and flips as from the files, scaled to L x L and rounded there, so that pixels differ by the
-second resizing (L = 8 / 7 S by default; with L = 0 crops come from `pixels`).
+`pixels` is what the model's own resizing makes of a picture: evaluation, and training with
+--augment none, get the same bits as from the files. `wide` is the whole picture squashed to L x L,
+from which --augment basic and rand cut
+their crops: the same boxes and flips as from the files, scaled to L x L and rounded there, so that
+pixels differ by the second resizing (L = 8 / 7 S by default; with L = 0 crops come from `pixels`).
 """
 
 from __future__ import annotations
@@ -53,20 +55,16 @@ def write_picture_shards(
     bad_data: str = "error",
     log: Callable[[str], None] = print,
 ) -> dict:
-    """Write train, val and test as shards; returns the index. What an interrupted call with the same arguments wrote
-    is kept.
+    """Write train, val and test as shards; returns the index. What an interrupted call with the
+    same arguments wrote is kept.
 
-    wide: side L of the second copy of the training pictures, 0 for none. made: what else describes the set.
-    A picture that cannot be read raises BadImage, or is left out (bad_data "skip").
-    Raises UserError where `directory` holds shards that were made in another way.
+    wide: side L of the second copy of the training pictures, 0 for none. made: what else describes
+    the set. A picture that cannot be read raises BadImage, or is left out (bad_data "skip"). Raises
+    UserError where `directory` holds shards that were made in another way.
     """
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     each = per_shard(shard_mb, 3 * (preprocess["image_size"] ** 2 + wide**2))
-    plan = {
-        "format": FORMAT,
-        "preprocess": preprocess,
-        "made": made | {"pictures_per_shard": each, "wide": wide},
-    }
+    plan = {"format": FORMAT, "preprocess": preprocess, "made": made | {"pictures_per_shard": each, "wide": wide}}
     plan |= {"classes": splits.classes, "keys": splits.keys, "info": splits.info}
     plan["parts"] = {name: len(split) for name, split in parts.items() if split}
     shards = []
@@ -133,7 +131,8 @@ class ShardSplit(Split):
 
 
 def read_picture_shards(directory: str | os.PathLike) -> Splits:
-    """What `write_picture_shards` wrote; every shard is checked against its sha256, UserError names a damaged one."""
+    """What `write_picture_shards` wrote; every shard is checked against its sha256, UserError
+    names a damaged one."""
     folder = Path(directory)
     index, files = checked_files(folder, FORMAT)
     check_index(index, files, folder / INDEX)
@@ -172,11 +171,13 @@ def read_part(folder: Path, names: Sequence[str], index: dict) -> ShardSplit:
 
 
 class ShardDataset(Dataset):
-    """Pictures of shards as they are stored; batch_augment.Finish crops and normalises them, a batch at a time.
+    """Pictures of shards as they are stored; batch_augment.Finish crops and normalises them, a
+    batch at a time.
 
-    `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid. `dataset[(epoch, i)]` with
-    augmentation: image (3, L, L) or (3, S, S) uint8, `draw`, the seed of that item's random numbers, and `shape`
-    (2,), width and height that the crop is drawn for.
+    `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid.
+    `dataset[(epoch, i)]` with
+    augmentation: image (3, L, L) or (3, S, S) uint8, `draw`, the seed of that item's random
+    numbers, and `shape` (2,), width and height that the crop is drawn for.
     """
 
     def __init__(self, split: ShardSplit, augment: str = "none", seed: int = 0):

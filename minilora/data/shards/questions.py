@@ -1,4 +1,5 @@
-"""Questions and pictures, prepared once: uint8 pictures of the model's size and token ids in safetensors shards.
+"""Questions and pictures, prepared once: uint8 pictures of the model's size and token ids in
+safetensors shards.
 
     python -m minilora.commands.shards vqa_v2 shards --task vqa --model vision=vit-base-patch16-224 text=bert-base ...
     python -m minilora.commands.shards photos shards --model vit-tiny-patch16-224 --weights ...   see pictures.py
@@ -8,9 +9,10 @@
     train-00000.safetensors   pixels (P, 3, S, S) uint8, tokens and offsets of the questions, and `records`: UTF-8 json
     vocab.txt ...             the tokenizer
 
-A picture and its questions share a shard. Reading maps the files into memory, so that a shuffled epoch touches only
-what it needs. With --augment none the batches are those of the source files, bit for bit; --augment basic and rand
-crop the stored picture, which is the same only where the source pictures have the model's size already.
+A picture and its questions share a shard. Reading maps the files into memory, so that a shuffled
+epoch touches only what it needs. With --augment none the batches are those of the source files, bit
+for bit; --augment basic and rand crop the stored picture, which is the same only where the source
+pictures have the model's size already.
 """
 
 from __future__ import annotations
@@ -52,11 +54,13 @@ def write_shards(
     bad_data: str = "error",
     log: Callable[[str], None] = print,
 ) -> dict:
-    """Write the parts as shards; returns the index. What an interrupted call with the same arguments wrote is kept.
+    """Write the parts as shards; returns the index. What an interrupted call with the same
+    arguments wrote is kept.
 
-    tokens: the ids (int32) of the questions of a part. made: how the set is made (limits, source), kept in the index.
-    A picture that cannot be read raises BadImage, or is left out with its questions (bad_data "skip").
-    Raises UserError where `directory` holds shards that were made in another way.
+    tokens: the ids (int32) of the questions of a part. made: how the set is made (limits,
+    source), kept in the index. A picture that cannot be read raises BadImage, or is left out with
+    its questions (bad_data "skip"). Raises UserError where `directory` holds shards that were
+    made in another way.
     """
     each = per_shard(shard_mb, 3 * preprocess["image_size"] ** 2)
     plan = {"format": FORMAT, "preprocess": preprocess, "made": made | {"pictures_per_shard": each}}
@@ -105,9 +109,7 @@ def pack(
     size = preprocess["image_size"]
     flat = np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
     tensors = {
-        "pixels": torch.stack(list(stored.values()))
-        if stored
-        else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        "pixels": torch.stack(list(stored.values())) if stored else torch.zeros(0, 3, size, size, dtype=torch.uint8),
         "tokens": torch.from_numpy(flat),
         "offsets": torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int64)),
         "records": to_records(records),
@@ -116,7 +118,8 @@ def pack(
 
 
 def read_shards(directory: str | os.PathLike) -> tuple[dict[str, VQAPart], dict]:
-    """({part: VQAPart}, the index). Every shard is checked against its sha256; UserError names a damaged one."""
+    """({part: VQAPart}, the index). Every shard is checked against its sha256; UserError
+    names a damaged one."""
     folder = Path(directory)
     index, files = checked_files(folder, FORMAT)
     return {part: read_part(folder, names) for part, names in files.items()}, index

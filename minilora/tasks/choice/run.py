@@ -1,4 +1,6 @@
-"""Using multiple choice: answers with probabilities, scores by type of question, submissions, zero-shot scores."""
+"""Using multiple choice: answers with probabilities, scores by type of question, submissions,
+zero-shot scores.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +37,7 @@ from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 SHOWN = 12  # pictures of a kind on the report page
 
 
-def load(
-    path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None
-) -> "ChoiceRun":
+def load(path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None) -> "ChoiceRun":
     """The run in `path` as a ChoiceRun."""
     labels, keys = read_labels(path)
     tokenizer = load_tokenizer(path)
@@ -82,9 +82,8 @@ class ChoiceRun(Run):
         question: str | None = None,
         choices: Sequence[str] | None = None,
     ) -> list[list[tuple[str, float]]]:
-        """(choice, probability) for each picture, most probable first. Raises BadImage for a broken file, UserError
-        without a question and 2 to 26 choices.
-        """
+        """(choice, probability) for each picture, most probable first. Raises BadImage for a broken
+        file, UserError without a question and 2 to 26 choices."""
         if not question or not choices:
             raise UserError('multiple choice needs --question "..." and --choices "A" "B" ...')
         check_choices(choices, "--choices")
@@ -95,9 +94,7 @@ class ChoiceRun(Run):
             dataset = ChoiceDataset(asked, texts.of_split(asked), self.preprocess)
             batch = self.to_device(choice_collate(self.tokenizer.pad_id)([dataset[0]]))
             best = logits_of(self.model, batch)[0].softmax(-1).sort(descending=True, stable=True)
-            answers.append(
-                [(choices[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-            )
+            answers.append([(choices[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)])
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
@@ -108,7 +105,8 @@ class ChoiceRun(Run):
         return evaluation(found, split, source, texts.note())
 
     def split(self, options: Any) -> tuple[ChoiceSplit, str]:
-        """--data-dir and --split as questions, with their format; the data of the training where they are not given."""
+        """--data-dir and --split as questions, with their format; the data of the training where
+        they are not given."""
         config = replace(self.config, bad_data=options.bad_data)
         if options.data_dir is not None:
             config = replace(config, data_dir=options.data_dir, data_format=options.data_format, subset=1.0)
@@ -144,9 +142,7 @@ class ChoiceRun(Run):
         return model.to(self.device).eval()
 
 
-def restore_clip(
-    config: Config, recorded: dict, weights: str | None, tokenizer: Tokenizer
-) -> tuple[nn.Module, dict]:
+def restore_clip(config: Config, recorded: dict, weights: str | None, tokenizer: Tokenizer) -> tuple[nn.Module, dict]:
     """The base model that the run started from, and the record of what was found."""
     source = weights or recorded.get("weights") or config.weights
     sizes = text_sizes(config.model, source, tokenizer)
@@ -155,7 +151,8 @@ def restore_clip(
 
 
 def spread(split: ChoiceSplit, n: int) -> list[int]:
-    """n rows about different pictures as far as there are so many, then the others, then again from the start."""
+    """n rows about different pictures as far as there are so many, then the others, then
+    again from the start."""
     first: dict[int, int] = {}
     for i, question in enumerate(split):
         first.setdefault(question.picture, i)
@@ -165,9 +162,8 @@ def spread(split: ChoiceSplit, n: int) -> list[int]:
 
 
 def choose_part(splits: ChoiceSplits, options: Any, whole: bool) -> ChoiceSplit:
-    """The part that --split names. Without it: test for --submission; everything of a set without parts; else val,
-    test or train, the first that is there.
-    """
+    """The part that --split names. Without it: test for --submission; everything of a set without
+    parts; else val, test or train, the first that is there."""
     parts = {"val": splits.val, "test": splits.test, "train": splits.train}
     there = {name: split for name, split in parts.items() if split is not None and len(split)}
     part = options.split
@@ -187,9 +183,7 @@ def predict_split(
     """The model's answers to a split, in its order."""
     dataset = ChoiceDataset(split, texts.of_split(split), preprocess, bad_data=options.bad_data)
     collate = choice_collate(texts.tokenizer.pad_id)
-    loader = make_loader(
-        dataset, in_order(len(split), options.batch_size), options.workers, collate_fn=collate
-    )
+    loader = make_loader(dataset, in_order(len(split), options.batch_size), options.workers, collate_fn=collate)
     with base.autocast(device, options.amp):
         return predict(model, loader, device)
 
@@ -197,8 +191,8 @@ def predict_split(
 def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Sequence[str] = ()) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers.
 
-    A question whose picture is broken has an empty row in the predictions; in a submission, where every row needs an
-    answer, it has the one that fits a picture of nothing.
+    A question whose picture is broken has an empty row in the predictions; in a submission, where
+    every row needs an answer, it has the one that fits a picture of nothing.
     """
     order = np.argsort(-found.probabilities, axis=1, kind="stable")  # (N, C)
     letters = LETTERS[: order.shape[1]]
@@ -271,16 +265,7 @@ def examples(numbers: Sequence[int], found: Predictions, split: ChoiceSplit) -> 
         right = place == question.answer if question.answer >= 0 else None
         text = question.question
         cards.append(
-            Example(
-                split.load(i),
-                truth,
-                question.choices[place],
-                float(p[place]),
-                text,
-                choices,
-                split.path(i),
-                right,
-            )
+            Example(split.load(i), truth, question.choices[place], float(p[place]), text, choices, split.path(i), right)
         )
     return cards
 

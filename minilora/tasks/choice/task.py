@@ -28,11 +28,13 @@ from reference_models.text.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
 NANO_LR = 4e-3  # of LoRA on the nano model; larger models want the usual rates
-share_prefix: bool | None = None  # encode what a question's choices share once; None: where that is faster
+# encode what a question's choices share once; None: where that is faster
+share_prefix: bool | None = None
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
-    """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
+    """The task that `config` describes. The data are looked at first: a wrong folder
+    is told at once."""
     if config.mode == "lora" and config.model in (None, DEFAULT_MODEL):
         config.lr = config.lr or NANO_LR
     base.resolve(config, DEFAULT_MODEL)
@@ -61,9 +63,7 @@ def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     sizes = text_sizes(name, weights, tokenizer)
     model, record = base.load_base(name, weights, config.seed, None, config.image_size, **sizes)
     if not hasattr(model, "text_projection"):
-        raise UserError(
-            f"--model {name} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32"
-        )
+        raise UserError(f"--model {name} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32")
     check_tokenizer(model, tokenizer)
     return model, record, tokenizer
 
@@ -75,7 +75,8 @@ def logits_of(model: nn.Module, batch: dict) -> Tensor:
     else:
         pooled, texts = model.vision(batch["image"])[batch["picture"]], pooled_texts(model, batch)
     image, text = model.visual_projection(pooled), model.text_projection(texts)  # (B, e), (B, C, e)
-    with torch.autocast(image.device.type, enabled=False):  # 100 times a cosine has no room in half precision
+    # 100 times a cosine has no room in half precision
+    with torch.autocast(image.device.type, enabled=False):
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         return model.logit_scale.exp() * torch.einsum("be,bce->bc", image, text)
 
@@ -100,7 +101,8 @@ def predict(model: nn.Module, loader: Iterable[dict], device: torch.device) -> P
 
 
 def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]:
-    """{type of question: share of right answers} over the scored rows; {} where no question has a type."""
+    """{type of question: share of right answers} over the scored rows; {} where no
+    question has a type."""
     rows: dict[str, list[bool]] = {}
     right = found.probabilities.argmax(1) == found.labels
     for i in np.flatnonzero(found.scored):
@@ -148,7 +150,8 @@ class Choice(Labelled):
     def encoded(self, batch: dict) -> dict[str, Tensor]:
         ids = {"input_ids": batch["input_ids"].to(self.device), "share": batch["share"]}
         image = self.model.vision(batch["image"].to(self.device))[batch["picture"].to(self.device)]
-        return {"image_features": image, "text_features": pooled_texts(self.model, ids)}  # (B, d), (B, C, d)
+        # (B, d), (B, C, d)
+        return {"image_features": image, "text_features": pooled_texts(self.model, ids)}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.scores(self.predictions(model, "val"), "val")

@@ -1,4 +1,5 @@
-"""The text side of multiple choice: where the tokenizer is, and a question with its choices as token ids.
+"""The text side of multiple choice: where the tokenizer is, and a question with its
+choices as token ids.
 
 text_c = prompt with {question} and {choice} filled in, for every choice c
 """
@@ -21,11 +22,10 @@ PROMPT = "Question: {question} Answer: {choice}"
 
 
 def _is_clip(model: str) -> None:
-    """UserError for the name of a model that reads no texts, so that nobody looks for a tokenizer of it."""
+    """UserError for the name of a model that reads no texts, so that nobody looks for a
+    tokenizer of it."""
     if not os.path.isdir(model) and config_for(model).family != "clip":
-        raise UserError(
-            f"--model {model} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32"
-        )
+        raise UserError(f"--model {model} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32")
 
 
 def find_tokenizer(config: Config) -> Tokenizer:
@@ -44,14 +44,16 @@ def find_tokenizer(config: Config) -> Tokenizer:
 
 
 def text_sizes(name: str, weights: str | None, tokenizer: Tokenizer) -> dict[str, int]:
-    """Settings of a text tower with random weights, so that it fits the tokenizer; {} for a tower with weights."""
+    """Settings of a text tower with random weights, so that it fits the tokenizer; {} for a
+    tower with weights."""
     if weights != base.RANDOM or not name.startswith("clip-"):
         return {}
     return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
-    """UserError where model and tokenizer do not belong together: more ids than rows, or another end token."""
+    """UserError where model and tokenizer do not belong together: more ids than rows, or
+    another end token."""
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -68,7 +70,8 @@ def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
 
 
 class Texts:
-    """Questions with their choices -> token ids by one prompt. `cut` counts the questions that were too long."""
+    """Questions with their choices -> token ids by one prompt. `cut` counts the questions
+    that were too long."""
 
     def __init__(self, tokenizer: Tokenizer, config: Config, context: int):
         self.tokenizer, self.prompt = tokenizer, config.prompt or PROMPT
@@ -80,9 +83,8 @@ class Texts:
         self.cut = 0
 
     def __call__(self, question: str, choices: Sequence[str]) -> list[list[int]]:
-        """One row of ids for each choice. Of a text that is too long the question loses its last words, not the choice:
-        the end of the text is what the choices differ in.
-        """
+        """One row of ids for each choice. Of a text that is too long the question loses its last
+        words, not the choice: the end of the text is what the choices differ in."""
         words, tried = question.split(), self._rows(question, choices)
         self.cut += max(map(len, tried)) > self.limit
         while max(map(len, tried)) > self.limit and words:
@@ -100,9 +102,7 @@ class Texts:
         if not self.cut:
             return []
         many = f"{self.cut} questions are" if self.cut > 1 else "1 question is"
-        return [
-            f"warning: {many} longer than {self.limit} tokens with the choices; the end of the question was cut"
-        ]
+        return [f"warning: {many} longer than {self.limit} tokens with the choices; the end of the question was cut"]
 
     def _rows(self, question: str, choices: Sequence[str]) -> list[list[int]]:
         filled = self.prompt.replace("{question}", question)

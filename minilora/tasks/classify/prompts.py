@@ -1,4 +1,5 @@
-"""Zero-shot classification with CLIP: a class is the sentence "a photo of a dog.", and the nearest sentence wins.
+"""Zero-shot classification with CLIP: a class is the sentence "a photo of a dog.", and the
+nearest sentence wins.
 
 p = softmax(exp(logit_scale) * cos(picture, sentence of each class))       Radford et al. 2021, section 3.1
 """
@@ -21,12 +22,11 @@ TEMPLATE = "a photo of a {}."
 
 
 def class_texts(classes: Sequence[str], template: str | None) -> list[str]:
-    """One sentence per class; underscores of folder names become spaces, "a orange" becomes "an orange"."""
+    """One sentence per class; underscores of folder names become spaces, "a orange"
+    becomes "an orange"."""
     template = template or TEMPLATE
     if template.count("{}") != 1:
-        raise UserError(
-            f"--prompt {template!r}: for class folders it must contain {{}} once, as in {TEMPLATE!r}"
-        )
+        raise UserError(f"--prompt {template!r}: for class folders it must contain {{}} once, as in {TEMPLATE!r}")
     texts = []
     for name in classes:
         word = name.replace("_", " ").strip()

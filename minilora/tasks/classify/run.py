@@ -1,4 +1,6 @@
-"""Using a picture classifier: predictions, scores, and the zero-shot score of a base model with its own head."""
+"""Using a picture classifier: predictions, scores, and the zero-shot score of a base model
+with its own head.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,9 +35,7 @@ PARTS = ("train", "val", "test")
 SHOWN = 12  # pictures of a kind on the report page
 
 
-def load(
-    path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None
-) -> "ClassifyRun":
+def load(path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None) -> "ClassifyRun":
     """The run in `path` as a ClassifyRun."""
     labels, keys = read_labels(path)
     model = restore_single(path, config, recorded, weights, len(labels)).to(device).eval()
@@ -47,16 +47,12 @@ class ClassifyRun(Run):
     """A trained classifier."""
 
     @torch.inference_mode()
-    def predict(
-        self, pictures: Sequence[str | PathLike | Image.Image], top_k: int = 5, batch_size: int = 32
-    ) -> list:
-        """The top_k (label, probability) of each picture, most probable first. Raises BadImage for a broken file."""
+    def predict(self, pictures: Sequence[str | PathLike | Image.Image], top_k: int = 5, batch_size: int = 32) -> list:
+        """The top_k (label, probability) of each picture, most probable first. Raises BadImage
+        for a broken file."""
         transform, answers = build_transform(self.preprocess), []
         for start in range(0, len(pictures), batch_size):
-            images = [
-                p if isinstance(p, Image.Image) else open_image(p)
-                for p in pictures[start : start + batch_size]
-            ]
+            images = [p if isinstance(p, Image.Image) else open_image(p) for p in pictures[start : start + batch_size]]
             inputs = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
             best = self.model(inputs).float().softmax(-1).cpu().topk(min(top_k, len(self.labels)))
             answers += zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -76,9 +72,7 @@ class ClassifyRun(Run):
             if (loose := loose_pictures(config, options.split, {*self.keys, *self.labels})) is not None:
                 return loose
         splits = open_data(config, self.keys, require_train=False)
-        part = choose_part(
-            splits, options.split, whole=options.data_dir is not None and not has_parts(config.data_dir)
-        )
+        part = choose_part(splits, options.split, whole=options.data_dir is not None and not has_parts(config.data_dir))
         if isinstance(part, ShardSplit):
             check_geometry(part.index["preprocess"], self.preprocess, config.data_dir)
         return part
@@ -146,7 +140,8 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
 
 
 def choose_part(splits: Splits, part: str | None, whole: bool) -> Split:
-    """The part that --split names; without it val, else test, else train. `whole`: everything, if nothing is said."""
+    """The part that --split names; without it val, else test, else train. `whole`: everything, if
+    nothing is said."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     there = {name: split for name, split in parts.items() if split is not None and len(split)}
     if part is None and whole and splits.train is not None:
@@ -192,8 +187,7 @@ def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: i
         usable = [i for i in numbers if found.valid[i]][:SHOWN]
         name = {i: labels[truth[i]] if truth[i] >= 0 else "" for i in usable}
         return [
-            Example(split.load(i), name[i], labels[chosen[i]], float(sure[i, 0]), name=split[i].path)
-            for i in usable
+            Example(split.load(i), name[i], labels[chosen[i]], float(sure[i, 0]), name=split[i].path) for i in usable
         ]
 
     return Evaluation(
@@ -219,23 +213,23 @@ def class_samples(split: Split, labels: Sequence[str], valid: np.ndarray, each: 
 
 
 def zero_shot(config: Config, options: Any, device: torch.device) -> str:
-    """A base model with its own head on a labelled folder: top-1 over all its classes, and among the folder's. A CLIP
-    has sentences in the head's place, one for each class.
+    """A base model with its own head on a labelled folder: top-1 over all its classes, and among
+    the folder's. A CLIP has sentences in the head's place, one for each class.
 
-    Which class of the head a folder means: `imagenet_index` in classes.json, or the checkpoint's own class names.
+    Which class of the head a folder means: `imagenet_index` in classes.json, or the checkpoint's
+    own class names.
     """
     name = base.one_value(config, "model")
     model, _ = base.load_base(name, base.one_value(config, "weights"), config.seed, None, config.image_size)
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
-    split = choose_part(
-        splits, options.split, whole=config.data_dir is not None and not has_parts(config.data_dir)
-    )
+    split = choose_part(splits, options.split, whole=config.data_dir is not None and not has_parts(config.data_dir))
     if hasattr(model, "text_projection"):
         from minilora.tasks.classify.prompts import zero_shot_line
 
         return zero_shot_line(model, config, split, splits.classes, options, device)
-    columns = np.array(head_columns(model, splits, name))  # (K,): where the folder's classes are in the head
+    # (K,): where the folder's classes are in the head
+    columns = np.array(head_columns(model, splits, name))
     found = predict_split(model, split, model.preprocess, options, device)
     rows = np.flatnonzero(found.scored)
     labels, probabilities = found.labels[rows], found.probabilities[rows]
@@ -260,11 +254,7 @@ def head_columns(model, splits: Splits, name: str) -> list[int]:
         if not isinstance(index, int) or not 0 <= index < size:
             known = f"; it knows {', '.join(list(names)[:8])} ..." if names else ", which does not name them"
             way = 'put a classes.json beside the class folders: {"folder": {"name": ..., "imagenet_index": ...}}'
-            way = (
-                way
-                if size == 1000
-                else "name the class folders as the model does, or train a head with train.py"
-            )
+            way = way if size == 1000 else "name the class folders as the model does, or train a head with train.py"
             raise UserError(f"class {label!r} is none of the {size} classes of {name}{known}; {way}")
         columns.append(index)
     return columns

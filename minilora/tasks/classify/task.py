@@ -29,7 +29,8 @@ FORMATS = ("auto", "folder", "csv", "shapes", "shards")
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
-    """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
+    """The task that `config` describes. The data are looked at first: a wrong folder
+    is told at once."""
     base.resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
@@ -45,7 +46,8 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
 
 
 def open_data(config: Config, classes: Sequence[str] | None = None, require_train: bool = True) -> Splits:
-    """The data set of --data-dir, or the generated shapes. `classes`: number the labels as an earlier run did."""
+    """The data set of --data-dir, or the generated shapes. `classes`: number the labels as an
+    earlier run did."""
     fmt = "shapes" if config.data_dir is None and config.data_format == "auto" else config.data_format
     if fmt not in FORMATS:
         raise UserError(f"--data-format {fmt} is not for --task classify; choose from {', '.join(FORMATS)}")

@@ -83,9 +83,7 @@ class FeatureCache:
         parts = []
         for rows in in_order(len(order), 4 * task.config.batch_size):
             inputs = texts.padded(order[rows].tolist())
-            parts.append(
-                task.model.encode_text(**{k: x.to(task.device) for k, x in inputs.items()}).float().cpu()
-            )
+            parts.append(task.model.encode_text(**{k: x.to(task.device) for k, x in inputs.items()}).float().cpu())
         return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
 
 
@@ -96,7 +94,8 @@ def plain_batch(data: VQADataset, numbers: list[int]) -> dict[str, Tensor]:
 
 
 def grey_batches(data: VQADataset, batches: list[list[int]]) -> Iterator[dict[str, Tensor]]:
-    """The batches with one grey picture (the mean colour) for all questions: what is known without seeing."""
+    """The batches with one grey picture (the mean colour) for all questions: what is
+    known without seeing."""
     for numbers in batches:
         batch = plain_batch(data, numbers)
         yield batch | {

@@ -1,4 +1,6 @@
-"""The two towers of a question answerer: which models, from which weights, and the tokenizer of the text tower."""
+"""The two towers of a question answerer: which models, from which weights, and the tokenizer
+of the text tower.
+"""
 
 import os
 from pathlib import Path
@@ -21,7 +23,8 @@ DEFAULT_MODEL = {"vision": "vit-nano-patch8-48", "text": "bert-nano"}
 
 
 def tower_names(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
-    """({tower: model name}, settings of the picture tower) from --model vision=A text=B, or from a pair's name."""
+    """({tower: model name}, settings of the picture tower) from --model vision=A text=B, or
+    from a pair's name."""
     if isinstance(config.model, dict):
         return DEFAULT_MODEL | config.model, {}
     pair = None if os.path.isdir(config.model) else config_for(config.model)
@@ -34,14 +37,13 @@ def tower_names(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def tower_weights(config: Config, given: str | dict | None = None) -> dict[str, str | None]:
-    """{tower: weights} from --weights; `given` (where they are now) wins. One word for both may be none or bundled."""
+    """{tower: weights} from --weights; `given` (where they are now) wins. One word for both may be
+    none or bundled."""
     weights = given or config.weights
     if isinstance(weights, dict):
         return dict.fromkeys(TOWERS) | weights
     if weights not in (None, base.RANDOM, base.BUNDLED):
-        raise UserError(
-            f"--weights {weights}: which tower is it for? Write vision={weights} or text={weights}"
-        )
+        raise UserError(f"--weights {weights}: which tower is it for? Write vision={weights} or text={weights}")
     return dict.fromkeys(TOWERS, weights)
 
 
@@ -54,24 +56,19 @@ def is_student(config: Config) -> bool:
 def load_student(config: Config, answers: int) -> tuple[nn.Module, dict[str, dict]]:
     """A student with random weights; UserError for a fusion that it does not have."""
     if config.fusion != "product" or config.weights not in (None, base.RANDOM):
-        raise UserError(
-            f"--model {config.model} starts from random weights and joins its towers by --fusion product"
-        )
+        raise UserError(f"--model {config.model} starts from random weights and joins its towers by --fusion product")
     model, record = base.load_base(config.model, base.RANDOM, config.seed, answers, config.image_size)
     return model, {key: dict.fromkeys(TOWERS, value) for key, value in record.items()}
 
 
-def load_towers(
-    config: Config, answers: int, weights: dict[str, str | None]
-) -> tuple[TwoTower, dict[str, dict]]:
-    """(the model with a random head, {"weights": {tower: ...}, "sha256": {tower: ...}}); random parts from the seed."""
+def load_towers(config: Config, answers: int, weights: dict[str, str | None]) -> tuple[TwoTower, dict[str, dict]]:
+    """(the model with a random head, {"weights": {tower: ...}, "sha256": {tower: ...}}); random
+    parts from the seed."""
     if is_student(config):
         return load_student(config, answers)
     names, settings = tower_names(config)
     loaded = {
-        "vision": base.load_base(
-            names["vision"], weights["vision"], config.seed, None, config.image_size, **settings
-        ),
+        "vision": base.load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings),
         "text": base.load_base(names["text"], weights["text"], config.seed),
     }
     record = {key: {tower: loaded[tower][1][key] for tower in TOWERS} for key in ("weights", "sha256")}
@@ -89,13 +86,12 @@ def tower_of(model: nn.Module, tower: str) -> nn.Module:
 
 
 def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str | None = None) -> Tokenizer:
-    """That of the shards; --tokenizer, or what lies beside the text tower's weights; a student has its teacher's."""
+    """That of the shards; --tokenizer, or what lies beside the text tower's weights; a student
+    has its teacher's."""
     if shards:
         stored = load_tokenizer(shards)
         if config.tokenizer and load_tokenizer(config.tokenizer).vocab != stored.vocab:
-            raise UserError(
-                f"--tokenizer {config.tokenizer} is not that of the shards in {shards}; leave it out"
-            )
+            raise UserError(f"--tokenizer {config.tokenizer} is not that of the shards in {shards}; leave it out")
         return stored
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
@@ -123,13 +119,12 @@ def beside(source: str | Path | None) -> Path | None:
 
 
 def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int:
-    """The longest text in tokens; UserError where the text tower cannot read so many, or this vocabulary."""
+    """The longest text in tokens; UserError where the text tower cannot read so many, or
+    this vocabulary."""
     config = model.text.config
     longest = getattr(config, "max_positions", tokenizer.max_length)
     if wanted and wanted > longest:
-        raise UserError(
-            f"--max-length {wanted}: {config.name} reads at most {longest} tokens; use at most that"
-        )
+        raise UserError(f"--max-length {wanted}: {config.name} reads at most {longest} tokens; use at most that")
     size = getattr(config, "vocab_size", tokenizer.vocab_size)
     if tokenizer.vocab_size > size:
         raise UserError(
@@ -140,6 +135,4 @@ def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int
 
 def frozen_towers(model: TwoTower) -> tuple[str, ...]:
     """The towers in which nothing is trained."""
-    return tuple(
-        tower for tower in TOWERS if not any(p.requires_grad for p in getattr(model, tower).parameters())
-    )
+    return tuple(tower for tower in TOWERS if not any(p.requires_grad for p in getattr(model, tower).parameters()))

@@ -36,9 +36,7 @@ from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 SHOWN = 12  # pictures of a kind on the report page
 
 
-def load(
-    path: Path, config: Config, recorded: dict, device: torch.device, weights: str | dict | None
-) -> "VQARun":
+def load(path: Path, config: Config, recorded: dict, device: torch.device, weights: str | dict | None) -> "VQARun":
     """The run in `path` as a VQARun."""
     answers = Answers(*read_labels(path))
     model = restore(path, config, recorded, weights, len(answers.labels)).to(device).eval()
@@ -81,12 +79,10 @@ class VQARun(Run):
 
     @torch.inference_mode()
     def predict(
-        self,
-        pictures: Sequence[str | PathLike | Image.Image],
-        question: str | Sequence[str] = "",
-        top_k: int = 5,
+        self, pictures: Sequence[str | PathLike | Image.Image], question: str | Sequence[str] = "", top_k: int = 5
     ) -> list:
-        """The top_k (answer, probability) for each picture, most probable first; one question for all, or one each."""
+        """The top_k (answer, probability) for each picture, most probable first; one question for
+        all, or one each."""
         questions = [question] * len(pictures) if isinstance(question, str) else list(question)
         if len(questions) != len(pictures):
             raise UserError(f"{len(pictures)} pictures but {len(questions)} questions; give one for each")
@@ -101,15 +97,10 @@ class VQARun(Run):
             image = picture if isinstance(picture, Image.Image) else open_image(picture)
             inputs = self.tokenizer([clean_question(text)], max_length=limit)
             images = transform(image.convert("RGB"))[None].to(self.device)
-            logits = self.model(
-                images, inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
-            )
+            logits = self.model(images, inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device))
             best = probabilities(logits, self.soft)[0].cpu().topk(min(top_k, len(self.labels)))
             answers.append(
-                [
-                    (self.labels[k], p)
-                    for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                ]
+                [(self.labels[k], p) for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
             )
         return answers
 
@@ -126,9 +117,7 @@ class VQARun(Run):
             return evaluation(found, said, part, self.labels)
         baselines = {}
         grey = self.answer_all(grey_batches(data, batches), batches, options.amp)
-        baselines["question only: this model, picture greyed out"] = score(
-            grey.answers(part, self.labels), part
-        )
+        baselines["question only: this model, picture greyed out"] = score(grey.answers(part, self.labels), part)
         if splits.train is not None and splits.train is not part:
             guess = question_only_guess(splits.train.questions, part.questions)
             baselines["question only: the most frequent training answer"] = score(guess, part)
@@ -144,12 +133,11 @@ class VQARun(Run):
     def dataset(self, part: VQAPart, bad_data: str) -> VQADataset:
         limit = text_limit(self.model, self.tokenizer, self.config.max_length)
         texts = Texts(part.questions, self.tokenizer, limit)
-        return VQADataset(
-            part, texts, self.answers.classes(part.questions), self.preprocess, bad_data=bad_data
-        )
+        return VQADataset(part, texts, self.answers.classes(part.questions), self.preprocess, bad_data=bad_data)
 
     def splits(self, options: Any) -> VQASplits:
-        """--data-dir as VQASplits, nothing held out; the data of the training where it is not given."""
+        """--data-dir as VQASplits, nothing held out; the data of the training where
+        it is not given."""
         config = replace(self.config, bad_data=options.bad_data)
         if options.data_dir is not None:
             other = {"data_dir": options.data_dir, "data_format": options.data_format, "subset": 1.0}
@@ -198,7 +186,8 @@ def evaluation(
     classes: np.ndarray | None = None,
     baselines: dict[str, dict] | None = None,
 ) -> Evaluation:
-    """Scores, table rows and pictures for the report from a model's answers. classes (N,): the truth, -1 unknown."""
+    """Scores, table rows and pictures for the report from a model's answers. classes (N,): the
+    truth, -1 unknown."""
     header = ["file", "label", "probability"]
     for k in range(2, found.classes.shape[1] + 1):
         header += [f"label_{k}", f"probability_{k}"]
@@ -214,9 +203,7 @@ def evaluation(
     ]
     submission = (["question_id", "answer"], [[number, answer] for number, answer in said.items()])
     if classes is None:
-        return Evaluation(
-            None, f"{len(rows)} questions without answers", header, rows, submission, results=said
-        )
+        return Evaluation(None, f"{len(rows)} questions without answers", header, rows, submission, results=said)
     scores = score(said, part)
     truth = [labels[k] if k >= 0 else q.answer for q, k in zip(part.questions, classes, strict=True)]
     metrics = classification_metrics(truth, [said[q.question_id] for q in part.questions])
@@ -241,11 +228,7 @@ def evaluation(
             q = part.questions[i]
             image = readable(part, q.picture)
             sure = float(found.probabilities[i, 0])
-            text = {
-                "question": q.text,
-                "name": part.pictures[q.picture].path,
-                "correct": bool(worth[i] >= 0.5),
-            }
+            text = {"question": q.text, "name": part.pictures[q.picture].path, "correct": bool(worth[i] >= 0.5)}
             shown.append(Example(image, truth[i], said[q.question_id], sure, **text))
         return shown
 
@@ -277,6 +260,4 @@ def readable(part: VQAPart, picture: int) -> Image.Image | None:
 
 def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     """A base model has no answers to give."""
-    raise UserError(
-        "--task vqa: a base model knows no answers before training; run train.py --task vqa first"
-    )
+    raise UserError("--task vqa: a base model knows no answers before training; run train.py --task vqa first")

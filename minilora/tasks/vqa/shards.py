@@ -1,4 +1,6 @@
-"""What shards of questions are made of: the data, the vision tower's preprocessing and the text tower's tokens."""
+"""What shards of questions are made of: the data, the vision tower's preprocessing and the
+text tower's tokens.
+"""
 
 import os
 from collections.abc import Callable
@@ -14,18 +16,15 @@ from reference_models.text.tokenizers import Tokenizer
 
 
 def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
-    """(splits, preprocess, tokenizer, longest text in tokens, part -> the token ids of its questions)."""
+    """(splits, preprocess, tokenizer, longest text in tokens, part -> the token ids
+    of its questions)."""
     base.resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     weights = tower_weights(config)
     names, settings = tower_names(config)
-    whole, _ = base.load_base(
-        names["vision"], weights["vision"], config.seed, None, config.image_size, **settings
-    )
+    whole, _ = base.load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings)
     tokenizer = open_tokenizer(config, weights)
-    longest = getattr(
-        None if os.path.isdir(names["text"]) else config_for(names["text"]), "max_positions", None
-    )
+    longest = getattr(None if os.path.isdir(names["text"]) else config_for(names["text"]), "max_positions", None)
     limit = min(config.max_length or tokenizer.max_length, longest or tokenizer.max_length)
 
     def tokens(part):

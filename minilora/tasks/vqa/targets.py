@@ -12,7 +12,8 @@ from minilora.report.vqa_metric import ANSWERS, leave_one_out
 
 
 class SoftTargets:
-    """Targets (B, K) in 0..1: 0, .3, .6, .9, 1 for k of ten equal answers; 1 where a question has one answer."""
+    """Targets (B, K) in 0..1: 0, .3, .6, .9, 1 for k of ten equal answers; 1 where a
+    question has one answer."""
 
     def __init__(self, answers: Answers):
         self.answers = answers

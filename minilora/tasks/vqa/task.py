@@ -43,7 +43,8 @@ TOP = 5  # answers that are kept for each question
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
-    """The task that `config` describes. The data are looked at first: a wrong folder is told at once."""
+    """The task that `config` describes. The data are looked at first: a wrong folder
+    is told at once."""
     base.resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     answers = choose_answers(splits.train.questions, config.num_answers)
@@ -73,7 +74,8 @@ def open_data(config: Config, require_train: bool = True) -> VQASplits:
 
 @dataclass
 class Predictions:
-    """Answers to N questions: classes and probabilities of the best TOP (N, TOP), loss (N,), nan without a class."""
+    """Answers to N questions: classes and probabilities of the best TOP (N, TOP), loss (N,), nan
+    without a class."""
 
     classes: np.ndarray
     probabilities: np.ndarray
@@ -91,7 +93,8 @@ def score(answers: dict[int, str], part: VQAPart) -> dict:
 
 
 def logits_of(model: nn.Module, batch: dict) -> Tensor:
-    """(B, K) for the questions of a batch; features that were computed before take their inputs' place."""
+    """(B, K) for the questions of a batch; features that were computed before take
+    their inputs' place."""
     keys = ("input_ids", "attention_mask", "image_index", "text_index", "image_features", "text_features")
     return model(batch.get("image"), **{key: batch[key] for key in keys if key in batch})
 
@@ -100,9 +103,7 @@ def row_losses(logits: Tensor, batch: dict, smoothing: float = 0.0) -> Tensor:
     """(B,) loss of each question; 0 for one without a class."""
     if "target" in batch:
         return F.binary_cross_entropy_with_logits(logits, batch["target"], reduction="none").sum(-1)
-    return F.cross_entropy(
-        logits, batch["label"], ignore_index=-1, label_smoothing=smoothing, reduction="none"
-    )
+    return F.cross_entropy(logits, batch["label"], ignore_index=-1, label_smoothing=smoothing, reduction="none")
 
 
 def probabilities(logits: Tensor, soft: bool) -> Tensor:
@@ -204,7 +205,8 @@ class VQA:
             return self.scores(model.eval(), "test")
 
     def scores(self, model: nn.Module, part: str) -> dict[str, float]:
-        """{"loss", "accuracy"}: accuracy by the official rules or exact match, over all questions of the part."""
+        """{"loss", "accuracy"}: accuracy by the official rules or exact match, over all
+        questions of the part."""
         found = self.predictions(model, part)
         said = found.answers(self.data[part].part, self.labels)
         known = found.loss[~np.isnan(found.loss)]
@@ -212,7 +214,8 @@ class VQA:
         return {"loss": loss, "accuracy": score(said, self.data[part].part)["accuracy"]}
 
     def predictions(self, model: nn.Module, part: str) -> Predictions:
-        """Every question of a part once; with several processes each does a share and all get the whole."""
+        """Every question of a part once; with several processes each does a share and
+        all get the whole."""
         batches = grouped_batches(self.data[part].picture, 4 * self.config.batch_size)
         mine = batches[distributed.rank() :: distributed.world_size()]
         own = predict(model, self.loader(part, mine), self.device, self.soft is not None) if mine else None
