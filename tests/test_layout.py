@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.support.layout import MODULES, PROGRAMS, ROOT
+from tests.support.layout import MODULES, PROGRAMS, ROOT, below, circles, imports, of_project
 
 DEPENDENCIES = {"torch", "torchvision", "numpy", "PIL", "safetensors"}
 EXTRAS = {"matplotlib", "tqdm"}  # only inside functions, where their absence can be told
@@ -30,37 +30,6 @@ MAY_IMPORT = {
     "minilora.training": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject"},
     "minilora.settings.parse": {"minilora.errors", "minilora.settings.flags", "minilora.settings.values"},
 }
-
-
-def imports(name: str, inside_functions: bool = True) -> set[str]:
-    """Dotted names that a module imports, `from a import b` as a.b where that is a module.
-
-    What stands below `if __name__ == "__main__"` belongs to a program, not to the module, and is left out.
-    """
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
-    found, nodes = set(), list(ast.walk(tree))
-    if not inside_functions:
-        functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        hidden = {id(node) for function in functions for node in ast.walk(function)}
-        nodes = [node for node in nodes if id(node) not in hidden]
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}: relative import"
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found.add(full if full in MODULES else node.module)
-    return found
-
-
-def of_project(name: str, inside_functions: bool = True) -> set[str]:
-    return {module for module in imports(name, inside_functions) if module in MODULES and module != name}
-
-
-def below(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
 
 
 def test_reference_models_never_import_minilora():
@@ -90,19 +59,14 @@ def test_nobody_imports_the_programs_or_the_tests():
         assert not tops & {*PROGRAMS, "tests"}, name
 
 
-def test_there_is_no_cycle():
-    graph = {name: of_project(name, inside_functions=False) for name in MODULES}
-    done: set[str] = set()
+def test_there_is_no_circle_of_imports():
+    at_top = {name: of_project(name, inside_functions=False) for name in MODULES}
+    assert circles(at_top) == []
 
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join((*path, name))
-        if name not in done:
-            for module in graph[name]:
-                visit(module, (*path, name))
-            done.add(name)
 
-    for name in MODULES:
-        visit(name, ())
+def test_circles_are_found_where_there_are_some():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d2"}, "d2": {"d"}, "e": set()}
+    assert circles(graph) == [["b", "c"], ["d", "d2"]]
 
 
 def test_only_the_five_dependencies_and_the_standard_library():
