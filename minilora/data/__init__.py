@@ -5,20 +5,16 @@ pixels are decoded, and what is broken is named or counted, never skipped in sil
 a function of (seed, epoch, item), so that the number of workers and an interruption change no bit.
 No model is known here.
 
-From the bottom: a picture, a labelled set, a batch.
-images     one file -> one RGB picture, or a reason           transforms  picture -> tensor
-folder     class folders; Sample, Split, Splits                tables      csv files
-shapes     pictures drawn on the fly                           scenes      scenes with questions, choices, captions
-sets       load_classification: any of these by one call       loader      data set, seeded augmentation, batches
+Three doors, each one call that takes a --data-dir in any format:
+sets           load_classification: class folders, tables, shapes, shards -> Splits
+vqa_sets       load_vqa: VQA v2 files, scenes, shards -> VQASplits; answers become classes
+choice_sets    load_choices: Visual7W files, tables, scenes -> ChoiceSplits
 
-Questions about pictures:
-vqa2       the files of VQA v2                                 vqa_sets    load_vqa: those, shards, scenes; answers
-vqa_batches  each picture and each text once in a batch        choices     load_choices, from visual7w, csv, scenes
-choice_batches  the texts of all choices as token ids          choice_csv, visual7w  their files
-
-Prepared once: picture_shards, shards (with questions), on shard_files; batch_augment is their last
-step on the device.
-
-Beside them: download (the public archives), captions and
-sentences (what the bundled nano models were made from).
+Behind them four drawers, each of which imports only those above it:
+pictures/      images (one file -> one RGB picture, or a reason), folder (class folders; Sample,
+               Split, Splits), tables (csv), transforms (picture -> tensor), loader (data set,
+               seeded augmentation, batches), batch_augment (whole batches on the device)
+generated/     shapes, scenes with questions and choices, captions, sentences: nothing to download
+questions/     vqa2 and vqa_batches; choices, their readers visual7w and choice_csv, choice_batches
+shards/        pictures and questions, decoded and resized once: files, pictures, questions
 """

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora.data.pictures.sets import load_classification
 from minilora.data.pictures.transforms import build_transform
+from minilora.data.sets import load_classification
 from minilora.inject import LoRAConfig, inject_lora
 from minilora.speed.gemm import speed_up
 from reference_models import load_pretrained, save_pretrained

@@ -26,7 +26,7 @@ BATCH = 32
 def ours() -> float:
     """Seconds of one epoch with minilora's data set, loader and model."""
     from minilora.data.pictures.loader import PictureDataset, epoch_order, make_loader, train_keys
-    from minilora.data.pictures.sets import load_classification
+    from minilora.data.sets import load_classification
 
     model = load_pretrained("vit-tiny-patch16-224", weights(), num_classes=10)
     speed_up(inject_lora(model, LoRAConfig(8, 16, 0.05, modules_to_save=("head",))))

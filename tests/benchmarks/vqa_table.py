@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minilora.data.questions.vqa_sets import load_vqa, question_only_guess
+from minilora.data.vqa_sets import load_vqa, question_only_guess
 from minilora.report.vqa_metric import score_vqa
 from minilora.tasks import load_run
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.images import BadImage
 from minilora.data.pictures.loader import make_loader, train_keys
 from minilora.data.questions.choice_batches import ChoiceDataset, Tokens, choice_collate, collate_choices, shared_size
-from minilora.data.questions.choices import LETTERS, load_choices
+from minilora.data.questions.choices import LETTERS
 from minilora.data.questions.visual7w import results
 from minilora.errors import UserError
 from reference_models.clip import pack_choices

@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from minilora.data.pictures.sets import load_classification, unlabelled
 from minilora.data.pictures.tables import contained, read_rows
+from minilora.data.sets import load_classification, unlabelled
 from minilora.errors import UserError
 
 

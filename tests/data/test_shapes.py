@@ -17,7 +17,7 @@ from minilora.data.generated.shapes import (
     outline_mask,
     task_classes,
 )
-from minilora.data.pictures.sets import load_classification
+from minilora.data.sets import load_classification
 
 
 def test_source_and_target_share_no_shape_and_no_colour():

@@ -7,7 +7,7 @@ import pytest
 
 from minilora.data.questions.vqa2 import Question, answer_key, clean_question, read_vqa2
 from minilora.data.questions.vqa_batches import bucketed_batches, grouped_batches, shuffled_groups
-from minilora.data.questions.vqa_sets import choose_answers, hold_out, load_vqa, question_only_guess, take_subset
+from minilora.data.vqa_sets import choose_answers, hold_out, load_vqa, question_only_guess, take_subset
 from minilora.errors import UserError
 from minilora.report.vqa_metric import score_vqa
 from tests.support.vqa_data import records, write_json, write_pictures, write_vqa

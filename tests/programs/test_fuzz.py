@@ -12,11 +12,11 @@ from PIL import Image
 
 from minilora import LoRAConfig, inject_lora, load_adapter, save_adapter
 from minilora.commands.results import run_row
+from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.folder import read_folders
 from minilora.data.pictures.tables import read_tables
 from minilora.data.pictures.transforms import build_transform
 from minilora.data.questions.choice_csv import read_choice_tables
-from minilora.data.questions.choices import load_choices
 from minilora.data.questions.visual7w import read_visual7w
 from minilora.data.questions.vqa2 import read_vqa2
 from minilora.report.curves import curve, read_metrics

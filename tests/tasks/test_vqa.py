@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minilora.data.questions.vqa2 import Question, read_vqa2
-from minilora.data.questions.vqa_sets import Answers
+from minilora.data.vqa_sets import Answers
 from minilora.errors import UserError
 from minilora.inject import count_parameters, inject_lora
 from minilora.report.vqa_metric import vqa_accuracy

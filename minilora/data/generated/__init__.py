@@ -1,3 +1,1 @@
-"""Data drawn on the fly: shapes, scenes with questions and captions, sentences.
-Nothing to download.
-"""
+"""Data drawn on the fly, with nothing to download: shapes, scenes, captions, sentences."""

@@ -1,3 +1,1 @@
-"""Labelled pictures: one file -> one RGB picture; folders and tables -> a labelled set;
-a set -> batches.
-"""
+"""Labelled pictures: a file becomes an RGB picture, folders and tables a set, a set batches."""

@@ -1,3 +1,3 @@
-"""Questions about pictures, open-ended (vqa2, vqa_sets, vqa_batches) or with choices (choices
-and its readers).
+"""Questions about pictures: open-ended (vqa2, vqa_batches) or with choices (choices, its readers
+visual7w and choice_csv, choice_batches).
 """

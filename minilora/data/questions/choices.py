@@ -1,32 +1,21 @@
-"""Multiple choice: a picture, a question and 2 to 26 choices, from Visual7W files, csv tables or
-generated scenes.
+"""What a multiple choice is: a picture, a question and 2 to 26 choices in the order shown.
 
-    splits = load_choices("visual7w", "auto", val_split=0.15, seed=41)
-    splits.train[0]         # Question(id=0, picture=0, question="Who ...?", choices=(..4..), answer=2, kind="who")
-
-A picture is shared by its questions, and a split by pictures never divides them.
+A picture is shared by its questions, and a split by pictures never divides them. The door to such
+questions is data/choice_sets.py, the readers of their files are visual7w and choice_csv.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
-from minilora.data.generated.scenes import ShapesChoice
-from minilora.data.pictures.folder import Sample, Split, existing_path
-from minilora.data.shards.files import is_shards
+from minilora.data.pictures.folder import Split
 from minilora.errors import UserError
 
-FORMATS = ("auto", "visual7w", "scpc", "csv", "shapes")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# pictures of the generated set, two questions each
-SHAPES = {"train": 700, "val": 400, "test": 400}
 
 
 class Question(NamedTuple):
@@ -77,85 +66,6 @@ class ChoiceSplits:
     whole: ChoiceSplit | None = None
 
 
-class DrawnPictures(Split):
-    """The scenes of a ShapesChoice as pictures of a split."""
-
-    def __init__(self, scenes: ShapesChoice):
-        self.scenes = scenes
-        names = (f"shapes/choice/{scenes.split}/{i:06d}.png" for i in range(len(scenes)))
-        super().__init__((Sample(name, -1) for name in names), "shapes")
-
-    def load(self, i: int) -> Image.Image:
-        return self.scenes.image(i)
-
-
-def load_choices(
-    data_dir: str | os.PathLike | None,
-    fmt: str = "auto",
-    val_split: float = 0.1,
-    subset: float = 1.0,
-    seed: int = 0,
-    check_files: bool = True,
-    require_train: bool = True,
-) -> ChoiceSplits:
-    """The questions of `data_dir` as ChoiceSplits; no data_dir: generated scenes.
-
-    val_split: share of the training pictures held out where the set has no validation
-    part of its own.
-    subset: keep a share (at most 1) or a number (above 1) of the training pictures.
-    seed: order of the choices where the file does not give one (Visual7W), and the split.
-    check_files: refuse a set that names pictures which do not exist (False with --bad-data skip).
-    Raises UserError naming file and place.
-    """
-    if fmt == "shards" or (fmt == "auto" and data_dir is not None and is_shards(data_dir)):
-        raise UserError("--task choice trains from its files; shards are for --task classify and vqa")
-    if fmt not in FORMATS:
-        raise UserError(f"--data-format {fmt} is not for --task choice; choose from {', '.join(FORMATS)}")
-    if fmt == "shapes" or (fmt == "auto" and data_dir is None):
-        if data_dir is not None:
-            raise UserError("--data-format shapes generates its pictures; leave --data-dir out")
-        splits = shapes_splits()
-    else:
-        splits = _read(existing_path(data_dir), fmt, seed)
-    for part in (splits.train, splits.val, splits.test) if check_files else ():
-        _all_exist(part)
-    if splits.train is None:
-        if require_train:
-            raise UserError(f"{data_dir}: no questions to train on (only val or test)")
-        return splits
-    if splits.val is None:
-        splits.whole = splits.train if splits.test is None else None
-        splits.train, splits.val = _hold_out(splits.train, val_split, seed, data_dir, require_train)
-    count = len({question.picture for question in splits.train})
-    keep = min(max(1, round(subset * count if subset <= 1 else subset)), count)
-    if keep < count:
-        splits.train, _ = by_picture(splits.train, keep, seed)
-    return splits
-
-
-def shapes_splits(seed: int = 0) -> ChoiceSplits:
-    """The generated set, "what color is the star?" with four choices."""
-    return ChoiceSplits(*(_drawn(part, pictures, seed) for part, pictures in SHAPES.items()), "shapes")
-
-
-def _drawn(part: str, pictures: int, seed: int) -> ChoiceSplit:
-    scenes = ShapesChoice("choice", part, pictures, seed)
-    questions = (
-        Question(r["question_id"], r["image_id"], r["question"], tuple(r["choices"]), r["answer"], r["type"])
-        for r in scenes.questions
-    )
-    return ChoiceSplit(questions, DrawnPictures(scenes))
-
-
-def _read(path: Path, fmt: str, seed: int) -> ChoiceSplits:
-    from minilora.data.questions.choice_csv import read_choice_tables
-    from minilora.data.questions.visual7w import find_visual7w, read_visual7w
-
-    if fmt in ("auto", "visual7w") and (file := find_visual7w(path, required=fmt == "visual7w")) is not None:
-        return read_visual7w(file, seed)
-    return read_choice_tables(path)
-
-
 def check_choices(choices: Sequence[str], where: str) -> None:
     """UserError unless there are 2 to 26 choices, none empty."""
     if not 2 <= len(choices) <= len(LETTERS):
@@ -164,42 +74,3 @@ def check_choices(choices: Sequence[str], where: str) -> None:
     for letter, choice in zip(LETTERS, choices, strict=False):
         if not choice.strip():
             raise UserError(f"{where}: choice {letter} is empty; every choice needs a text")
-
-
-def by_picture(split: ChoiceSplit, keep: int, seed: int) -> tuple[ChoiceSplit, ChoiceSplit]:
-    """(questions about `keep` pictures drawn by `seed`, questions about the others), each in
-    the split's order."""
-    known = sorted({question.picture for question in split})
-    drawn = set(np.random.default_rng(seed).permutation(known)[:keep].tolist())
-
-    def those(wanted: Callable[[int], bool]) -> ChoiceSplit:
-        return split.take(i for i, question in enumerate(split) if wanted(question.picture))
-
-    return those(lambda picture: picture in drawn), those(lambda picture: picture not in drawn)
-
-
-def _hold_out(train: ChoiceSplit, val_split: float, seed: int, data_dir, required: bool):
-    """(the rest, the held out part); with nothing to hold out (train, None), or a UserError
-    where it is required."""
-    count = len({question.picture for question in train})
-    if count < 2 and not required:
-        return train, None
-    if count < 2:
-        raise UserError(f"{data_dir}: all questions are about one picture; none can be held out for validation")
-    held, kept = by_picture(train, min(max(1, round(count * val_split)), count - 1), seed)
-    return kept, held
-
-
-def _all_exist(split: ChoiceSplit | None) -> None:
-    """One error for all pictures that a set names and the folder lacks, before an epoch
-    stumbles over the first."""
-    if split is None or isinstance(split.pictures, DrawnPictures):
-        return
-    root = split.pictures.root
-    used = sorted({split.path(i) for i in range(len(split))})
-    missing = [path for path in used if not os.path.lexists(os.path.join(root, path))]
-    if missing:
-        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"{len(missing)} of {len(used)} pictures are not below {root}: {some} (--bad-data skip goes on without)"
-        )

@@ -1,3 +1,1 @@
-"""Data prepared once: uint8 pictures (and token ids) in safetensors files with an index
-that is checked.
-"""
+"""Data prepared once: uint8 pictures (and token ids) in safetensors files with a checked index."""

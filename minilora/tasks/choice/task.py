@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.atomic import write_json
+from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.loader import make_loader
 from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
-from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, load_choices
+from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.tasks import base

@@ -16,9 +16,9 @@ from torch import Tensor
 from minilora.data.pictures.folder import Sample, Split, Splits
 from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
-from minilora.data.pictures.sets import unlabelled
 from minilora.data.pictures.tables import LABEL_COLUMNS, find_tables, read_rows
 from minilora.data.pictures.transforms import build_transform
+from minilora.data.sets import unlabelled
 from minilora.data.shards.files import check_geometry, is_shards
 from minilora.data.shards.pictures import ShardSplit
 from minilora.errors import UserError

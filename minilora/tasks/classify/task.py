@@ -15,7 +15,7 @@ from minilora.atomic import write_json
 from minilora.data.pictures.batch_augment import Finish
 from minilora.data.pictures.folder import Split, Splits
 from minilora.data.pictures.loader import PictureDataset, make_loader
-from minilora.data.pictures.sets import load_classification
+from minilora.data.sets import load_classification
 from minilora.data.shards.files import check_geometry
 from minilora.data.shards.pictures import ShardDataset, ShardSplit
 from minilora.errors import UserError

@@ -17,7 +17,7 @@ from minilora.data.pictures.images import open_image
 from minilora.data.pictures.transforms import build_transform
 from minilora.data.questions.vqa2 import VQAPart, clean_question
 from minilora.data.questions.vqa_batches import Texts, VQADataset, grouped_batches, vqa_loader
-from minilora.data.questions.vqa_sets import Answers, VQASplits, question_only_guess
+from minilora.data.vqa_sets import Answers, VQASplits, question_only_guess
 from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics
 from minilora.report.samples import Example

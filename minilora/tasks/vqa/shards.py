@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from minilora.data.questions.vqa_batches import Texts
-from minilora.data.questions.vqa_sets import VQASplits
+from minilora.data.vqa_sets import VQASplits
 from minilora.settings.flags import Config
 from minilora.tasks import base
 from minilora.tasks.vqa.model import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights

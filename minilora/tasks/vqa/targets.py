@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minilora.data.questions.vqa2 import Question
-from minilora.data.questions.vqa_sets import Answers
+from minilora.data.vqa_sets import Answers
 from minilora.report.vqa_metric import ANSWERS, leave_one_out
 
 

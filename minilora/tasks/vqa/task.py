@@ -26,8 +26,8 @@ from minilora.data.questions.vqa_batches import (
     shuffled_groups,
     vqa_loader,
 )
-from minilora.data.questions.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
 from minilora.data.shards.questions import check_shards
+from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
 from minilora.report.vqa_metric import score_vqa
 from minilora.settings.flags import Config
 from minilora.tasks import base

@@ -18,6 +18,8 @@ from PIL import Image
 from minilora.data.generated.scenes import WORLDS, Scenes, ShapesVQA, World
 from minilora.data.pictures.folder import Sample
 from minilora.data.questions.vqa2 import Question, VQAPart, answer_key, has_questions, read_vqa2
+from minilora.data.shards.files import is_shards
+from minilora.data.shards.questions import read_shards
 from minilora.errors import UserError
 
 FORMATS = ("auto", "vqa2", "shapes", "shards")
@@ -105,8 +107,6 @@ def load_vqa(
         raise UserError(f"--data-format {fmt}: {wrong}")
     stored = None
     if fmt == "shards":
-        from minilora.data.shards.questions import read_shards
-
         parts, stored = read_shards(data_dir)
     else:
         parts = read_vqa2(data_dir, bad_data) if fmt == "vqa2" else shapes_parts()
@@ -122,8 +122,6 @@ def load_vqa(
 
 
 def _guess(data_dir: str | os.PathLike) -> str:
-    from minilora.data.shards.files import is_shards
-
     if is_shards(data_dir):
         return "shards"
     if os.path.exists(data_dir) and not has_questions(data_dir):
