@@ -7,14 +7,15 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.files.names import strip_wrappers
+from tests.support.parity import BOUNDS, assert_parity, distance
 from tests.support.text_parity import (
     adapted_pairs,
     check_lora_gradients,
-    distance,
     key_biases_agree,
     randomize,
     surviving_mutants,
@@ -57,10 +58,7 @@ def test_equals_transformers_from_its_saved_directory(size, batch, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load_pretrained(tmp_path).eval()
     for inputs in (batch, {"input_ids": batch["input_ids"]}):
-        with torch.no_grad():
-            expected, (tokens, pooled) = theirs(**inputs), ours(**inputs)
-        assert distance(tokens, expected.last_hidden_state) <= 1e-5
-        assert distance(pooled, expected.pooler_output) <= 1e-5
+        assert_parity(ours, theirs, ask=lambda model, words=inputs: model(**words)[:2])
 
 
 def test_reads_the_first_hub_files_with_gamma_beta_prefix_and_heads(batch, tmp_path):
@@ -73,16 +71,14 @@ def test_reads_the_first_hub_files_with_gamma_beta_prefix_and_heads(batch, tmp_p
         state[key] = tensor
     state["bert.embeddings.position_ids"] = torch.arange(5)[None]
     ours = load_pretrained(write_checkpoint(tmp_path, state, theirs.config.to_dict())).eval()
-    with torch.no_grad():
-        assert distance(ours(**batch)[0], theirs.bert(**batch).last_hidden_state) <= 1e-5
+    assert_parity(ours, theirs.bert, ask=lambda model: model(**batch)[:1])
 
 
 def test_a_file_without_pooler_gives_a_model_without_one(batch, tmp_path):
     theirs = oracle(transformers.BertForMaskedLM)
     ours = load_pretrained(write_checkpoint(tmp_path, theirs.state_dict(), theirs.config.to_dict())).eval()
-    tokens, pooled = ours(**batch)
-    assert pooled is None
-    assert torch.allclose(ours.pooled(**batch), tokens[:, 0], atol=1e-6)
+    assert ours(**batch)[1] is None
+    assert_parity(ours, ours, ask=lambda m: m.pooled(**batch), ask_theirs=lambda m: m(**batch)[0][:, 0])
 
 
 def test_every_swap_in_the_key_table_breaks_parity(batch, tmp_path):
@@ -106,7 +102,7 @@ def test_every_swap_in_the_key_table_breaks_parity(batch, tmp_path):
 
 @pytest.mark.parametrize("pooler", [True, False])
 def test_pooled_last_block_changes_neither_value_nor_gradient(pooler, batch):
-    model = create_model("bert-nano", depth=2, dim=32, hidden=64, pooler=pooler)
+    model = create_model("bert-nano", depth=2, dim=32, hidden=64, pooler=pooler).double()
     results = []
     for switch in (True, False):
         model.pooled_last_block = switch
@@ -115,9 +111,8 @@ def test_pooled_last_block_changes_neither_value_nor_gradient(pooler, batch):
         pooled.sin().sum().backward()
         results.append((pooled, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     (one, grads_one), (all_, grads_all) = results
-    assert torch.allclose(one, all_, atol=1e-6)
-    assert len(grads_one) == len(grads_all)
-    assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(grads_one, grads_all, strict=True))
+    assert distance(one, all_) <= BOUNDS[torch.float64]
+    assert_close(grads_one, grads_all, rtol=0, atol=1e-12)
 
 
 def test_lora_gradients_equal_pefts(batch):
@@ -154,8 +149,7 @@ def test_round_trip_is_bit_equal_and_loads_in_transformers(layout, batch, tmp_pa
         theirs.save_pretrained(tmp_path / "b")
         back = load_pretrained(tmp_path / "b")
         assert all(torch.equal(tensor, back.state_dict()[key]) for key, tensor in model.state_dict().items())
-        with torch.no_grad():
-            assert distance(model(**batch)[0], theirs.eval()(**batch).last_hidden_state) <= 1e-5
+        assert_parity(model, theirs.eval(), ask=lambda model: model(**batch)[:1])
 
 
 def test_parameter_counts(shared):

@@ -13,7 +13,7 @@ from reference_models import ModelError, load_pretrained
 from reference_models.text.tokenizers import load_tokenizer
 from tests.support.choice_data import write_clip, write_scpc
 from tests.support.cli_data import program, write_photos
-from tests.support.parity import distance, fill, logits_of, pictures
+from tests.support.parity import assert_parity, fill, logits_of, pictures
 from tests.support.vqa_data import write_vqa
 
 STEPS = ["--max-steps", "2", "--batch-size", "4", "--lora-r", "2", "--lr", "0.01", "--device", "cpu"]
@@ -60,7 +60,7 @@ def lora_norms(run) -> list[float]:
 
 def test_load_pretrained_takes_the_name_alone_and_equals_transformers(hub, vit):
     model, x = load_pretrained("hf:org/name"), pictures(48)
-    assert distance(logits_of(model, x), logits_of(vit, x)) <= 1e-5
+    assert_parity(model, vit, x)
     assert (model.preprocess["mean"], model.preprocess["std"]) == (MEAN, STD)
     assert len(hub.requests("model-00002-of-00002.safetensors")) == 1
     again = load_pretrained("vit-nano-patch8-48", "hf:org/name")

@@ -11,7 +11,8 @@ from torch import nn
 
 from minilora import count_parameters
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
-from tests.support.text_parity import distance, randomize, surviving_mutants, write_checkpoint
+from tests.support.parity import assert_parity
+from tests.support.text_parity import randomize, surviving_mutants, write_checkpoint
 
 WEIGHTS = "mobilenet_v2_features.safetensors"
 
@@ -31,11 +32,15 @@ def images():
 def test_equals_the_library_and_round_trips(library, images, tmp_path):
     theirs = oracle(library)
     ours = load_pretrained("mobilenet-v2", write_checkpoint(tmp_path / "a", theirs.state_dict())).eval()
-    with torch.no_grad():
-        assert distance(ours(images), theirs(images)) <= 1e-5
-        features = theirs.forward_features(images) if library == "timm" else theirs.features(images)
-        assert distance(ours.forward_features(images), features.flatten(2).transpose(1, 2)) <= 1e-5
-        assert torch.allclose(ours.pooled(images), features.mean((2, 3)), atol=1e-4)
+
+    def their_answers(model, images):
+        features = model.forward_features(images) if library == "timm" else model.features(images)
+        return model(images), features.flatten(2).transpose(1, 2), features.mean((2, 3))
+
+    def our_answers(model, images):
+        return model(images), model.forward_features(images), model.pooled(images)
+
+    assert_parity(ours, theirs, images, ask=our_answers, ask_theirs=their_answers)
     save_pretrained(ours, tmp_path / "b", library)
     back = load_pretrained(tmp_path / "b")
     assert all(torch.equal(tensor, back.state_dict()[key]) for key, tensor in ours.state_dict().items())

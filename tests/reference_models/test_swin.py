@@ -19,11 +19,11 @@ from tests.support.parity import (
     assert_every_adapter_learns,
     assert_key_biases,
     assert_keys_of,
+    assert_parity,
     assert_round_trip,
     assert_same_lora_gradients,
     assert_swaps_are_noticed,
     chance,
-    distance,
     fill,
     logits_of,
     pictures,
@@ -78,7 +78,7 @@ def torchvision_swin(version=1, window=4):
 def test_logits_equal_transformers(version, size, window, tmp_path):
     oracle, x = hf_swin(version, size, window), pictures(size)
     model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
-    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    assert_parity(model, oracle, x)
     if version == 1:
         assert_key_biases(model, oracle)
 
@@ -100,7 +100,7 @@ def test_random_configurations_equal_transformers(version, seed, tmp_path):
     size = options["patch_size"] * window * 2 ** (stages - 1) + choose([0, 1, 5, 14])  # no grid below the window
     oracle, x = hf_swin(version, size, window, **options), pictures(size)
     model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
-    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    assert_parity(model, oracle, x)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -109,7 +109,7 @@ def test_logits_equal_timm(version, options, tmp_path):
     oracle, config = timm_swin(version, **options)
     x = pictures(config["model_args"]["img_size"])
     model = load_pretrained(write_weights(oracle, tmp_path, config)).eval()
-    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    assert_parity(model, oracle, x)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -119,23 +119,23 @@ def test_logits_equal_torchvision(version, size, tmp_path):
     write_weights(oracle, tmp_path)
     names = {1: "swin-nano-patch2-window4-32", 2: "swinv2-nano-patch2-window4-32"}
     model = load_pretrained(names[version], tmp_path, dim=16, mlp_ratio=2.0).eval()
-    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    assert_parity(model, oracle, x)
 
 
 def test_pretrained_windows_change_the_position_bias_as_in_transformers_and_timm(tmp_path):
     oracle = hf_swin(2, pretrained_window_sizes=[3, 2])
     model, x = load_pretrained(write_transformers(oracle, tmp_path / "hf")).eval(), pictures(32)
     assert model.config.pretrained_windows == (3, 2)
-    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    assert_parity(model, oracle, x)
     oracle, config = timm_swin(2, pretrained_window_sizes=[3, 2])
     model = load_pretrained(write_weights(oracle, tmp_path / "timm", config)).eval()
-    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    assert_parity(model, oracle, x)
 
 
 def test_absolute_positions_equal_transformers(tmp_path):
     oracle, x = hf_swin(1, use_absolute_embeddings=True), pictures(32)
     model = load_pretrained(write_transformers(oracle, tmp_path)).eval()
-    assert distance(logits_of(model, x), logits_of(oracle, x)) <= 1e-5
+    assert_parity(model, oracle, x)
 
 
 def small(version, tmp_path, **options):
@@ -169,18 +169,17 @@ def test_transformers_timm_and_torchvision_load_what_we_save(version, tmp_path):
     from safetensors.torch import load_file
 
     model, x = small(version, tmp_path), pictures(32)
-    expected = logits_of(model, x)
     cls = getattr(transformers, f"Swin{'v2' if version == 2 else ''}ForImageClassification")
     theirs = cls.from_pretrained(save_pretrained(model, tmp_path / "hf", "transformers")).eval()
-    assert distance(logits_of(theirs, x), expected) <= 1e-5
+    assert_parity(theirs, model, x)
     folder = save_pretrained(model, tmp_path / "timm", "timm")
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert distance(logits_of(theirs, x), expected) <= 1e-5
+    assert_parity(theirs, model, x)
     folder = save_pretrained(model, tmp_path / "torchvision", "torchvision")
     theirs = torchvision_swin(version)
     missing, unexpected = theirs.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert not unexpected and all("relative_" in key for key in missing)  # its buffers
-    assert distance(logits_of(theirs, x), expected) <= 1e-5
+    assert_parity(theirs, model, x)
 
 
 @pytest.mark.parametrize("layout", ["transformers4", "transformers5", "timm", "torchvision", "original"])

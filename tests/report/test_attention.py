@@ -15,6 +15,7 @@ from minilora.report.attention import (
     window_heat,
 )
 from reference_models import create_model, save_pretrained
+from tests.support.parity import BOUNDS
 
 PREPROCESS = {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -120,8 +121,9 @@ def test_the_maps_of_our_vit_are_those_of_transformers_on_the_same_weights(tmp_p
     with torch.no_grad():
         theirs, ours = oracle.eval()(x, output_attentions=True).attentions, model.attention_maps(x)
     assert len(ours) == len(theirs) == 4
+    # transformers' written-out softmax is in float32 whatever it is given
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a.sum(-1), torch.ones_like(a.sum(-1)))
-        assert (a - b).abs().max() < 1e-5 and a.std() > 1e-3
+        assert (a - b).abs().max() <= BOUNDS[torch.float32] * b.std() and a.std() > 1e-3
     last, rollout = attention_heats(model, x)
     assert last.shape == (2, 4, 6, 6) and rollout.shape == (2, 6, 6)
