@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from minilora.data.generated.scenes import ShapesChoice
-from minilora.data.pictures.folder import Sample, Split, existing_path
+from minilora.data.pictures.folder import Sample, Split, existing_path, refuse_missing
 from minilora.data.questions.choice_csv import read_choice_tables
 from minilora.data.questions.choices import ChoiceSplit, ChoiceSplits, Question
 from minilora.data.questions.visual7w import find_visual7w, read_visual7w
@@ -70,7 +70,9 @@ def load_choices(
     else:
         splits = _read(existing_path(data_dir), fmt, seed)
     for part in (splits.train, splits.val, splits.test) if check_files else ():
-        _all_exist(part)
+        if part is not None and not isinstance(part.pictures, DrawnPictures):
+            paths = map(part.path, range(len(part)))
+            refuse_missing(paths, part.pictures.root, "add them, or leave them out with --bad-data skip")
     if splits.train is None:
         if require_train:
             raise UserError(f"{data_dir}: no questions to train on (only val or test)")
@@ -127,18 +129,3 @@ def _hold_out(train: ChoiceSplit, val_split: float, seed: int, data_dir, require
         raise UserError(f"{data_dir}: all questions are about one picture; none can be held out for validation")
     held, kept = by_picture(train, min(max(1, round(count * val_split)), count - 1), seed)
     return kept, held
-
-
-def _all_exist(split: ChoiceSplit | None) -> None:
-    """One error for all pictures that a set names and the folder lacks, before an epoch
-    stumbles over the first."""
-    if split is None or isinstance(split.pictures, DrawnPictures):
-        return
-    root = split.pictures.root
-    used = sorted({split.path(i) for i in range(len(split))})
-    missing = [path for path in used if not os.path.lexists(os.path.join(root, path))]
-    if missing:
-        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"{len(missing)} of {len(used)} pictures are not below {root}: {some} (--bad-data skip goes on without)"
-        )

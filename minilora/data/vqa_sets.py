@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from minilora.data.generated.scenes import WORLDS, Scenes, ShapesVQA, World
-from minilora.data.pictures.folder import Sample
+from minilora.data.pictures.folder import PARTS, Sample
 from minilora.data.questions.vqa2 import Question, VQAPart, answer_key, has_questions, read_vqa2
 from minilora.data.shards.files import is_shards
 from minilora.data.shards.questions import read_shards
@@ -60,8 +60,7 @@ class VQASplits:
 
     @property
     def parts(self) -> dict[str, VQAPart]:
-        named = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: part for name, part in named.items() if part is not None}
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
 
 class ScenePictures:

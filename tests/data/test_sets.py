@@ -238,7 +238,7 @@ def test_split_column_quoted_commas_semicolons_and_blank_lines(tmp_path):
         ("file,label\na.png,x\nb.png,x\n", "only one class"),
         ("file,label,is_valid\na.png,x,maybe\n", "is_valid is 'maybe'"),
         ("file,label,split\na.png,x,dev\n", "split is 'dev'"),
-        ("file,label\nmissing1.png,x\nmissing2.png,y\n", "2 of the pictures in the table are not below"),
+        ("file,label\nmissing1.png,x\nmissing2.png,y\n", "2 of 2 pictures are not below"),
         ("file,label,is_valid\na.png,x,0\nb.png,y,0\nc.png,z,1\n", "unknown label 'z' of c.png"),
         ('file,label\n"a.png,x\n', "not a readable table"),
         ("file,label,label\na.png,x,y\n", "a column name stands twice"),

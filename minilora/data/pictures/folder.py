@@ -8,7 +8,6 @@ Listing opens no picture, so that a folder of 100,000 files is there in a second
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from minilora.data.json_file import read_json
 from minilora.data.pictures.images import inside, is_picture, open_image
 from minilora.errors import UserError
+
+PARTS = ("train", "val", "test")
 
 
 class Sample(NamedTuple):
@@ -77,6 +79,16 @@ def existing_path(data_dir: str | os.PathLike | None) -> Path:
     return path
 
 
+def refuse_missing(paths: Iterable[str], root: str | os.PathLike, advice: str) -> None:
+    """One UserError for all files that a set names and `root` lacks, before an epoch stumbles over
+    the first; `advice` ends it."""
+    used = sorted(set(paths))
+    missing = [path for path in used if not os.path.lexists(os.path.join(root, path))]
+    if missing:
+        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise UserError(f"{len(missing)} of {len(used)} pictures are not below {root}: {some}; {advice}")
+
+
 def list_pictures(folder: str | os.PathLike, root: str | os.PathLike | None = None) -> list[str]:
     """Paths of the pictures below `folder`, relative to it, sorted. Links that leave `root`
     raise UserError."""
@@ -114,10 +126,7 @@ def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict
     path = root / "classes.json"
     if not path.is_file():
         return keys, list(keys), {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as json ({error})") from None
+    content = read_json(path)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         if sorted(content) == sorted(keys):
             return list(content), list(content), {}
@@ -139,7 +148,7 @@ def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict
 def read_folders(root: Path) -> Splits:
     """Class folders below train/, val/ and test/; without these, class folders right below
     `root` are train."""
-    parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+    parts = {name: root / name for name in PARTS if (root / name).is_dir()}
     listed = {name: _class_folders(folder, root) for name, folder in (parts or {"train": root}).items()}
     if "test" in listed and not listed["test"]:
         del listed["test"]  # loose pictures without labels: for predictions, not for scoring
@@ -160,13 +169,13 @@ def read_folders(root: Path) -> Splits:
         splits[part] = Split(
             (Sample(f"{prefix}{key}/{name}", index[key]) for key in keys for name in folders.get(key, ())), root
         )
-    return Splits(splits.get("train"), splits.get("val"), splits.get("test"), names, keys, info)
+    return Splits(*map(splits.get, PARTS), names, keys, info)
 
 
 def has_class_folders(root: Path) -> bool:
     """Whether train/, val/ or test/ of `root` holds folders (pictures that a table names may
     lie there loosely)."""
-    parts = (root / part for part in ("train", "val", "test"))
+    parts = (root / part for part in PARTS)
     return any(entry.is_dir() for part in parts if part.is_dir() for entry in os.scandir(part))
 
 

@@ -85,7 +85,39 @@ class Pictures:
         return image
 
 
-class PictureDataset(Dataset):
+class PictureTensors:
+    """The pictures of a split as the model wants them, plain or augmented for an epoch.
+
+    A broken picture raises BadImage (bad_data "error") or is None (bad_data "skip"). Pictures of
+    shards were resized before they were stored.
+    """
+
+    def __init__(self, split: Sequence, preprocess: dict, augment: str, seed: int, bad_data: str):
+        self.pictures, self.seed, self.bad_data = Pictures(split), seed, bad_data
+        self.size = preprocess["image_size"]
+        stored = getattr(split, "prepared", False)
+        self.plain = Stored(preprocess) if stored else build_transform(preprocess)
+        self.augmented = self.plain if stored and augment == "none" else build_transform(preprocess, augment)
+
+    def image(self, i: int, epoch: int | None) -> Tensor | None:
+        """Picture i as (3, S, S) float32 normalised; epoch None: not augmented."""
+        try:
+            picture = self.pictures[i]
+        except BadImage:
+            if self.bad_data == "error":
+                raise
+            return None
+        if epoch is None:
+            return self.plain(picture)
+        with seeded_cpu(mix(self.seed, epoch, i)):
+            return self.augmented(picture)
+
+    def blank(self) -> Tensor:
+        """In a broken picture's place: zeros, the mean colour."""
+        return torch.zeros(3, self.size, self.size)
+
+
+class PictureDataset(PictureTensors, Dataset):
     """Pictures with labels. `dataset[i]` is the plain item i, `dataset[(epoch, i)]` the augmented
     one of that epoch.
 
@@ -95,29 +127,17 @@ class PictureDataset(Dataset):
     """
 
     def __init__(self, split: Split, preprocess: dict, augment: str = "none", seed: int = 0, bad_data: str = "error"):
-        self.split, self.pictures, self.seed, self.bad_data = split, Pictures(split), seed, bad_data
-        self.size = preprocess["image_size"]
-        self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
-        if getattr(split, "prepared", False):  # shards: resized before they were stored
-            self.plain = Stored(preprocess)
-            self.augmented = self.plain if augment == "none" else self.augmented
+        super().__init__(split, preprocess, augment, seed, bad_data)
+        self.split = split
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, i = key if isinstance(key, tuple) else (None, key)
-        item = {"label": self.split[i].label, "index": i, "valid": True}
-        try:
-            picture = self.pictures[i]
-        except BadImage:
-            if self.bad_data == "error":
-                raise
-            return item | {"image": torch.zeros(3, self.size, self.size), "valid": False}
-        if epoch is None:
-            return item | {"image": self.plain(picture)}
-        with seeded_cpu(mix(self.seed, epoch, i)):
-            return item | {"image": self.augmented(picture)}
+        image = self.image(i, epoch)
+        item = {"label": self.split[i].label, "index": i, "valid": image is not None}
+        return item | {"image": self.blank() if image is None else image}
 
 
 def collate(items: Sequence[dict]) -> dict:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from minilora.data.pictures.folder import Sample, Split, Splits, class_names
+from minilora.data.pictures.folder import PARTS, Sample, Split, Splits, class_names, refuse_missing
 from minilora.errors import UserError
 
 FILE_COLUMNS = ("file", "filename", "path", "file_path", "filepath", "image_path", "img_path", "image", "img")
@@ -62,8 +61,9 @@ def read_tables(path: Path, check_files: bool = True) -> Splits:
                 raise UserError(f"{path}: unknown label {label!r} of {file} in {part}: not among the training labels")
         splits[part] = Split((Sample(file, index[label]) for file, label in rows.items()), root)
     if check_files:
-        _all_exist(splits, root)
-    return Splits(splits.get("train"), splits.get("val"), splits.get("test"), names, keys, info)
+        named = (sample.path for split in splits.values() for sample in split)
+        refuse_missing(named, root, "paths in a table are relative to its folder")
+    return Splits(*map(splits.get, PARTS), names, keys, info)
 
 
 def read_unlabelled(path: Path) -> Split:
@@ -165,15 +165,3 @@ def _find(header: list[str], names: tuple[str, ...], path: Path, what: str, requ
 def _numbers_first(label: str):
     """Labels 0, 1, ... 10 in the order of the numbers, names in the order of the alphabet."""
     return (0, int(label), label) if label.isdecimal() and len(label) < 18 else (1, 0, label)
-
-
-def _all_exist(splits: dict[str, Split], root: Path) -> None:
-    """One error for all files that a table names and the folder lacks, before an epoch
-    stumbles over the first."""
-    missing = [s.path for split in splits.values() for s in split if not os.path.lexists(os.path.join(root, s.path))]
-    if missing:
-        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"{len(missing)} of the pictures in the table are not below {root}: {some}; "
-            "paths in a table are relative to its folder"
-        )

@@ -14,15 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.loader import Pictures, mix, seeded_cpu
-from minilora.data.pictures.transforms import build_transform
+from minilora.data.pictures.loader import PictureTensors
 from minilora.data.questions.choices import ChoiceSplit
 
-WORTH_SHARING = (
-    # of the tokens are left when the choices share their beginning: then it is faster to do so
-    0.75
-)
+# Sharing the choices' beginning is faster where it leaves at most this share of the tokens.
+WORTH_SHARING = 0.75
 
 
 class Tokens:
@@ -39,7 +35,7 @@ class Tokens:
         return [self.flat[self.starts[k] : self.starts[k + 1]] for k in range(first, first + self.choices)]
 
 
-class ChoiceDataset(Dataset):
+class ChoiceDataset(PictureTensors, Dataset):
     """`dataset[i]` is question i, `dataset[(epoch, i)]` with its picture augmented for that epoch.
 
     An item: image (3, S, S) float32 normalised, tokens (C rows), label (place of the right choice,
@@ -56,9 +52,8 @@ class ChoiceDataset(Dataset):
         seed: int = 0,
         bad_data: str = "error",
     ):
-        self.split, self.tokens, self.seed, self.bad_data = split, tokens, seed, bad_data
-        self.pictures, self.size = Pictures(split.pictures), preprocess["image_size"]
-        self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
+        super().__init__(split.pictures, preprocess, augment, seed, bad_data)
+        self.split, self.tokens = split, tokens
         # neighbours often ask about the same picture
         self.last: tuple[object, Tensor | None] = (None, None)
 
@@ -68,35 +63,18 @@ class ChoiceDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, i = key if isinstance(key, tuple) else (None, key)
         question = self.split[i]
-        image = self.image(epoch, question.picture)
-        valid = image is not None
+        # by picture: its questions see the same crop
+        if self.last[0] != (epoch, question.picture):
+            self.last = (epoch, question.picture), self.image(question.picture, epoch)
+        image = self.last[1]
         return {
-            "image": image if valid else torch.zeros(3, self.size, self.size),
+            "image": self.blank() if image is None else image,
             "tokens": self.tokens[i],
             "label": question.answer,
             "index": i,
             "picture": question.picture,
-            "valid": valid,
+            "valid": image is not None,
         }
-
-    def image(self, epoch: int | None, number: int) -> Tensor | None:
-        """Picture `number` as the model wants it, None where it is broken and that is allowed."""
-        if self.last[0] != (epoch, number):
-            self.last = (epoch, number), self._image(epoch, number)
-        return self.last[1]
-
-    def _image(self, epoch: int | None, number: int) -> Tensor | None:
-        try:
-            picture = self.pictures[number]
-        except BadImage:
-            if self.bad_data == "error":
-                raise
-            return None
-        if epoch is None:
-            return self.plain(picture)
-        # by picture: its questions see the same crop
-        with seeded_cpu(mix(self.seed, epoch, number)):
-            return self.augmented(picture)
 
 
 def collate_choices(items: Sequence[dict], pad_id: int) -> dict:

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minilora.data.pictures.folder import Sample, Split
+from minilora.data.pictures.folder import PARTS, Sample, Split
 from minilora.data.pictures.tables import FILE_COLUMNS, SPLIT_COLUMN, SPLIT_NAMES, contained, find_tables, read_rows
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
 
-PARTS = ("train", "val", "test")
 TYPES = ("type", "question_type")
 
 

@@ -11,19 +11,18 @@ comparison with the answer.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
-from minilora.data.pictures.folder import Sample, Split
+from minilora.data.json_file import read_json
+from minilora.data.pictures.folder import PARTS, Sample, Split
 from minilora.data.pictures.loader import mix
 from minilora.data.pictures.tables import contained
 from minilora.data.questions.choices import ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
 
 FILE = "dataset_v7w_telling.json"
-PARTS = ("train", "val", "test")
 
 
 def find_visual7w(path: Path, required: bool = False) -> Path | None:
@@ -74,10 +73,7 @@ def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
 
 
 def _images(file: Path) -> list:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as json ({error})") from None
+    data = read_json(file)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
         raise UserError(f"{file}: no list `images`; is this {FILE}?")

@@ -15,7 +15,6 @@ part. Ids repeat between parts, so everything is keyed by (part, id).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
 
+from minilora.data.json_file import read_json
 from minilora.data.pictures.folder import Sample, Split, existing_path, list_pictures
 from minilora.errors import UserError
 
@@ -265,18 +265,3 @@ def records(path: Path, key: str, fields: dict[str, type]) -> list[dict]:
             raise UserError(f"{path}: question_id {row['question_id']} occurs twice ({key}[{place}])")
         seen.add(row["question_id"])
     return rows
-
-
-def read_json(path: Path) -> object:
-    """The content of a json file; UserError names the file and the place that is wrong."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: broken json at {where}: {error.msg}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except RecursionError:
-        raise UserError(f"{path}: broken json: nested too deep") from None

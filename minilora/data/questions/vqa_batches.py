@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.loader import Pictures, make_loader, mix, seeded_cpu
-from minilora.data.pictures.transforms import Stored, build_transform
+from minilora.data.pictures.loader import PictureTensors, make_loader, mix
 from minilora.data.questions.vqa2 import Question, VQAPart
 
 BUCKET = 50  # batches whose questions are sorted by length together
@@ -62,7 +60,7 @@ class Texts:
         return {"input_ids": ids, "attention_mask": mask}
 
 
-class VQADataset(Dataset):
+class VQADataset(PictureTensors, Dataset):
     """A part with its tokens and labels. `dataset[(epoch, numbers)]` is the batch of
     these questions.
 
@@ -81,13 +79,9 @@ class VQADataset(Dataset):
         seed: int = 0,
         bad_data: str = "error",
     ):
-        self.part, self.texts, self.labels, self.seed, self.bad_data = part, texts, labels, seed, bad_data
+        super().__init__(part.pictures, preprocess, augment, seed, bad_data)
+        self.part, self.texts, self.labels = part, texts, labels
         self.picture = np.array([question.picture for question in part.questions], dtype=np.int64)
-        self.pictures, self.size = Pictures(part.pictures), preprocess["image_size"]
-        self.plain, self.augmented = build_transform(preprocess), build_transform(preprocess, augment)
-        if getattr(part.pictures, "prepared", False):  # shards: resized before they were stored
-            self.plain = Stored(preprocess)
-            self.augmented = self.plain if augment == "none" else self.augmented
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,20 +113,9 @@ class VQADataset(Dataset):
         """(P, 3, S, S) float32 normalised and (P,) bool: readable; zeros, the mean colour,
         where it is not."""
         made = [self.image(int(j), epoch) for j in numbers]
-        grey = torch.zeros(3, self.size, self.size)
-        return torch.stack([grey if x is None else x for x in made]), torch.tensor([x is not None for x in made])
-
-    def image(self, j: int, epoch: int | None) -> Tensor | None:
-        try:
-            picture = self.pictures[j]
-        except BadImage:
-            if self.bad_data == "error":
-                raise
-            return None
-        if epoch is None:
-            return self.plain(picture)
-        with seeded_cpu(mix(self.seed, epoch, j)):
-            return self.augmented(picture)
+        return torch.stack([self.blank() if x is None else x for x in made]), torch.tensor(
+            [x is not None for x in made]
+        )
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minilora.data.pictures.folder import Sample, Split, Splits
+from minilora.data.pictures.folder import PARTS, Sample, Split, Splits
 from minilora.data.pictures.images import BadImage
 from minilora.data.pictures.loader import mix
 from minilora.data.pictures.transforms import resampling, to_tensor, to_uint8
@@ -62,7 +62,7 @@ def write_picture_shards(
     the set. A picture that cannot be read raises BadImage, or is left out (bad_data "skip"). Raises
     UserError where `directory` holds shards that were made in another way.
     """
-    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    parts = {name: getattr(splits, name) for name in PARTS}
     each = per_shard(shard_mb, 3 * (preprocess["image_size"] ** 2 + wide**2))
     plan = {"format": FORMAT, "preprocess": preprocess, "made": made | {"pictures_per_shard": each, "wide": wide}}
     plan |= {"classes": splits.classes, "keys": splits.keys, "info": splits.info}
@@ -140,8 +140,7 @@ def read_picture_shards(directory: str | os.PathLike) -> Splits:
     known = {sample.label for part in parts.values() for sample in part}
     if not known <= set(range(-1, len(index["classes"]))):
         raise UserError(f"{folder / INDEX}: damaged (fewer classes than labels); write the shards again")
-    train, val, test = (parts.get(name) for name in ("train", "val", "test"))
-    return Splits(train, val, test, index["classes"], index["keys"], index["info"])
+    return Splits(*map(parts.get, PARTS), index["classes"], index["keys"], index["info"])
 
 
 def check_index(index: dict, files: dict[str, list[str]], path: Path) -> None:
