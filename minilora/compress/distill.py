@@ -1,7 +1,6 @@
-"""Distillation: a small model learns from the labels and from what a large one says of
-the same pictures.
+"""Distillation: a small model learns from the labels and from a large model's answers.
 
-    loss = alpha * CE(labels, student) + (1 - alpha) * KL(softmax(teacher / T) || softmax(student / T))
+    loss = alpha CE(labels, student) + (1 - alpha) KL(softmax(teacher / T) || softmax(student / T))
 
 The temperature T softens both distributions. With respect to the student's logits z the second
 term's gradient is (softmax(z / T) - softmax(t / T)) / T, for large T about (z - t) / (K T^2) once

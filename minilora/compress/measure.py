@@ -1,6 +1,4 @@
-"""What compression is measured by: bytes of the stored weights, bytes when zipped, and time
-of a forward pass.
-"""
+"""What compression is measured by: bytes of the weights, stored and zipped, and forward time."""
 
 import math
 import statistics

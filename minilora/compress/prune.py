@@ -1,13 +1,15 @@
 """Magnitude pruning: the smallest weights of each tensor become zero and stay zero.
 
     pruner = Pruner(model, "conv", sparsity=0.8, start=0.5, steps=200)
-    pruner.attach(optimizer)          # after every optimizer step: sparsity by the schedule, masks re-applied
+    pruner.attach(optimizer)          # after every step: the schedule's sparsity, masks re-applied
     ...train...
     pruner.finish()                   # the sparsity that was asked for, exactly
-    merge_lora(model); pruner.apply() # merging fills the zeros of adapted layers; this empties them again
-    pruner.check()
+    merge_lora(model); pruner.apply() # merging fills zeros of adapted layers, this empties them
+    pruner.check()                    # RunError where a pruned weight is not zero
 
-Sparsity after step t of n:  s(t) = s_end + (s_start - s_end) (1 - t / n)^3     quick first, then ever more careful
+Sparsity after step t of n, quick first, then ever more careful:
+
+    s(t) = s_end + (s_start - s_end) (1 - t / n)^3
 
 The tensors keep their shapes, so the model is no smaller in memory and no faster; only a compressed
 file is smaller. structured.py makes a model that really is. Paper: Zhu and Gupta 2017,
@@ -35,8 +37,7 @@ def scope_tensors(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     """{name: weight} of what a scope means. Biases, norms and the matrices of LoRA itself
     are never pruned.
 
-    conv: the kernels of nn.Conv2d layers. backbone: all weight matrices of the picture
-    encoder, without heads.
+    conv: kernels of nn.Conv2d. backbone: weight matrices of the picture encoder, without heads.
     all: those of the whole model: convolutions, linear layers, embeddings, LSTMs. Names are those
     of the merged model, "q_proj.weight" for LoRA's "q_proj.base_layer.weight". UserError where a
     scope matches nothing.

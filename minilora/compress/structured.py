@@ -1,5 +1,4 @@
-"""Structured pruning: remove whole MLP units, so that what is left is a smaller dense model that
-really is faster.
+"""Structured pruning: remove whole MLP units; what is left is a smaller dense model, really faster.
 
 Unit j of fc2(act(fc1(x))) is row j of fc1 and column j of fc2. Over data, its contribution a_j
 w_j (activation times column) has a mean, which moves into fc2's bias, and a rest of power
@@ -7,7 +6,7 @@ Var(a_j) |w_j|^2, which is lost: the units with the smallest rest go. Without da
 |row j| |column j|.
 
     small = remove_mlp_units(model, 0.5, lambda: model(images))
-    save_pretrained(small, "small")        # an ordinary checkpoint; then train.py --model small: LoRA recovers
+    save_pretrained(small, "small")     # an ordinary checkpoint; train.py --model small repairs it
 
 All MLPs of a tower lose the same share, so the configuration still says everything: hidden = fewer.
 Removing units by what they contribute: Molchanov et al. 2017, arXiv:1611.06440. Shapes: d

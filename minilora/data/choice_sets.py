@@ -2,7 +2,7 @@
 same `ChoiceSplits`.
 
     splits = load_choices("visual7w", "auto", val_split=0.15, seed=41)
-    splits.train[0]         # Question(id=0, picture=0, question="Who ...?", choices=(..4..), answer=2, kind="who")
+    splits.train[0]   # Question(id=0, picture=0, question="Who ...?", choices=(..4..), answer=2)
 
 A picture is shared by its questions, and a split by pictures never divides them.
 """
@@ -25,7 +25,7 @@ from minilora.data.shards.files import is_shards
 from minilora.errors import UserError
 
 FORMATS = ("auto", "visual7w", "scpc", "csv", "shapes")
-# pictures of the generated set, two questions each
+# Pictures of the generated set, two questions each.
 SHAPES = {"train": 700, "val": 400, "test": 400}
 
 
@@ -52,8 +52,7 @@ def load_choices(
 ) -> ChoiceSplits:
     """The questions of `data_dir` as ChoiceSplits; no data_dir: generated scenes.
 
-    val_split: share of the training pictures held out where the set has no validation
-    part of its own.
+    val_split: share of the training pictures held out where the set has no validation part.
     subset: keep a share (at most 1) or a number (above 1) of the training pictures.
     seed: order of the choices where the file does not give one (Visual7W), and the split.
     check_files: refuse a set that names pictures which do not exist (False with --bad-data skip).

@@ -1,4 +1,4 @@
-"""The one door to labelled pictures: class folders, tables and the procedural shapes come out as
+"""The one door to labelled pictures: class folders, tables, shards and generated shapes come out as
 the same `Splits`.
 """
 
@@ -41,8 +41,8 @@ def load_classification(
     """The labelled pictures of `data_dir` as Splits.
 
     val_split: share of train held out, per class, where the set has no validation part of its own.
-    subset:    keep a share (at most 1) or a number (above 1) of the training pictures, spread over the classes.
-    classes:   the labels of an existing run (names or folder names): labels are numbered as there.
+    subset: keep a share (at most 1) or a number (above 1) of the training pictures of all classes.
+    classes: the labels of an existing run (names or folder names): labels are numbered as there.
     check_files: refuse a table that names files which do not exist (False with --bad-data skip).
     Raises UserError naming folder, file or column.
     """

@@ -1,8 +1,7 @@
 """The one door to questions about pictures: VQA v2 files, shards and generated scenes come out as
 the same `VQASplits`.
 
-Here the parts are cut (by picture, so that no picture stands on both sides), and
-answers become classes.
+Here the parts are cut, by picture, so that none stands on both sides, and answers become classes.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class Answers:
 
 @dataclass
 class VQASplits:
-    """train / val / test (None where there is none); `stored`: what shards say of
-    how they were made."""
+    """train / val / test (None where there is none); `stored`: how shards say they were made."""
 
     train: VQAPart | None
     val: VQAPart | None
@@ -91,11 +89,10 @@ def load_vqa(
 ) -> VQASplits:
     """The questions of `data_dir` (None: generated scenes) as VQASplits.
 
-    subset: keep a share (at most 1) or a number (above 1) of the training pictures, drawn
-    before val is cut off.
+    subset: keep a share (at most 1) or a number (above 1) of the training pictures; drawn first.
     val_split: share held out where the set has no val part: of the pictures (split_by "image"), or
-    of the questions ("question", report R1's plain 80/20, where one picture may stand on both
-    sides). 0 holds nothing out. Raises UserError naming folder, file, id or flag.
+    of the questions ("question": one picture may then stand on both sides). 0 holds nothing out.
+    Raises UserError naming folder, file, id or flag.
     """
     if fmt == "auto":
         fmt = "shapes" if data_dir is None else _guess(data_dir)
@@ -170,8 +167,7 @@ def hold_out(part: VQAPart, val_split: float, seed: int, split_by: str = "image"
 
 
 def choose_answers(questions: Sequence[Question], number: int) -> Answers:
-    """The `number` most frequent answers, classes in alphabetical order (R1), spellings of one
-    answer together."""
+    """The `number` most frequent answers in alphabetical order, spellings of one together."""
     counts: Counter = Counter()
     spellings: dict[str, Counter] = defaultdict(Counter)
     for question in questions:

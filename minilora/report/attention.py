@@ -1,12 +1,12 @@
 """Where a vision transformer looks: attention of the last layer and attention rollout, laid
 over the picture.
 
-A layer's map is (B, h, T, T): row i says how token i shares its attention, so each row sums to 1. Tokens are
-the P patches of a square picture, after 0 or more prefix tokens such as CLS.
-    last layer   the CLS row of the last map, mean over heads; without CLS the mean over all queries
-    rollout      R = A_L ... A_2 A_1 with A_l = (I + mean over heads of map l) / 2: the identity stands for
-    the residual
-                 path, so R says how much of each patch has reached a token after all L layers
+A layer's map is (B, h, T, T): row i says how token i shares its attention, so each row sums to 1.
+Tokens are the P patches of a square picture, after 0 or more prefix tokens such as CLS.
+    last layer   the CLS row of the last map, mean over heads; without CLS the mean of all queries
+    rollout      R = A_L ... A_2 A_1 with A_l = (I + mean over heads of map l) / 2: the identity
+                 stands for the residual path, so R says how much of each patch has reached a
+                 token after all L layers
 Rollout: Abnar & Zuidema 2020, arXiv:2005.00928. Swin attends within windows: no rollout there, and
 the last layer shows the attention that each patch receives within its own window.
 """
@@ -39,8 +39,7 @@ def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
 
 
 def grid_of(tokens: int) -> tuple[int, int]:
-    """(prefix tokens, side of the patch grid) of a sequence: 197 -> (1, 14), 49 -> (0,
-    7), 198 -> (2, 14)."""
+    """(prefix tokens, side of the patch grid): 197 -> (1, 14), 49 -> (0, 7), 198 -> (2, 14)."""
     for prefix in range(min(9, tokens)):
         side = math.isqrt(tokens - prefix)
         if side * side == tokens - prefix:

@@ -1,13 +1,11 @@
 """Accuracy, precision, recall and F1 of a classifier, in numpy alone.
 
-For a class c with tp rows rightly called c, fp rows wrongly called c and fn rows of c
-that were missed:
+For a class c with tp rows rightly called c, fp rows wrongly called c and fn missed rows of c:
 
     precision = tp / (tp + fp)      recall = tp / (tp + fn)      F1 = 2 tp / (2 tp + fp + fn)
 
-with 0 where a denominator is 0. The weighted averages weigh each class by its support tp
-+ fn, so that the
-weighted recall is sum_c tp_c / N: it equals the accuracy, always. The numbers are those of
+with 0 where a denominator is 0. The weighted averages weigh each class by its support tp + fn, so
+that the weighted recall is sum_c tp_c / N: it equals the accuracy, always. The numbers are those of
 scikit-learn's `precision_recall_fscore_support(..., zero_division=0)`.
 """
 

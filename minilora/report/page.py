@@ -1,10 +1,8 @@
-"""`report.html`: one file that opens offline and shows what a run, or several runs side by
-side, have learned.
+"""`report.html`: one file that opens offline and shows what one or several runs have learned.
 
-Fill a `ReportData` with what there is and call `write_report(data, path)`; sections
-without data are left
-out. Pictures are inside the page as data: URIs, charts are inline SVG, there is no script and no
-reference to anything outside, and every string that comes from the data is escaped.
+Fill a `ReportData` with what there is and call `write_report(data, path)`; sections without data
+are left out. Pictures are inside the page as data: URIs, charts are inline SVG, there is no script
+and no reference to anything outside, and every string that comes from the data is escaped.
 """
 
 import os
@@ -28,8 +26,7 @@ from minilora.report.tables import RunRow
 
 @dataclass
 class Figure:
-    """A picture made elsewhere (attention, spectrum), with a heading and a sentence
-    on how to read it."""
+    """A picture made elsewhere (attention, spectrum), with a heading and how to read it."""
 
     title: str
     image: Image.Image
@@ -53,8 +50,7 @@ class ReportData:
     facts: a few headline numbers, {"accuracy": "93.8 %", ...}, shown large at the top.
     runs: the runs compared; several of equal `group` are averaged, with their spread.
     curves: {run name: metrics.jsonl or its records}.
-    metrics: the dictionary of `classification_metrics`; vqa: that of `score_vqa`; both
-    for the first run.
+    metrics: the dictionary of `classification_metrics`, vqa: that of `score_vqa`, of the first run.
     parameters: rows of `parameter_rows`, and `parameter_line` the one-line sum.
     answer_histogram: (answer, count), most frequent first; the first 20 are drawn.
     samples: {class: pictures}; mistakes, unsure, examples: lists of Example.

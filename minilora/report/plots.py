@@ -1,6 +1,4 @@
-"""matplotlib, if it is there: it belongs to the extra `plots`, and nothing but the
-pictures needs it.
-"""
+"""matplotlib, if it is there: it belongs to the extra `plots`, and only the pictures need it."""
 
 import io
 
@@ -13,7 +11,7 @@ def load_pyplot(what: str):
     try:
         import matplotlib
     except ImportError:
-        print(f"{what} not drawn: matplotlib is missing, see the extra `plots`; all else goes on")
+        print(f"{what} not drawn: matplotlib is missing, see the extra `plots`; everything else works")
         return None
     matplotlib.use("Agg")  # no window, also where a display is
     from matplotlib import pyplot

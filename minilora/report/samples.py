@@ -1,6 +1,4 @@
-"""Pictures of the data: grids per class, confident mistakes, unsure predictions.
-Drawn by PIL alone.
-"""
+"""Pictures of the data, drawn by PIL: grids per class, confident mistakes, unsure predictions."""
 
 import base64
 import io
@@ -53,13 +51,13 @@ def most_confident_mistakes(true, predicted, confidence, n: int = 12) -> list[in
 
 
 def least_sure(probabilities, n: int = 12) -> list[int]:
-    """Rows of (N, K) whose two largest probabilities are closest to each other, the closest first."""
+    """Rows of (N, K) whose two largest probabilities are nearest each other, the nearest first."""
     two = -np.partition(-np.asarray(probabilities, dtype=np.float64), 1, axis=1)[:, :2]  # (N, 2)
     return np.argsort(two[:, 0] - two[:, 1], kind="stable")[:n].tolist()
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """The middle square of a picture, `side` pixels wide; small pictures are enlarged without blur."""
+    """The middle square of a picture, `side` pixels wide; small ones are enlarged without blur."""
     width = min(image.size)
     left, top = (image.width - width) // 2, (image.height - width) // 2
     middle = image.convert("RGB").crop((left, top, left + width, top + width))
@@ -93,7 +91,7 @@ def picture_table(
 
 
 def sample_grid(samples: Mapping[str, Sequence[Image.Image]], side: int = 96) -> Image.Image:
-    """{class: pictures} as a sheet with one row per class (R3's figure of the data)."""
+    """{class: pictures} as a sheet with one row per class."""
     return picture_table(list(samples.values()), list(samples), side=side)
 
 

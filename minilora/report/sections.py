@@ -1,6 +1,4 @@
-"""The sections of the report page: each takes plain data and returns HTML, "" if there is
-nothing to show.
-"""
+"""The sections of the report page: plain data in, HTML out, "" if there is nothing to show."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -19,7 +17,7 @@ def facts(values: Mapping[str, str]) -> str:
 
 
 def results(runs: Sequence[RunRow]) -> str:
-    """The comparison, then the same runs in the forms of the reports (those that add a column)."""
+    """The comparison, then the same runs in the other forms that add a column."""
     if not runs:
         return ""
     shown, html = set(), ""

@@ -3,12 +3,14 @@ points where W points.
 
 For each adapted layer with weight W (out, in) and update dW = U diag(s) V^T:
     relative norm       |dW| / |W| in the Frobenius norm
-    effective rank      exp(-sum p_i log p_i) with p_i = s_i / sum s: between 1 and the rank; 4 equal values
-    give 4 overlap (rows)      phi = |V_W^T V_dW|^2 / k in 0..1: the leading k directions of the input that W
-    reads, against
-                        those that dW reads; (columns) the same for the output directions. k directions drawn
-                        at random in n dimensions have phi = k / n, so that is the number to compare with
-    amplification       |dW| / |U^T W V|: how much larger dW is than what W itself does in dW's k directions
+    effective rank      exp(-sum p_i log p_i) with p_i = s_i / sum s: between 1 and the rank;
+                        4 equal values give 4
+    overlap (rows)      phi = |V_W^T V_dW|^2 / k in 0..1: the leading k directions of the input
+                        that W reads, against those that dW reads; (columns) the same for the
+                        output directions. k directions drawn at random in n dimensions have
+                        phi = k / n, so that is the number to compare with
+    amplification       |dW| / |U^T W V|: how much larger dW is than what W itself does in the
+                        k directions of dW
 
 Hu et al. 2021, arXiv:2106.09685, section 7 and its equation 4; effective rank: Roy & Vetterli 2007.
 """
@@ -37,8 +39,7 @@ HOW_TO_READ = (
 
 @dataclass
 class LayerSpectrum:
-    """The numbers of one layer. `random_overlap`: what random directions would give
-    (rows, columns)."""
+    """The numbers of one layer. `random_overlap`: of random directions, (rows, columns)."""
 
     name: str
     shape: tuple[int, int]
@@ -54,7 +55,7 @@ class LayerSpectrum:
 
 
 def lora_updates(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, W, dW) of every LoRALinear: the base layer's own weight and s B A (or DoRA's change)."""
+    """(name, W, dW) of every LoRALinear: the base layer's weight and s B A (or DoRA's change)."""
     for name, layer in lora_layers(model):
         yield name, layer.base_layer.state_dict()["weight"], layer.delta_weight()
 
@@ -115,20 +116,8 @@ def spectrum(updates: Iterable[tuple[str, Tensor, Tensor]], k: int = 8) -> list[
     return [layer_spectrum(name, weight, delta, k) for name, weight, delta in updates]
 
 
-COLUMNS = (
-    "layer",
-    "shape",
-    "|dW|/|W|",
-    "s1",
-    "s2",
-    "s last",
-    "rank",
-    "effective",
-    "rows",
-    "columns",
-    "random",
-    "amplified",
-)
+COLUMNS = ("layer", "shape", "|dW|/|W|", "s1", "s2", "s last", "rank", "effective")
+COLUMNS += ("rows", "columns", "random", "amplified")
 
 
 def spectrum_rows(layers: Sequence[LayerSpectrum]) -> list[list[str]]:
@@ -171,7 +160,7 @@ def update_overlap(first: Sequence[LayerSpectrum], second: Sequence[LayerSpectru
 
 
 def spectrum_figure(runs: Mapping[str, Sequence[LayerSpectrum]], path: str | Path) -> bool:
-    """Relative norm per layer, and singular values relative to the first; False without matplotlib."""
+    """Relative norms, and singular values relative to the first; False without matplotlib."""
     pyplot = load_pyplot("spectrum")
     if pyplot is None:
         return False

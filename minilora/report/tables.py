@@ -1,6 +1,4 @@
-"""Tables of results as text or Markdown, and the comparison of runs with mean and
-spread over seeds.
-"""
+"""Tables of results as text or Markdown; runs compared, with mean and spread over seeds."""
 
 import json
 import statistics
@@ -8,18 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # What may differ between two runs that count as the same configuration with other seeds.
-NOT_CONFIGURATION = (
-    "seed",
-    "output",
-    "resume",
-    "workers",
-    "device",
-    "log_interval",
-    "save_every",
-    "config",
-    "recipe",
-    "dry_run",
-)
+NOT_CONFIGURATION = ("seed", "output", "resume", "workers", "device", "log_interval", "save_every")
+NOT_CONFIGURATION += ("config", "recipe", "dry_run")
 
 
 @dataclass
@@ -59,8 +47,7 @@ def group_key(config: dict) -> str:
 
 @dataclass
 class RunGroup:
-    """Runs of equal configuration: `first` gives names and sizes, the numbers are
-    means over the seeds."""
+    """Runs of equal configuration: `first` gives names and sizes, numbers are means over seeds."""
 
     first: RunRow
     runs: list[RunRow]
@@ -129,17 +116,14 @@ COLUMNS = {
     "precision %": ("precision", _percent),
 }
 COMPARISON = ("run", "mode", "trainable", "accuracy %", "seconds", "peak memory MB", "file MB")
-BACKBONES = (
-    "backbone", "mode", "augment", "accuracy %", "test accuracy %", "peak memory MB", "seconds", "trainable",
-)  # fmt: skip
-# The forms in which the project's reports R1, R3 and R4 print their results.
+BACKBONES = ("backbone", "mode", "augment", "accuracy %", "test accuracy %", "peak memory MB", "seconds", "trainable")
+# Other forms in which reports print such results, by title.
+LOSSES = ("run", "mode", "seconds", "train loss", "eval loss", "accuracy %", "F1 %", "recall %", "precision %")
 REPORT_FORMS = {
-    "Losses and weighted averages": (
-        "run", "mode", "seconds", "train loss", "eval loss", "accuracy %", "F1 %", "recall %", "precision %",
-    ),
+    "Losses and weighted averages": LOSSES,
     "Time and accuracy": ("run", "mode", "seconds", "train accuracy %", "accuracy %", "trainable"),
     "Score, memory, time, size": ("run", "accuracy %", "peak memory MB", "seconds", "trainable", "file MB"),
-}  # fmt: skip
+}
 
 
 def comparison_cells(rows: Sequence[RunRow], columns: Sequence[str] = COMPARISON) -> tuple[list[str], list[list[str]]]:

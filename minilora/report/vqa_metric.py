@@ -117,7 +117,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def answers_of(annotation: Mapping) -> list[str]:
-    """The answers of one annotation: all ten, or the one in `multiple_choice_answer` or `answer`."""
+    """The answers of one annotation: all ten, or its `multiple_choice_answer` or `answer`."""
     if annotation.get("answers"):
         return [a["answer"] if isinstance(a, Mapping) else str(a) for a in annotation["answers"]]
     return [str(annotation.get("multiple_choice_answer", annotation.get("answer", "")))]

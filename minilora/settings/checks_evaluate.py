@@ -1,4 +1,4 @@
-"""Which flags of evaluate.py go together, and whether what they name can be written: told before
+"""Which flags of evaluate.py go together, and whether what they name can be written: checked before
 any work is done.
 """
 
@@ -12,7 +12,7 @@ from minilora.settings.parse import check_device
 from minilora.settings.values import option
 
 MACHINE = {"device", "amp", "batch_size", "workers"}  # how it is computed, not what
-# of a base model; a run knows its own
+# of a base model: a run knows its own
 BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt"}
 ZERO_SHOT = BASE_MODEL | MACHINE | {"weights", "data_dir", "data_format", "split", "bad_data"}
 PICTURES = MACHINE | {"image", "question", "choices", "weights"}  # what `--image` is answered with

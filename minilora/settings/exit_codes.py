@@ -1,8 +1,7 @@
-"""What both programs do around their work: exit codes instead of tracebacks, a sentence for
-every known failure.
+"""What every program does around its work: exit codes and one sentence instead of tracebacks.
 
-0 done; 1 a run that failed; 2 a mistake of the user's; 128 + N stopped by signal N (130
-Ctrl-C, 143 SIGTERM).
+0 done; 1 a run that failed; 2 a user's mistake; 128 + N stopped by signal N (130 Ctrl-C, 143
+SIGTERM); 141 the reader of the output has gone.
 """
 
 import os
@@ -22,7 +21,7 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
         return _complain(str(error), 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+    except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except RuntimeError as error:

@@ -1,8 +1,7 @@
-"""The flags of train.py and evaluate.py: one dataclass field per flag, with its group,
-default and help.
+"""The flags of train.py: one dataclass field per flag, with its group, default and help.
 
-`--lora-r` is `config.lora_r`. values.py reads and checks a value by its rule; config.py makes
-command lines and TOML files of the tables.
+`--lora-r` is `config.lora_r`. values.py reads and checks a value by its rule, parse.py turns a
+command line or a TOML file into a Config. The flags of evaluate.py are in flags_evaluate.py.
 """
 
 from dataclasses import dataclass, field, fields
@@ -28,8 +27,8 @@ class Rule:
     kind: str, int, float or bool (a bool takes no value; `--no-NAME` switches it off again).
     choices: accepted words; low, high: closed range; above, below: open range.
     many: several values, between spaces or commas. towers: one value for all, or `vision=A text=B`.
-    tasks: where the flag means something. meta: the value's name in --help. shown: its
-    default, in words.
+    tasks: where the flag means something. meta: the value's name in --help.
+    shown: its default, in words.
     """
 
     group: str
@@ -64,7 +63,7 @@ T = "text, for --task vqa and --task choice"
 # fmt: off
 @dataclass
 class Config:
-    """Everything that train.py can be told. A run directory's config.toml holds these fields."""
+    """Everything that one can ask of train.py. A run directory's config.toml holds these fields."""
 
     task: str = flag(W, "classify", "what to learn", choices=TASKS)
     recipe: str = flag(W, None, "a named set of flags, see --list-recipes", meta="NAME")
@@ -74,7 +73,7 @@ class Config:
         shown="bundled")
     tokenizer: str = flag(W, None, "vocabulary", tasks=TEXT, meta="PATH",
         shown="what lies beside the weights")
-    adapter: str = flag(W, None, "go on from this adapter: a run's, or one of PEFT's", meta="DIR")
+    adapter: str = flag(W, None, "start from this adapter: a run's, or one of PEFT's", meta="DIR")
     data_dir: str = flag(W, None, "the data set: folder or table", meta="DIR", shown="generated shapes")
     data_format: str = flag(W, "auto", "how the data lies on the disk", choices=FORMATS)
     output: str = flag(W, None, "run directory", meta="DIR", shown="runs/TASK-MODE-NNN")
@@ -142,7 +141,7 @@ class Config:
     distill_temperature: float = flag(C, 15.0, "softens both distributions", float, above=0)
     distill_t2: bool = flag(C, False, "multiply the teacher's share by the temperature squared", bool)
 
-    resume: str = flag(R, "auto", "auto: go on in --output; never: start anew; or a run to go on in",
+    resume: str = flag(R, "auto", "auto: resume --output; never: start anew; or the run to resume",
         meta="auto|never|DIR")
     save_every: int = flag(R, 0, "steps between checkpoints; 0: one per epoch", int, low=0)
     early_stop: int = flag(R, 0, "end after N epochs without a better one; 0: never", int, low=0)

@@ -11,7 +11,7 @@ D, O, C, P, X, B = "data", "output", "compression", "one picture", "export", "a 
 # fmt: off
 @dataclass
 class EvalConfig:
-    """Everything that evaluate.py can be told besides the run directories."""
+    """Everything that one can ask of evaluate.py besides the run directories."""
 
     data_dir: str = flag(D, None, "folder or table; without labels: predictions only", meta="DIR", shown="the run's")
     data_format: str = flag(D, "auto", "how the data lies on the disk", choices=FORMATS)
@@ -34,7 +34,7 @@ class EvalConfig:
     prune: float = flag(C, None, "set this share of weights to zero, show sizes side by side", float, low=0, below=1)
     prune_scope: str = flag(C, "backbone", "which weights; units: whole MLP units, really smaller and faster",
         choices=("conv", "backbone", "all", "units"))
-    prune_epochs: int = flag(C, 0, "learn on for N epochs while pruning; with units: LoRA, then merged", int, low=0)
+    prune_epochs: int = flag(C, 0, "train for N epochs while pruning; with units: LoRA, then merged", int, low=0)
 
     image: Any = flag(P, None, "answers for these pictures", many=True, meta="FILE")
     question: str = flag(P, None, "the question about --image", meta="TEXT", tasks=("vqa", "choice"))

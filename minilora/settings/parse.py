@@ -1,5 +1,4 @@
-"""From the tables of flags.py to a configuration: command line, recipes, TOML files,
-and what must fit.
+"""From flags to a checked configuration: command line, TOML files, recipes, defaults.
 
     config, _ = parse_args(["--recipe", "imagewoof-vit-tiny", "--lr", "1e-3"])
 
@@ -153,8 +152,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def check(config: Config, typed: Iterable[str] = ()) -> None:
-    """What no flag can tell alone: flags of another task or mode, and pairs that
-    exclude each other.
+    """What no flag shows alone: flags of another task or mode, and pairs that exclude each other.
 
     `typed` names the flags of the command line. There a LoRA flag beside --mode full is a mistake,
     while a recipe's LoRA settings may well be run once in another mode.

@@ -1,6 +1,4 @@
-"""One value of one flag: read by its rule, from the words of a command line or from
-TOML, and checked.
-"""
+"""One value of one flag, read by its rule from a command line or from TOML, and checked."""
 
 import difflib
 import math
@@ -75,8 +73,7 @@ def _words(label: str, value: Any) -> list[str]:
 
 
 def _names(label: str, value: Any) -> tuple[str, ...] | str:
-    """Names between spaces or commas; one word with a sign of a regular expression
-    is left as it is."""
+    """Names between spaces or commas; one word that is a regular expression stays as it is."""
     words = _words(label, value)
     if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[\\*+?^$|()\[\]]", words[0])):
         return words[0]
@@ -115,10 +112,10 @@ def _single(label: str, rule: Rule, value: Any) -> Any:
         ("below", rule.below, lambda x, bound: x < bound),
     ]
     limits = [(f"{words} {bound:.12g}", holds, bound) for words, bound, holds in limits if bound is not None]
-    told = " and ".join(words for words, _, _ in limits)
+    wanted = " and ".join(words for words, _, _ in limits)
     if rule.low is not None and rule.high is not None:
-        told = f"from {rule.low:.12g} to {rule.high:.12g}"
-    what = ("a whole number " if rule.kind is int else "a number ") + told
+        wanted = f"from {rule.low:.12g} to {rule.high:.12g}"
+    what = ("a whole number " if rule.kind is int else "a number ") + wanted
     number = _number(rule.kind, value)
     if number is None or not all(holds(number, bound) for _, holds, bound in limits):
         raise UserError(f"{label} must be {what.strip()}, got {value!r}")

@@ -71,7 +71,7 @@ def test_one_pair_of_files_is_split_by_picture(tmp_path):
     assert again.val.questions == splits.val.questions
 
 
-def test_split_by_question_is_report_1s_eighty_twenty(tmp_path):
+def test_split_by_question_holds_out_a_share_of_the_questions(tmp_path):
     part = read_vqa2(write_vqa(tmp_path, train=20))["train"]
     train, val = hold_out(part, 0.2, 0, "question")
     assert (len(train.questions), len(val.questions)) == (48, 12)

@@ -37,7 +37,7 @@ def test_every_recipe_is_valid_and_says_what_it_is():
         assert len(text) > 20
 
 
-def test_recipe_r3_is_the_reports():
+def test_the_imagewoof_recipe_has_the_published_hyperparameters():
     config = Config(**read_recipe("imagewoof-vit-tiny"))
     assert (config.lora_r, config.lora_alpha, config.lr, config.batch_size, config.opt) == (4, 4, 4e-4, 128, "adam")
     assert config.train_norms and len(config.target_modules) == 6

@@ -1,5 +1,4 @@
-"""Scenes of one to four coloured shapes, with questions, choices and captions about them:
-shapes-VQA and friends.
+"""Scenes of one to four coloured shapes, with questions, choices and captions about them.
 
 Everything is drawn and asked on the fly and depends only on (seed, world, split, picture number). A
 `World` names the shapes and colours that occur and the families of questions that are asked. Worlds
@@ -32,6 +31,7 @@ from minilora.data.generated.shapes import (
 
 QUESTIONS_PER_PICTURE = 5.3  # as in VQA v2: 443,757 questions on 82,783 pictures
 FAMILIES = ("color", "shape", "count", "exists", "side")
+RECORD = ("question", "answer", "question_type", "answer_type")
 
 
 class Thing(NamedTuple):
@@ -75,7 +75,7 @@ WORLDS = {
 
 
 class Scenes:
-    """`things(i)` is what picture i shows, `image(i)` draws it. The i-th of n pictures of a split."""
+    """Pictures of a split: `things(i)` is what the i-th of them shows, `image(i)` draws it."""
 
     def __init__(self, world: World | str, split: str, pictures: int, seed: int = 0):
         self.world = WORLDS[world] if isinstance(world, str) else world
@@ -135,16 +135,7 @@ class ShapesVQA(Scenes):
         for _ in range(20 * wanted):
             family = self.world.families[rng.integers(len(self.world.families))]
             if record := ASK[family](things, self.world, rng):
-                question, answer, question_type, answer_type = record
-                asked.setdefault(
-                    question,
-                    {
-                        "question": question,
-                        "answer": answer,
-                        "question_type": question_type,
-                        "answer_type": answer_type,
-                    },
-                )
+                asked.setdefault(record[0], dict(zip(RECORD, record, strict=True)))
             if len(asked) == wanted:
                 break
         return [{"question_id": 10 * i + k, "image_id": i, **record} for k, record in enumerate(asked.values())]
@@ -229,8 +220,8 @@ def _ask_count(things: list[Thing], world: World, rng) -> tuple[str, str, str, s
 
 
 def _ask_exists(things: list[Thing], world: World, rng) -> tuple[str, str, str, str]:
-    """Half of the answers are yes; half of the no-questions change only the colour
-    or only the shape."""
+    """Half of the answers are yes; half of the questions with no change one thing,
+    the colour or the shape."""
     thing = things[rng.integers(len(things))]
     pair = (thing.colour, thing.shape)
     if rng.random() < 0.5:

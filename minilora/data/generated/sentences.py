@@ -1,5 +1,4 @@
-"""Plain English to make a small text encoder from: everyday words, and sentences put
-together from them.
+"""Plain English that a small text encoder learns from: everyday words, and sentences made of them.
 
 Words stand in classes, so that templates give questions and statements with the grammar of
 questions about pictures.
@@ -68,12 +67,10 @@ stop surf swim swing take talk taste teach tell think throw touch travel try tur
 want wash watch wear win work write
 """.split()
 
-PLACES = (
-    """
+PLACES = """
 on in under above below behind beside near between inside outside across along around against over through toward
 """.split()
-    + ["left of", "right of", "next to", "in front of", "on top of", "close to"]
-)
+PLACES += ["left of", "right of", "next to", "in front of", "on top of", "close to"]
 
 NUMBERS = "one two three four five six seven eight nine ten 0 1 2 3 4 5 6 7 8 9 10 11 12 20 50 100".split()
 
@@ -143,10 +140,9 @@ SLOTS = {
     "number": NUMBERS,
     "other": OTHERS,
 }
-SCENE_SHARE = (
-    # of the sentences: questions about scenes; there are few of them, but demonstrations ask such
-    0.3
-)
+# This share of the sentences are questions about scenes: few different ones, but the demonstrations
+# ask such questions.
+SCENE_SHARE = 0.3
 
 
 class Sentences:

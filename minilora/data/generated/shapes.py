@@ -1,9 +1,10 @@
-"""Pictures of plain shapes, drawn on the fly: the data of every demonstration, with
-nothing to download.
+"""Pictures of plain shapes, drawn on the fly: the data of the demonstrations.
 
 Two classification tasks that share no shape and no colour:
-  source  48 classes, 6 colours x 8 shapes: what the bundled nano ViT was trained on (commands/pretrain)
-  target   8 classes, 8 other shapes in 6 other colours, turned a little further: what `train.py` fine-tunes it for
+  source  48 classes, 6 colours x 8 shapes: the bundled nano ViT was trained on these
+          (commands/pretrain)
+  target  8 classes, 8 other shapes in 6 other colours, turned a little further: `train.py`
+          fine-tunes it on these
 Picture i of a set depends only on (seed, set, i).
 """
 
@@ -44,7 +45,7 @@ def _star(points: int, inner: float) -> np.ndarray:
 
 
 def _crescent() -> np.ndarray:
-    """The unit circle without the circle around (0.5, 0) that meets it at the tips, +-50 degrees."""
+    """The unit circle without the circle around (0.5, 0) that meets it at the tips, +-50 deg."""
     outer = np.radians(np.linspace(50, 310, 24))
     tip = math.atan2(math.sin(outer[0]), math.cos(outer[0]) - 0.5)
     inner = np.linspace(2 * math.pi - tip, tip, 16)

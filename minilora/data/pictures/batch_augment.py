@@ -75,5 +75,5 @@ class Finish:
             return self.rand(pixels) if self.rand else pixels
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> float32: the arithmetic of transforms.Normalise, in the same order."""
+        """uint8 (B, 3, S, S) -> float32: transforms.Normalise, in the same order of arithmetic."""
         return pixels.to(torch.float32).mul_(self.scale).add_(self.shift)

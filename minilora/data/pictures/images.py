@@ -1,8 +1,7 @@
 """Open one picture, whatever it is, as 8-bit RGB, or say in one line why it cannot be opened.
 
-Pictures come from strangers, so the order matters: first the path (it must stay inside the data
-folder), then the
-header (format and size: a 50 kB file may unpack to gigabytes), and only then the pixels.
+Pictures come from strangers, so the order matters: first the path, which must stay inside the data
+folder, then the header (format and size: a 50 kB file may unpack to gigabytes), then the pixels.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minilora.errors import UserError
 
-# Formats that Pillow decodes by itself. Left out are those that start other programs
-# (EPS: ghostscript).
+# Formats that Pillow decodes by itself, without those that start other programs (EPS: ghostscript).
 WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
 Image.init()
 FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"))
-# Pillow's own limit: 256 MiB as RGB; above it the header alone condemns the file
+# Pillow's own limit, 256 MiB as RGB; a file whose header names more is not decoded
 MAX_PIXELS = 89_478_485
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
 
@@ -39,7 +37,7 @@ class BadImage(UserError):
 
 
 def is_picture(name: str) -> bool:
-    """True for a file name that looks like a picture; hidden files (macOS leaves `._x.jpg`) do not."""
+    """Whether a file name looks like a picture's; hidden files (macOS leaves `._x.jpg`) do not."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not os.path.basename(name).startswith(".")
 
 

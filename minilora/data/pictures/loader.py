@@ -37,8 +37,7 @@ def mix(*numbers: int) -> int:
 
 @contextmanager
 def seeded_cpu(seed: int):
-    """Inside, torch's CPU random numbers start from `seed`; afterwards they go on as if
-    nothing had happened.
+    """Inside, torch's CPU random numbers start from `seed`; afterwards the old ones continue.
 
     torch.random.fork_rng does the same and costs more; torch.manual_seed would also reset the
     GPU's generators.

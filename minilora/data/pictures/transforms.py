@@ -1,5 +1,4 @@
-"""Picture -> tensor: resize to what the model wants, optionally augment, scale to
-[0, 1], normalise.
+"""Picture -> tensor: resize for the model, augment where asked, scale to [0, 1], normalise.
 
 `preprocess` is the dictionary that every model carries: image_size, resize ("squash" straight to
 the square, or "shortest" edge to `resize_to` and a centre crop), interpolation, mean, std. Geometry
@@ -42,7 +41,7 @@ def build_transform(preprocess: dict, augment: str = "none") -> Callable[[Image.
 
 
 def to_uint8(preprocess: dict) -> Callable[[Image.Image], Tensor]:
-    """RGB picture -> (3, S, S) uint8: the resize without augmentation or normalisation, for shards."""
+    """RGB picture -> (3, S, S) uint8: resized, not augmented and not normalised, for shards."""
     return Resize(preprocess)
 
 
@@ -81,8 +80,7 @@ class Normalise:
 
 
 class Stored:
-    """A picture that has its final size already -> (3, S, S) float32, normalised: of a
-    picture out of a shard."""
+    """A picture out of a shard, already of the final size -> (3, S, S) float32, normalised."""
 
     def __init__(self, preprocess: dict):
         self.normalise = Normalise(preprocess)

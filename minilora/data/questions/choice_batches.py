@@ -1,5 +1,4 @@
-"""From questions to batches: the texts of all choices as token ids, made once;
-pictures as they come.
+"""From questions to batches: the choices' texts as token ids, made once; pictures as they come.
 
 A picture that several questions of a batch are about is in the batch once.
 """
@@ -22,8 +21,7 @@ WORTH_SHARING = 0.75
 
 
 class Tokens:
-    """Ragged token ids of N questions with C choices each, in one array. `tokens[i]` is
-    a list of C rows."""
+    """Ragged token ids of N questions with C choices each; `tokens[i]` is a list of C rows."""
 
     def __init__(self, rows: Sequence[Sequence[int]], choices: int):
         self.choices = choices
@@ -81,8 +79,7 @@ def collate_choices(items: Sequence[dict], pad_id: int) -> dict:
     """Items -> batch. B questions, U different pictures, C choices, T tokens of the longest text.
 
     image (U, 3, S, S), picture (B,) rows of image, input_ids (B, C, T), label, index (B,) int64,
-    valid (B,) bool,
-    share: whether it pays to encode what a question's choices have in common once.
+    valid (B,) bool, share: whether it pays to encode what a question's choices have in common once.
     """
     rows: dict[int, int] = {}
     for item in items:

@@ -1,5 +1,4 @@
-"""Multiple choice from csv tables, as the SCPC 2025 competition has them (and any table
-with such columns).
+"""Multiple choice from csv tables with the columns of the SCPC 2025 competition.
 
     ID,img_path,Question,A,B,C,D,answer          a letter as answer; test.csv has no such column
     TRAIN_000,./train_input_images/TRAIN_000.jpg,"What, if anything, is on the table?",...,B

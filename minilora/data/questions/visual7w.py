@@ -1,8 +1,8 @@
-"""Visual7W, telling questions: dataset_v7w_telling.json of
-https://github.com/yukezhu/visual7w-toolkit.
+"""Visual7W, telling questions: dataset_v7w_telling.json of github.com/yukezhu/visual7w-toolkit.
 
-    {"images": [{"image_id": 1, "filename": "v7w_1.jpg", "split": "train|val|test", "qa_pairs": [{"qa_id": 7,
-        "question": "Who is there?", "answer": "A boy.", "multiple_choices": [3 wrong ones], "type": "who"}]}]}
+    {"images": [{"image_id": 1, "filename": "v7w_1.jpg", "split": "train|val|test", "qa_pairs": [
+        {"qa_id": 7, "question": "Who is there?", "answer": "A boy.",
+         "multiple_choices": [3 wrong ones], "type": "who"}]}]}
 
 The right answer is not among `multiple_choices`: the candidates are it and those, shuffled by
 (seed, qa_id). The toolkit scores the first candidate of its results file by case-insensitive

@@ -1,11 +1,11 @@
 """Questions about pictures in the files of VQA v2: questions json, annotations json, and pictures
 found by their id.
 
-Three ways to lie in a folder are understood, all with the same json inside (Goyal et al.
-2017, visualqa.org):
+A folder may have one of three layouts, with the same json inside (Goyal et al. 2017, visualqa.org):
 
     official   v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json,
-               train2014/COCO_train2014_%012d.jpg; the same for val2014 and test2015, also one folder deeper
+               train2014/COCO_train2014_%012d.jpg; the same for val2014 and test2015, also one
+               folder deeper
     easy       train_questions.json, train_annotations.json, train/*; the same for val and test
     one pair   questions.json, annotations.json and a folder of pictures, split by --val-split
 
@@ -40,7 +40,7 @@ EXPANSIONS = (
     (re.compile(r"'ll\b"), " will"),
     (re.compile(r"'d\b"), " would"),
     (re.compile(r"'m\b"), " am"),
-    (re.compile(r"'s\b"), " is"),  # what's, it's, and of nouns too: guy's -> guy is (report R1)
+    (re.compile(r"'s\b"), " is"),  # what's, it's, and of nouns too: guy's -> guy is
 )
 # punctuation that does not stand between digits
 LOOSE_MARK = re.compile(r"(?<!\d)[^\w\s']|[^\w\s'](?!\d)|_")
@@ -92,7 +92,10 @@ class VQAPart:
 
 
 def clean_question(text: str) -> str:
-    """Lower case, single spaces, contractions written out: "What's the guy's  name?" -> "what is the guy is name?" """
+    """Lower case, single spaces, contractions written out.
+
+    "What's the guy's  name?" -> "what is the guy is name?"
+    """
     text = text.lower().replace("\u2019", "'")
     for pattern, full in EXPANSIONS:
         text = pattern.sub(full, text)
@@ -100,8 +103,7 @@ def clean_question(text: str) -> str:
 
 
 def answer_key(text: str) -> str:
-    """What two spellings of one answer share: no case, no punctuation but in
-    numbers: "T.V." -> "tv"."""
+    """What spellings of one answer share: no case, punctuation in numbers only; "T.V." -> "tv"."""
     text = " ".join(text.lower().split())
     bare = LOOSE_MARK.sub(lambda mark: "" if mark[0] == "." else " ", text)
     return " ".join(bare.split()) or text

@@ -2,7 +2,7 @@
 
     image (P, 3, S, S)   image_index (B,)      question b is about picture image_index[b]
     input_ids (U, T)     text_index (B,)       and asks text text_index[b]; attention_mask (U, T)
-    label (B,)           index (B,)  valid (B,)   class or -1, number of the question, whether its picture was readable
+    label (B,)           index (B,)  valid (B,)   class or -1, its number, picture readable
 
 B questions, P <= B pictures, U <= B texts. A model may so encode each picture and each text once:
 the same numbers for less work. Everything random is a function of (seed, epoch, picture) alone.
@@ -61,8 +61,7 @@ class Texts:
 
 
 class VQADataset(PictureTensors, Dataset):
-    """A part with its tokens and labels. `dataset[(epoch, numbers)]` is the batch of
-    these questions.
+    """A part with its tokens and labels; `dataset[(epoch, numbers)]`: the batch of these questions.
 
     epoch None: no augmentation. A broken or missing picture raises BadImage (bad_data "error") or
     becomes grey, with its questions not valid. `targets` (N, K) float32 or None: soft labels.

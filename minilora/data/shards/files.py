@@ -1,10 +1,9 @@
-"""What all shards have in common: safetensors files and their index, written on after an
-interruption, and checked.
+"""What all shards share: safetensors files and their index, checked; writing that can be resumed.
 
-    index.json                format, how the set was made, and of every shard its part, counts and sha256
+    index.json                format, how the set was made; part, counts and sha256 of every shard
     train-00000.safetensors   tensors, and `records`: UTF-8 json
 
-index.json is written anew after every shard: an interrupted run goes on where it was, and an
+index.json is written anew after every shard: interrupted writing is resumed where it was, and an
 incomplete set is refused.
 """
 
@@ -70,7 +69,7 @@ def write_files(
 
 
 def started(folder: Path, plan: dict) -> dict:
-    """The index to go on with: a fresh one, or that of an interrupted call with the same plan."""
+    """The index to continue: a fresh one, or that of an interrupted call with the same plan."""
     if not is_shards(folder):
         return plan | {"complete": False, "shards": {}}
     index = read_index(folder, plan["format"])
@@ -102,7 +101,7 @@ def checked_files(folder: Path, wanted: str) -> tuple[dict, dict[str, list[str]]
     names a damaged file."""
     index = read_index(folder, wanted)
     if not index.get("complete"):
-        raise UserError(f"{folder}: the shards are incomplete; run the command that writes them again, it goes on")
+        raise UserError(f"{folder}: the shards are incomplete; run the command that writes them again, it continues")
     files: dict[str, list[str]] = {}
     for file, entry in index["shards"].items():
         path = folder / file
@@ -122,8 +121,7 @@ def to_records(value: object) -> Tensor:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict:
-    """The named small tensors of a shard as numpy arrays, `records` as the JSON
-    value that it holds."""
+    """The named small tensors of a shard as numpy arrays, `records` as the JSON value in it."""
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in names}

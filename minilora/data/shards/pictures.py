@@ -2,16 +2,17 @@
 safetensors shards.
 
     python -m minilora.commands.shards photos shards --model vit-tiny-patch16-224 --weights ...
-    python train.py --data-dir shards ...               nothing but the shards is read, names of the classes included
+    python train.py --data-dir shards ...     nothing else is read; they name the classes too
 
-    index.json                classes, how the set was made; of every shard its file, sha256 and number of pictures
-    train-00000.safetensors   pixels (P, 3, S, S) uint8, `records`; of training pictures also wide (P, 3, L, L) uint8
+    index.json                classes, how the set was made; sha256 and pictures of every shard
+    train-00000.safetensors   pixels (P, 3, S, S) uint8, `records`;
+                              of training pictures also wide (P, 3, L, L) uint8
 
 `pixels` is what the model's own resizing makes of a picture: evaluation, and training with
 --augment none, get the same bits as from the files. `wide` is the whole picture squashed to L x L,
-from which --augment basic and rand cut
-their crops: the same boxes and flips as from the files, scaled to L x L and rounded there, so that
-pixels differ by the second resizing (L = 8 / 7 S by default; with L = 0 crops come from `pixels`).
+from which --augment basic and rand cut their crops: the same boxes and flips as from the files,
+scaled to L x L and rounded there, so that pixels differ by the second resizing (L = 8 / 7 S by
+default; with L = 0 crops come from `pixels`).
 """
 
 from __future__ import annotations
@@ -173,10 +174,9 @@ class ShardDataset(Dataset):
     """Pictures of shards as they are stored; batch_augment.Finish crops and normalises them, a
     batch at a time.
 
-    `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid.
-    `dataset[(epoch, i)]` with
-    augmentation: image (3, L, L) or (3, S, S) uint8, `draw`, the seed of that item's random
-    numbers, and `shape` (2,), width and height that the crop is drawn for.
+    `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid. `dataset[(epoch,
+    i)]` with augmentation: image (3, L, L) or (3, S, S) uint8, `draw`, the seed of that item's
+    random numbers, and `shape` (2,), width and height that the crop is drawn for.
     """
 
     def __init__(self, split: ShardSplit, augment: str = "none", seed: int = 0):

@@ -1,12 +1,12 @@
 """Questions and pictures, prepared once: uint8 pictures of the model's size and token ids in
 safetensors shards.
 
-    python -m minilora.commands.shards vqa_v2 shards --task vqa --model vision=vit-base-patch16-224 text=bert-base ...
-    python -m minilora.commands.shards photos shards --model vit-tiny-patch16-224 --weights ...   see pictures.py
-    python train.py --task vqa --data-dir shards ...                  nothing but the shards is read
+    python -m minilora.commands.shards vqa_v2 shards --task vqa --model vqa-vit-bert --weights ...
+    python train.py --task vqa --data-dir shards ...              nothing but the shards is read
 
-    index.json                how they were made; of every shard its file, sha256, pictures and questions
-    train-00000.safetensors   pixels (P, 3, S, S) uint8, tokens and offsets of the questions, and `records`: UTF-8 json
+    index.json                how they were made; sha256, pictures and questions of every shard
+    train-00000.safetensors   pixels (P, 3, S, S) uint8, tokens and offsets of the questions, and
+                              `records`: UTF-8 json
     vocab.txt ...             the tokenizer
 
 A picture and its questions share a shard. Reading maps the files into memory, so that a shuffled
