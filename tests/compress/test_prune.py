@@ -56,7 +56,7 @@ def test_the_schedule_is_the_polynomial_of_its_docstring():
     assert polynomial_sparsity(0, 0, 0.5, 0.8) == 0.8
 
 
-def test_scopes_are_what_they_say():
+def test_each_scope_finds_its_own_weights_and_no_others():
     model = mobile()
     names = {scope: set(scope_tensors(model, scope)) for scope in ("conv", "backbone", "all")}
     assert names["conv"] == {n for n, p in model.named_parameters() if p.dim() == 4} == names["backbone"]
@@ -227,7 +227,7 @@ def test_both_towers_of_a_pair_shrink_and_say_so(tmp_path):
     )
 
 
-def test_medians_of_calls_that_take_turns():
+def test_timed_calls_take_turns_after_a_warm_up():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     times = median_seconds(calls, rounds=3, at_least=0)

@@ -63,7 +63,7 @@ def test_visual7w_results_file_is_the_toolkits():
     assert [c["answer"] for c in record["candidates"]] == [split[0].choices[k] for k in (2, 0, 1, 3)]
 
 
-def test_real_visual7w(shared):
+def test_real_visual7w_has_its_own_splits_ids_and_types(shared):
     splits = load_choices(shared / "visual7w_small", seed=41)
     assert [len(splits.train), len(splits.val), len(splits.test)] == [292, 64, 77]
     assert len({question.id for part in (splits.train, splits.val, splits.test) for question in part}) == 433
@@ -88,7 +88,7 @@ def test_a_split_by_pictures_divides_no_picture(tmp_path):
         assert len(val) == 3 and not train & val and len(splits.train) + len(splits.val) == 40
 
 
-def test_subset_counts_pictures(tmp_path):
+def test_subset_counts_pictures_not_questions(tmp_path):
     root = write_scpc(tmp_path, train=40)
     for subset, pictures in ((0.5, 9), (3, 3)):
         splits = load_choices(root, val_split=0.1, subset=subset)

@@ -307,7 +307,7 @@ def test_a_link_in_a_table_that_leaves_the_folder_is_never_opened(tmp_path):
         split.load([s.path for s in split].index("a.png"))
 
 
-def test_clean_paths():
+def test_a_path_of_a_table_becomes_relative_with_forward_slashes():
     assert contained("./a/./b.png", "here") == contained("a\\b.png", "here") == "a/b.png"
 
 

@@ -45,34 +45,34 @@ def test_the_programs_exit_with_2_and_one_line(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_missing_data_folder():
+def test_a_missing_data_folder_is_named():
     assert "no such folder" in refused(train.main, *NANO, "--data-dir", "/nonexistent/photos")
 
 
-def test_folder_that_is_needed_but_not_named():
+def test_a_format_that_needs_a_folder_asks_for_data_dir():
     assert "--data-dir is missing" in refused(train.main, *NANO, "--data-format", "folder")
 
 
-def test_empty_class(photos, tmp_path):
+def test_a_class_folder_without_a_picture_is_named(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos/train/class_9").mkdir()
     assert "class_9: class folder without a picture" in refused(train.main, *NANO, "--data-dir", tmp_path / "photos")
 
 
-def test_one_class(tmp_path):
+def test_one_class_alone_is_refused(tmp_path):
     write_photos(tmp_path, classes=1)
     assert "only one class" in refused(train.main, *NANO, "--data-dir", tmp_path)
 
 
-def test_format_of_another_task(photos):
+def test_a_format_of_another_task_is_refused(photos):
     assert "not for --task classify" in refused(train.main, *NANO, "--data-format", "vqa2", "--data-dir", photos)
 
 
-def test_shapes_with_a_folder(photos):
+def test_shapes_refuse_a_data_dir(photos):
     assert "leave --data-dir out" in refused(train.main, *NANO, "--data-format", "shapes", "--data-dir", photos)
 
 
-def test_broken_picture_names_the_file(photos, tmp_path):
+def test_a_broken_picture_is_named_or_skipped(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     picture = next((folder / "train").rglob("*.png"))
     picture.write_bytes(picture.read_bytes()[:60])
@@ -94,11 +94,11 @@ def test_broken_picture_names_the_file(photos, tmp_path):
         ("--image-size 50", "cuts pictures into patches of 8; take a multiple"),
     ],
 )
-def test_model_that_does_not_fit_the_task(words, told):
+def test_a_model_that_does_not_fit_the_task_is_refused_with_the_reason(words, told):
     assert told in refused(train.main, *words.split())
 
 
-def test_adapter_that_is_none(photos, tmp_path):
+def test_a_folder_that_is_no_adapter_is_refused_with_the_reason(photos, tmp_path):
     words = [*QUICK, "--data-dir", photos, "--adapter"]
     assert "it does not exist" in refused(train.main, *words, tmp_path / "nowhere")
     assert "adapter_config.json is missing" in refused(train.main, *words, tmp_path)
@@ -106,11 +106,11 @@ def test_adapter_that_is_none(photos, tmp_path):
     assert "a whole model, which goes with --weights" in refused(train.main, *words, tmp_path / "whole")
 
 
-def test_weights_that_nobody_gave():
+def test_a_model_without_bundled_weights_asks_for_a_file():
     assert "safetensors file" in refused(train.main, "--model", "vit-tiny-patch16-224")
 
 
-def test_unknown_model_and_target():
+def test_unknown_models_and_targets_name_the_nearest():
     assert "--list-models" in refused(train.main, "--model", "resnet50", "--weights", "none")
     assert "did you mean vit-tiny-patch16-224 or" in refused(train.main, "--model", "vit_tiny_patch16_224")
     assert "weights of the hub are hf:org/name" in refused(train.main, "--model", "google/vit-base")
@@ -125,18 +125,18 @@ def weights(tmp_path):
     return save_pretrained(create_model("vit-nano-patch8-48", num_classes=5), tmp_path / "nano") / "model.safetensors"
 
 
-def test_truncated_weights(weights):
+def test_truncated_weights_are_named(weights):
     weights.write_bytes(weights.read_bytes()[:-1000])
     told = refused(train.main, "--model", "vit-nano-patch8-48", "--weights", weights)
     assert "not a readable safetensors file" in told and str(weights) in told
 
 
-def test_weights_of_another_model(weights):
+def test_weights_of_another_model_are_named(weights):
     told = refused(train.main, "--model", "vit-tiny-patch16-224", "--weights", weights)
     assert str(weights) in told
 
 
-def test_weights_with_nan(weights):
+def test_weights_with_nan_name_the_tensor(weights):
     tensors = load_file(weights)
     tensors["norm.weight"][3] = float("nan")
     save_file(tensors, weights)

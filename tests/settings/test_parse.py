@@ -193,7 +193,7 @@ def test_examples_of_the_help_are_commands_that_are_understood():
         parse_args(shlex.split(line)[2:])
 
 
-def test_help_shows_defaults():
+def test_the_help_shows_the_defaults_in_brackets():
     text = train_parser().format_help()
     assert "[8]" in text and "[q_proj v_proj;" in text and "lora 0.00" in text
 
