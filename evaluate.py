@@ -19,7 +19,7 @@ import torch
 
 from minilora.adapter import export_adapter
 from minilora.atomic import atomic_write, write_json, write_png
-from minilora.commands.compression import check_pruning, compression_report
+from minilora.commands.compression import check_pruning, compression_report, latency
 from minilora.commands.results import attention_figures, report_data, run_row
 from minilora.errors import UserError
 from minilora.inject import merge_lora
@@ -32,9 +32,9 @@ from minilora.settings.checks_evaluate import check
 from minilora.settings.flags import Config
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import Parser
-from minilora.tasks import load_run, run_module
-from minilora.tasks.base import choose_device
-from minilora.tasks.run import Evaluation, Run, latency
+from minilora.tasks.load import load_run, task_module
+from minilora.tasks.run import Evaluation, Run
+from minilora.training.device import choose_device
 from reference_models import ModelError, save_pretrained
 
 
@@ -73,7 +73,7 @@ def score_base_model(options: EvalConfig, device: torch.device) -> int:
         raise UserError("name a run directory, or a base model with --model, --weights and --data-dir")
     names = ("task", "model", "weights", "tokenizer", "data_dir", "data_format", "image_size", "prompt", "bad_data")
     config = Config(**{name: getattr(options, name) for name in names})
-    print(run_module(config.task).zero_shot(config, options, device))
+    print(task_module(config.task, "run").zero_shot(config, options, device))
     return 0
 
 

@@ -1,10 +1,10 @@
 """Fine-tune an encoder: flags -> Config -> task -> Trainer -> run directory.
 
-python train.py                                              LoRA on generated shapes, a minute on two cores
+python train.py                                          LoRA on generated shapes, within a minute
 python train.py --data-dir photos --model vit-tiny-patch16-224 --weights deit_tiny.safetensors
 python train.py --recipe imagewoof-vit-tiny --data-dir imagewoof2
-python train.py --resume runs/classify-lora-000              go on with a run that was stopped
-torchrun --nproc-per-node 2 train.py --data-dir photos       two processes
+python train.py --resume runs/classify-lora-000          resume a run that was stopped
+torchrun --nproc-per-node 2 train.py --data-dir photos   two processes
 """
 
 import sys
@@ -22,10 +22,11 @@ from minilora.inject import count_parameters
 from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config
 from minilora.settings.parse import parse_args
-from minilora.tasks import build_task
-from minilora.tasks.base import Task, choose_amp, choose_device
+from minilora.tasks.load import build_task
 from minilora.tasks.rundir import continued, open_run_dir
+from minilora.tasks.task import Task, choose_amp
 from minilora.training import distributed
+from minilora.training.device import choose_device
 from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import ModelError
@@ -44,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
-    """The whole of a run: model and data, training, the files that remain, and what to type next."""
+    """A whole run: model and data, training, the files that remain, and what to type next."""
     task = build_task(config, device)
     options = train_options(config, choose_amp(config, device), checkpoint)
     if config.dry_run:
         print(*describe_plan(task, options, device), sep="\n")
         return 0
-    run_dir = Path(distributed.gather_objects(prepare(task) if distributed.is_main() else None)[0])
+    # rank 0 opens the directory, and everybody learns its name
+    opened = prepare(task) if distributed.is_main() else None
+    run_dir = Path(distributed.gather_objects(opened)[0])
     trainer = Trainer(task, options, run_dir, device)
     for line in (*task.data_lines(), str(count_parameters(task.model)), method_line(config, options, device)):
         trainer.progress.log(line)
@@ -78,7 +81,9 @@ def train_options(config: Config, amp: str, checkpoint: Path | None) -> TrainOpt
     """The flags that the Trainer has too, and where to resume from."""
     shared = {f.name for f in fields(TrainOptions)} & {f.name for f in fields(Config)}
     values = {name: getattr(config, name) for name in shared} | {"amp": amp}
-    return TrainOptions(**values | {"resume": str(checkpoint)} if checkpoint else values)
+    if checkpoint:
+        values["resume"] = str(checkpoint)
+    return TrainOptions(**values)
 
 
 if __name__ == "__main__":

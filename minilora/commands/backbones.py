@@ -1,13 +1,12 @@
-"""A table of backbones: train each of a list, with LoRA or in full, with or without
-augmentation, side by side.
+"""A table of backbones: train each of a list, with LoRA or in full, with or without augmentation.
 
-    python -m minilora.commands.backbones --models vit-tiny-patch16-224 swin-tiny-patch4-window7-224 --weights none \\
-        --modes lora full --augment none basic --data-dir photos --output backbones --epochs 3
+    python -m minilora.commands.backbones --models vit-tiny-patch16-224 beit-base-patch16-224 \\
+        --weights none --modes lora full --augment none basic --data-dir photos --output backbones
 
 The other flags are train.py's. Each combination is a run of train.py in a process of its own, so
 that its peak of memory is its own, in OUTPUT/MODEL-MODE-AUGMENT. Finished runs are not made again,
-a stopped one goes on, a failed one is named and the others go on. The table goes to stdout and to
-OUTPUT/table.md, what the runs say to stderr.
+a stopped one is resumed, a failed one is named and the others continue. The table goes to stdout
+and to OUTPUT/table.md, what the runs say to stderr.
 """
 
 import itertools
@@ -29,10 +28,11 @@ from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config, flag, rules
 from minilora.settings.parse import Parser, check, read_recipe, read_toml, to_toml
 from minilora.settings.values import convert, option
-from minilora.tasks import base
-from minilora.tasks.classify import task as classify
+from minilora.tasks.classify.task import open_data
+from minilora.tasks.method import resolve
 from minilora.tasks.rundir import differences
 from minilora.tasks.runfiles import read_summary
+from minilora.tasks.weights import find_weights
 from reference_models import ModelError
 from reference_models.load import config_for
 
@@ -108,7 +108,7 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
     if not TRAIN.is_file():
         raise UserError(f"{TRAIN} is missing: this command needs the project's folder, not the package alone")
     plan = combinations(Config(**shared), lists)
-    classify.open_data(next(iter(plan.values())))
+    open_data(next(iter(plan.values())))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,7 +126,7 @@ def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
         own = {"model": model, "mode": mode, "augment": augment, "seed": seed, "weights": places[model]}
         config = Config(**vars(shared) | own)
         check(config)
-        base.resolve(config, None)
+        resolve(config, None)
         name = f"{Path(model).name}-{mode}-{augment}" + f"-{seed}" * (len(values["seed"]) > 1)
         if name in plan:
             raise UserError(f"two runs would be called {name}; name each model once, folders by different names")
@@ -144,7 +144,7 @@ def _values(shared: Config, key: str, words: Sequence[str] | None) -> list:
 def weights_of(models: Sequence[str], words: Sequence[str]) -> dict[str, str | None]:
     """{model: where its weights are} from MODEL=PLACE, or PLACE for all models that are not named.
 
-    Raises UserError (ModelError) for unknown models, weights of nobody's and weights
+    Raises UserError (ModelError) for unknown models, weights of no model in the list and weights
     that are not there.
     """
     named, rest = {}, None
@@ -162,7 +162,7 @@ def weights_of(models: Sequence[str], words: Sequence[str]) -> dict[str, str | N
     for model, place in places.items():
         if not os.path.isdir(model):
             config_for(model)
-        source = base.find_weights(model, place)
+        source = find_weights(model, place)
         if source and not str(source).startswith("hf:") and not os.path.exists(source):
             raise UserError(f"--weights of {model}: {source}: no such file or directory")
     return places
@@ -174,8 +174,8 @@ def finished(path: Path, config: Config) -> bool:
 
 
 def train(path: Path, config: Config) -> str | None:
-    """One run of train.py in a process of its own; None, or why it failed. Our end asks it
-    to save and stop."""
+    """One run of train.py in a process of its own; None, or why it failed. When this process ends,
+    the run is asked to save and stop."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
         file.write_text(to_toml(config), encoding="utf-8")

@@ -1,5 +1,5 @@
-"""evaluate.py RUN --prune S --prune-scope P: a run's model made smaller, and all
-sizes side by side.
+"""evaluate.py RUN --prune S --prune-scope P: a run's model made smaller, and all sizes side by
+side; and --latency.
 
 Scopes of single weights (conv, backbone, all) leave a model that only a compressed file shows to be
 smaller; the scope units removes whole MLP units and leaves a model that is smaller and faster. With
@@ -8,7 +8,6 @@ units through LoRA, which is merged afterwards.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,9 +23,10 @@ from minilora.inject import LoRAConfig, inject_lora, merge_lora
 from minilora.report.tables import text_table
 from minilora.settings.flags import DEFAULT_LR
 from minilora.settings.values import option
-from minilora.tasks import base, build_task
+from minilora.tasks.load import build_task
 from minilora.tasks.run import Run
-from minilora.training.trainer import to_device
+from minilora.training.device import autocast, to_device
+from minilora.training.optim import schedule_factor
 
 UNITS = "units"
 LATENCY_BATCHES = (1, 64)
@@ -87,7 +87,7 @@ def learn_on(
     task = build_task(config, run.device, taught=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     steps = epochs * len(task.train_batches(0))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor("cosine", step, steps, 0))
     pruner = Pruner(model, scope, sparsity, steps=steps // 2) if scope else None
     if pruner:
         pruner.attach(optimizer)
@@ -95,7 +95,7 @@ def learn_on(
     for epoch in range(epochs):
         for number, batch in enumerate(task.train_loader(epoch, task.train_batches(epoch))):
             torch.manual_seed(run.config.seed + epoch * steps + number)  # for dropout
-            with base.autocast(run.device, task.amp):
+            with autocast(run.device, task.amp):
                 loss, _ = task.loss(model, to_device(batch, run.device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -127,6 +127,12 @@ def compression_rows(runs: Sequence[Run], names: Sequence[str], options: Any, ro
             | {"accuracy": scores and scores["accuracy"]}
         )
     return rows
+
+
+def latency(run: Run, options: Any, sizes: Sequence[int] = (1, 32), rounds: int = 15) -> list[tuple[int, float]]:
+    """(batch size, median seconds of one forward pass)."""
+    calls = {size: {"": forward(run, run.batch(size, options))} for size in sizes}
+    return [(size, median_seconds(call, rounds, str(run.device))[""]) for size, call in calls.items()]
 
 
 def forward(run: Run, batch: dict[str, Tensor]):

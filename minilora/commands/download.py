@@ -1,7 +1,7 @@
 """Fetch and unpack the public data sets of the recipes.
 
     python -m minilora.commands.download imagewoof DIR      # 0.3 GB, class folders
-    python -m minilora.commands.download vqa2 DIR           # 20 GB, questions, answers and COCO pictures
+    python -m minilora.commands.download vqa2 DIR           # 20 GB, questions and COCO pictures
     python -m minilora.commands.download visual7w DIR       # 1.8 GB, questions and pictures
 
 An archive is downloaded beside its final place, compared with the size and checksum that are known

@@ -8,16 +8,17 @@ from torch import nn
 from minilora.inject import count_parameters, lora_layers
 from minilora.report.page import parameter_rows
 from minilora.report.tables import text_table
-from minilora.tasks import base
+from minilora.tasks.task import Task
+from minilora.training.device import autocast, to_device
 from minilora.training.distributed import share_steps, turns
-from minilora.training.trainer import TrainOptions, to_device
+from minilora.training.trainer import TrainOptions
 
 # float32 numbers that the optimizer keeps per trainable one
 STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 MIB = 2**20
 
 
-def describe_plan(task: base.Task, options: TrainOptions, device: torch.device) -> list[str]:
+def describe_plan(task: Task, options: TrainOptions, device: torch.device) -> list[str]:
     """The lines that --dry-run prints."""
     steps = len(task.train_batches(0, turns(options.grad_accum_steps)))
     total = min(options.epochs * steps, options.max_steps or options.epochs * steps)
@@ -27,8 +28,8 @@ def describe_plan(task: base.Task, options: TrainOptions, device: torch.device) 
     lines += [str(count_parameters(task.model)), *target_lines(task.model)]
     lines.append(f"steps: {steps} per epoch, {total} in all; lr {options.lr:g} {options.sched}, {options.amp}")
     parts = memory_estimate(task, options, device)
-    told = ", ".join(f"{name} {size / MIB:.0f}" for name, size in parts.items())
-    lines.append(f"memory: about {sum(parts.values()) / MIB:.0f} MiB ({told}), besides torch itself")
+    each = ", ".join(f"{name} {size / MIB:.0f}" for name, size in parts.items())
+    lines.append(f"memory: about {sum(parts.values()) / MIB:.0f} MiB ({each}), besides torch itself")
     return lines
 
 
@@ -42,7 +43,7 @@ def target_lines(model: nn.Module) -> list[str]:
     return [f"LoRA: {n} x {key}" for key, n in counts.items()]
 
 
-def memory_estimate(task: base.Task, options: TrainOptions, device: torch.device) -> dict[str, int]:
+def memory_estimate(task: Task, options: TrainOptions, device: torch.device) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer memory, of what one batch leaves for the backward
     pass, and in passing.
 
@@ -69,7 +70,7 @@ def memory_estimate(task: base.Task, options: TrainOptions, device: torch.device
     }
 
 
-def saved_bytes(task: base.Task, batch: dict, amp: str, device: torch.device) -> tuple[int, int]:
+def saved_bytes(task: Task, batch: dict, amp: str, device: torch.device) -> tuple[int, int]:
     """(bytes that autograd keeps for the backward pass of this batch, weights not counted;
     largest layer output)."""
     own = {t.untyped_storage().data_ptr() for t in (*task.model.parameters(), *task.model.buffers())}
@@ -90,7 +91,7 @@ def saved_bytes(task: base.Task, batch: dict, amp: str, device: torch.device) ->
 
     task.model.to(device).train()
     hooks = [module.register_forward_hook(measure) for module in task.model.modules()]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), base.autocast(device, amp):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, amp):
         task.loss(task.model, batch)
     for hook in hooks:
         hook.remove()

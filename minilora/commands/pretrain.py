@@ -1,7 +1,7 @@
 """Make the bundled nano weights: small models trained from nothing on the procedural source tasks.
 
-    python -m minilora.commands.pretrain vit-nano                 # the official weights, some minutes on two cores
-    python -m minilora.commands.pretrain vit-nano --steps 20 --output /tmp/nano      # a quick look
+    python -m minilora.commands.pretrain vit-nano     # the official weights, some minutes
+    python -m minilora.commands.pretrain vit-nano --steps 20 --output /tmp/nano   # a quick look
 
 Each model is one function below; what they share is the loop `fit`. Source tasks differ from the
 demonstrations' (other shapes, other colours), so that fine-tuning has something to adapt.
@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import atomic_write
+from minilora.atomic import atomic_write
 from minilora.data.generated.captions import Captions, caption_vocabulary
 from minilora.data.generated.sentences import Sentences, vocabulary_texts
 from minilora.data.generated.shapes import ShapesSplit, task_classes
 from minilora.data.pictures.loader import collate, in_order, mix, seeded_cpu
 from minilora.data.pictures.transforms import Normalise
+from minilora.training.optim import schedule_factor
 from reference_models import create_model, load_pretrained, save_pretrained
 from reference_models.load import bundled_weights
 from reference_models.text.tokenizers import WordPieceTokenizer, build_wordpiece_vocab
@@ -51,12 +52,9 @@ def fit(model: nn.Module, loss_of: Callable[[range], Tensor], plan: Plan) -> Non
     none comes twice."""
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
     warm = max(1, round(plan.warmup * plan.steps))
-
-    def factor(step: int) -> float:
-        done = (step - warm) / max(1, plan.steps - warm)
-        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * done))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule_factor("cosine", step, plan.steps, warm)
+    )
     model.train()
     start, recent = time.time(), None
     for step in range(plan.steps):
@@ -137,7 +135,7 @@ def sentence_batch(tokenizer: WordPieceTokenizer, sentences: Sentences, numbers:
 
 
 def bert_nano(plan: Plan) -> tuple[nn.Module, dict]:
-    """Masked pieces and bags of pieces over generated English. 3 blocks of width 128, 2,911 pieces."""
+    """Masked pieces, bags of pieces over generated English. 3 blocks of width 128, 2,911 pieces."""
     tokenizer = WordPieceTokenizer(build_wordpiece_vocab(vocabulary_texts(), 4000), max_length=64)
     bert = create_model("bert-nano", vocab_size=tokenizer.vocab_size)
     model, sentences, mask_id = SentenceModel(bert), Sentences(plan.seed), tokenizer.vocab["[MASK]"]

@@ -1,5 +1,5 @@
-"""What remains of a run: summary.json, curves.png, attention.png, report.html, and the lines that
-say how it went.
+"""The results of a run: the lines that say how it went, and summary.json, curves.png, attention.png
+and report.html.
 """
 
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minilora.atomic import write_png
+from minilora.atomic import write_json, write_png
 from minilora.inject import count_parameters
 from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
@@ -16,10 +16,10 @@ from minilora.report.page import Figure, ReportData, collect_versions, parameter
 from minilora.report.tables import RunRow, group_key
 from minilora.settings.flags import Config, rules
 from minilora.settings.flags_evaluate import EvalConfig
-from minilora.tasks import load_run
-from minilora.tasks.base import Task, weights_sha256
+from minilora.tasks.load import load_run
 from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
-from minilora.tasks.rundir import size_mb, write_summary
+from minilora.tasks.task import Task
+from minilora.tasks.weights import weights_sha256
 from minilora.training.progress import finite_or_none
 from minilora.training.trainer import TrainOptions
 
@@ -82,7 +82,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "device": str(device),
         "versions": collect_versions(),
     }
-    write_summary(run_dir, summary)
+    write_json(run_dir / "summary.json", summary)
     curves_figure({run_dir.name: run_dir / "metrics.jsonl"}, run_dir / "curves.png")
     options = EvalConfig(batch_size=2 * config.batch_size, workers=task.workers, attention=4)
     run = load_run(run_dir, device, config.weights if config.mode != "full" else None)
@@ -121,7 +121,7 @@ def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dic
         total=counts.get("total"),
         seconds=summary.get("seconds"),
         peak_memory_mb=summary.get("peak_memory_mb"),
-        file_mb=size_mb(path / WEIGHT_FILES[config.mode]),
+        file_mb=(path / WEIGHT_FILES[config.mode]).stat().st_size / 1e6,
     )
 
 
@@ -157,8 +157,8 @@ def report_data(runs: list[Run], evaluations: list[Evaluation], options: Any) ->
 
 
 def attention_figures(runs: list[Run], options: Any) -> list[Figure]:
-    """Attention of the base model and of each run over the same pictures; [] where a model has
-    no attention maps."""
+    """Attention of the base model and of each run over the same pictures; [] where a model has no
+    attention maps."""
     run = runs[0]
     if not options.attention:
         return []

@@ -12,7 +12,8 @@ from minilora.errors import UserError
 from minilora.settings.exit_codes import run
 from minilora.settings.flags import Config, flag
 from minilora.settings.parse import Parser
-from minilora.tasks import base
+from minilora.tasks.method import one_value, resolve
+from minilora.tasks.weights import load_base
 from reference_models import ModelError
 
 USED = ("task", "model", "weights", "tokenizer", "data_format", "val_split", "split_by", "subset", "seed")
@@ -78,10 +79,10 @@ def write_pictures(config: Config, target: str, shard_mb: float, wide: int | Non
     from minilora.data.shards.pictures import write_picture_shards
     from minilora.tasks.classify.task import DEFAULT_MODEL, open_data
 
-    base.resolve(config, DEFAULT_MODEL)
+    resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
-    name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
-    model, _ = base.load_base(name, weights, config.seed, None, config.image_size)
+    name, weights = one_value(config, "model"), one_value(config, "weights")
+    model, _ = load_base(name, weights, config.seed, None, config.image_size)
     wide = round(model.preprocess["image_size"] * 8 / 7) if wide is None else wide
     return write_picture_shards(target, splits, model.preprocess, wide, made_of(config), shard_mb, config.bad_data)
 

@@ -1,65 +1,39 @@
 """The tasks: the only rooms of the house that know both models and data.
 
-    task = build_task(config, device)      for train.py: model, data, loss and metric in one object
-    run = load_run("runs/classify-lora-000")      for evaluate.py and for programs: run.predict(["dog.jpg"])
+    task = build_task(config, device)         # for train.py: model, data, loss and metric
+    run = load_run("runs/classify-lora-000")  # for evaluate.py and programs: run.predict([...])
 
-A task NAME is two modules of this package, imported when they are needed:
-  NAME.py        build(config, device) -> Task                               training; base.py says what a Task offers
-  NAME_run.py    load(path, config, base, device, weights) -> Run            using a run; run.py says what a Run offers
-                 zero_shot(config, options, device) -> str                   the score of a base model
+Each task has a drawer: classify/, choice/, vqa/, with task.py (training it) and run.py (using what
+was trained). Read method, task and classify/task.py first; the other tasks follow the same plan.
+Beside the drawers stands what they share, in the order in which train.py and evaluate.py need it:
 
-Read base.py, classify.py and classify_run.py first; choice and vqa follow the same plan, with the
-text side in choice_text.py and the two towers in vqa_model.py. Then results.py, what a run leaves
-behind. The rest
-belongs to single flags: teacher.py (--teacher), compression.py (--prune), dryrun.py, listing.py,
-clip_prompts.py (zero-shot), vqa_features.py (--cache-features).
+load         the two doors: from a configuration to a task, from a run directory to a Run
+weights      base weights: found, loaded, recorded, recognised
+method       flags -> LoRA in the model
+task         what a task offers to the Trainer, and the part of it that all share
+predictor    from a batch to answers: the same in training and in a finished run
+labelled     what classification and multiple choice share: one label for each row
+teacher      --teacher: the share of the loss that comes from a finished run
+clip         a CLIP and its tokenizer, for choice and for zero-shot classification
+rundir       the directory of a run: made, found again, resumed
+runfiles     the small files in it: labels, preprocessing, summary
+run          a finished run, opened again
+
+What is printed and written about a run is in minilora/commands. Importing this package imports
+nothing of the house: the names are looked up when they are first used.
 """
 
 import importlib
-import importlib.util
-from pathlib import Path
 
-from minilora.errors import UserError
-from minilora.settings.flags import TASKS, Config
-
-__all__ = ["TASKS", "build_task", "load_run"]
+_HOME = {"build_task": "load", "load_run": "load"}
+__all__ = [*_HOME]
 
 
-def run_module(task: str):
-    """The module that uses the runs of a task."""
-    return _module(f"{task}.run", task)
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'minilora.tasks' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minilora.tasks.{_HOME[name]}"), name)
 
 
-def _module(name: str, task: str):
-    if importlib.util.find_spec(f"minilora.tasks.{task}") is None:
-        raise UserError(f"--task {task} is not part of this version of minilora")
-    return importlib.import_module(f"minilora.tasks.{name}")
-
-
-def build_task(config: Config, device: str = "cpu", taught: bool = True):
-    """Model and data for training, as `config` says: a base.Task. Fills in what was left
-    open (model, lr).
-
-    taught: False takes the classes and the tokens of --teacher, but asks it nothing.
-    """
-    task = _module(f"{config.task}.task", config.task).build(config, device)
-    if config.teacher and taught:
-        from minilora.tasks.teacher import Teacher
-
-        task.teacher = Teacher(task, device)
-    return task
-
-
-def load_run(path: str | Path, device: str = "cpu", weights: str | dict | None = None):
-    """A run directory as a Run: model (in eval mode), preprocess, labels, predict(...). The folder
-    may have been moved.
-
-    predict(pictures): for each picture [(label, probability), ...], most probable first; vqa also
-    takes question=, choice takes question= and choices=.
-
-    weights: where the base weights are now, if not where config.toml says. Raises UserError for a
-    folder that is no run, and for base weights that are gone or have changed.
-    """
-    from minilora.tasks.run import open_run
-
-    return open_run(Path(path), device, weights)
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,9 +4,9 @@ is a distribution.
 loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + smoothing / K
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.data.pictures.loader import epoch_order, in_order, train_keys
-from minilora.settings.flags import Config
-from minilora.tasks import base
-from minilora.tasks.teacher import Teacher
-from minilora.training import distributed
+from minilora.tasks.predictor import Predictor
+from minilora.tasks.task import DataTask
+from minilora.training.device import autocast
 
 
-@dataclass
-class Predictions:
-    """What a model says of N rows: probabilities (N, K) float32, labels (N,) int64 (-1
-    unknown), valid (N,)."""
+class Predictions(NamedTuple):
+    """What a model says of N rows: probabilities (N, K) float32, labels (N,) int64 (-1 unknown),
+    valid (N,) bool: a readable picture."""
 
     probabilities: np.ndarray
     labels: np.ndarray
@@ -33,6 +31,11 @@ class Predictions:
     def scored(self) -> np.ndarray:
         """(N,) bool: rows with a readable picture and a known label."""
         return self.valid & (self.labels >= 0)
+
+    @property
+    def truth(self) -> np.ndarray:
+        """(N,) int64: the labels, -1 where there is nothing to score."""
+        return np.where(self.valid, self.labels, -1)
 
     def scores(self) -> dict[str, float]:
         """{"loss", "accuracy"} over the scored rows; loss is the mean of -log p(truth)."""
@@ -44,33 +47,25 @@ class Predictions:
         return {"loss": float(-np.log(np.maximum(truth, 1e-30)).mean()), "accuracy": float(right.mean())}
 
 
-class Labelled(ABC):
-    """The larger half of a task; base.Task says what each method is for.
+class LabelledPredictor(Predictor):
+    """Logits become one distribution over the K classes or choices of each row."""
 
-    A task adds its data, and says how the model answers: `logits`, `predict`,
-    `loader` and `encoded`.
-    """
+    kind = Predictions
 
-    metric = "accuracy"
-    teacher: Teacher | None = None
-    config: Config
-    model: nn.Module
-    device: torch.device
-    amp: str
-    data: dict  # {"train": data set, ...}
-    features: dict[str, dict[str, Tensor]]  # of each part, once they are computed
+    def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
+        return logits.softmax(-1).cpu().numpy(), batch["label"].numpy(), batch["valid"].numpy()
 
-    @abstractmethod
-    def logits(self, model: nn.Module, batch: dict) -> Tensor:
-        """(B, K) for a batch, or for its features."""
+
+class Labelled(DataTask):
+    """The larger half of both tasks. A task adds its data: `read`, and `encoded` for features."""
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.features: dict[str, dict[str, Tensor]] = {}  # of each part, once they are computed
 
     @abstractmethod
-    def predict(self, model: nn.Module, loader: Iterable[dict]) -> Predictions:
-        """The answers to every row of `loader`, in its order."""
-
-    @abstractmethod
-    def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
-        """The collated batches of a part."""
+    def read(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
+        """The collated batches of a part; keys are numbers, or (epoch, number) to augment."""
 
     @abstractmethod
     def encoded(self, batch: dict) -> dict[str, Tensor]:
@@ -80,13 +75,16 @@ class Labelled(ABC):
         size = times * self.config.batch_size
         return epoch_order(len(self.data["train"]), size, self.config.seed, epoch)
 
-    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
+    def eval_batches(self, part: str) -> list[list[int]]:
+        return in_order(len(self.data[part]), 2 * self.config.batch_size)
+
+    def loader(self, part: str, batches: Sequence[Sequence[int]], epoch: int | None = None) -> Iterable[dict]:
         if self.config.cache_features:
-            return self.cached("train", batches)
-        return self.loader("train", train_keys(batches, epoch))
+            return self.cached(part, batches)
+        return self.read(part, batches if epoch is None else train_keys(batches, epoch))
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.logits(model, batch)  # (B, K)
+        logits = self.predictor.logits(model, batch)  # (B, K)
         labels = batch["label"].where(batch["valid"], -100)  # cross_entropy leaves -100 out
         count = batch["valid"].sum()
         total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
@@ -96,19 +94,11 @@ class Labelled(ABC):
             mean = self.teacher.added(mean, logits, batch, batch["valid"])
         return mean, {"correct": correct, "count": count}
 
-    def predictions(self, model: nn.Module, part: str) -> Predictions:
-        """Every row of a part once; with several processes each does a share and all get the whole."""
-        batches = in_order(len(self.data[part]), 2 * self.config.batch_size)
-        mine = batches[distributed.rank() :: distributed.world_size()]
-        load = self.cached if self.config.cache_features else self.loader
-        shares = distributed.gather_objects(self.predict(model, load(part, mine)) if mine else None)
-        order = [row for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for row in batch]
-        columns = zip(*((s.probabilities, s.labels, s.valid) for s in shares if s is not None), strict=True)
-        back = np.argsort(order)
-        return Predictions(*(np.concatenate(column)[back] for column in columns))
+    def scores(self, found: Predictions, part: str) -> dict[str, float]:
+        return found.scores()
 
-    def cached(self, part: str, batches: list[list[int]]) -> Iterable[dict]:
-        """The same batches with the frozen encoders' features in the inputs' place."""
+    def cached(self, part: str, batches: Sequence[Sequence[int]]) -> Iterable[dict]:
+        """The batches with the frozen encoders' features in the inputs' place."""
         if part not in self.features:
             self.features[part] = self.encode(part)
         kept = self.features[part]
@@ -120,8 +110,8 @@ class Labelled(ABC):
         label, index, valid."""
         training, rows = self.model.training, []
         self.model.to(self.device).eval()
-        for batch in self.loader(part, in_order(len(self.data[part]), 2 * self.config.batch_size)):
-            with base.autocast(self.device, self.amp):
+        for batch in self.read(part, self.eval_batches(part)):
+            with autocast(self.device, self.amp):
                 features = {name: column.float().cpu() for name, column in self.encoded(batch).items()}
             rows.append(features | {key: batch[key] for key in ("label", "index", "valid")})
         self.model.train(training)

@@ -5,29 +5,29 @@ run = load_run("runs/classify-lora-000")
 run.predict(["dog.jpg"])        # [[("beagle", 0.93), ("Border_terrier", 0.04), ...]]
 """
 
-import contextlib
-import io
-import os
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.adapter import load_adapter
 from minilora.errors import UserError
 from minilora.report.samples import Example
 from minilora.settings.flags import Config
-from minilora.settings.parse import read_run_config
-from minilora.tasks import base, run_module
-from minilora.tasks.runfiles import check_weight_file, read_summary
+from minilora.tasks.predictor import Predictor
+from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
+from minilora.tasks.weights import check_base
+from minilora.training.device import autocast
 from reference_models import load_pretrained
+from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 WEIGHT_FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "linear": "adapter_model.safetensors"}
+SHOWN = 12  # pictures of a kind on the report page
 
 
 @dataclass
@@ -57,25 +57,86 @@ class Evaluation:
 
 
 @dataclass
-class Run:
-    """What every task's run has. Each task's own class adds
-
-    predict(...)                    top answers for pictures (and texts)
-    evaluate(options) -> Evaluation options: the flags of evaluate.py
-    batch(n, options) -> dict       the first n validation items, on the run's device
-    logits(batch) -> Tensor         the model's answer to such a batch
-    pictures(batch) -> Tensor       (n, 3, S, S), for attention maps
-    """
+class Run(ABC):
+    """What every task's run has. Each task's own class adds the abstract methods and
+    `predict(pictures, ...)`: the top answers for pictures (and texts)."""
 
     path: Path
     config: Config
-    model: nn.Module
-    base: dict[str, Any]
-    preprocess: dict
+    base: dict[str, Any]  # the record of the base weights in config.toml
     labels: list[str]
     keys: list[str]
     device: torch.device
-    summary: dict
+    model: nn.Module | None = None  # None only while it is being loaded
+    preprocess: dict = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls, path: Path, config: Config, recorded: dict, device: torch.device, weights: str | dict | None
+    ) -> "Run":
+        """The run in `path`: base weights + adapter, or the run's own weights."""
+        run = cls(path, config, recorded, *read_labels(path), device)
+        if config.mode == "full":
+            model = load_pretrained(path)
+        else:
+            model, found = run.restore(weights)
+            check_base(found, recorded, path)
+            load_adapter(model, path)
+        run.model = model.to(device).eval()
+        run.preprocess = run.model.preprocess = read_preprocess(path, run.model)
+        run.summary = read_summary(path)
+        return run
+
+    @abstractmethod
+    def restore(self, weights: str | dict | None) -> tuple[nn.Module, dict]:
+        """The base model that the run started from, with a random head where the task has one, and
+        the record of the weights that were found. `weights`: where they are now."""
+
+    @property
+    @abstractmethod
+    def predictor(self) -> Predictor:
+        """That of the task."""
+
+    @abstractmethod
+    def evaluate(self, options: Any) -> Evaluation:
+        """The answers to the part of the data that the flags of evaluate.py name."""
+
+    @abstractmethod
+    def batch(self, n: int, options: Any) -> dict:
+        """n items of that part, of as many kinds as there are, on the run's device."""
+
+    @abstractmethod
+    def titles(self, batch: dict) -> list[str]:
+        """A line for each of the batch's pictures."""
+
+    def pictures(self, batch: dict) -> Tensor:
+        """(n, 3, S, S), for attention maps."""
+        return batch["image"]
+
+    def logits(self, batch: dict) -> Tensor:
+        """The model's answer to such a batch, (n, K)."""
+        return self.predictor.logits(self.model, batch)
+
+    def answers(self, loader: Iterable[dict], amp: str) -> NamedTuple:
+        """The model's answers to all rows of `loader`."""
+        with autocast(self.device, amp):
+            return self.predictor.predict(self.model, loader)
+
+    def base_model(self, weights: str | dict | None = None) -> nn.Module:
+        """The model before training, with a random head."""
+        model, _ = self.restore(weights)
+        model.preprocess = self.preprocess
+        return model.to(self.device).eval()
+
+    def data_config(self, options: Any, **changes: Any) -> Config:
+        """The run's configuration with --data-dir of evaluate.py, if it is given: whole,
+        and with `changes`."""
+        config = replace(self.config, bad_data=options.bad_data)
+        if options.data_dir is None:
+            return config
+        other = {"data_dir": options.data_dir, "data_format": options.data_format, "subset": 1.0}
+        return replace(config, **other | changes)
 
     @property
     def task(self) -> str:
@@ -85,73 +146,48 @@ class Run:
     def name(self) -> str:
         return self.path.name
 
-    @property
-    def weight_file(self) -> Path:
-        return self.path / WEIGHT_FILES[self.config.mode]
+
+class TextRun(Run):
+    """A run that reads texts too."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path)
+
+    @classmethod
+    def load(cls, *parts: Any) -> "TextRun":
+        run = super().load(*parts)
+        run.check()
+        return run
+
+    @abstractmethod
+    def check(self) -> None:
+        """UserError where model and tokenizer do not belong together."""
 
 
-def open_run(path: Path, device: str | torch.device = "cpu", weights: str | dict | None = None) -> Run:
-    """The run in `path`; see load_run."""
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: " + ("is a file; name its run directory" if path.exists() else "no such run directory")
-        )
-    config, recorded = read_run_config(path)
-    file = path / WEIGHT_FILES[config.mode]
-    if not file.is_file():
-        raise UserError(f"{path}: {file.name} is missing; the run has not finished an epoch yet")
-    check_weight_file(file, read_summary(path))
-    return run_module(config.task).load(path, config, recorded, torch.device(device), weights)
+def choose_part(parts: Mapping[str, Any], name: str | None) -> Any:
+    """The part that --split names; without it val, else test, else train. None and empty
+    ones are not there."""
+    there = {part: data for part, data in parts.items() if data}
+    name = name or next(part for part in ("val", "test", "train") if part in there)
+    if name not in there:
+        raise UserError(f"--split {name}: the data have no such part; they have {', '.join(there)}")
+    return there[name]
 
 
-def restore_single(path: Path, config: Config, recorded: dict, weights: str | None, classes: int) -> nn.Module:
-    """The trained model of a run with one encoder: base weights + adapter, or the
-    run's own weights."""
-    if config.mode == "full":
-        return load_pretrained(path)
-    model, found = restore_base(config, recorded, weights, classes)
-    base.check_base(found, recorded, path)
-    return load_adapter(model, path)
+def top_columns(k: int) -> list[str]:
+    """The header of predictions.csv for the k most probable answers of each row."""
+    more = [name for place in range(2, k + 1) for name in (f"label_{place}", f"probability_{place}")]
+    return ["file", "label", "probability", *more]
 
 
-def restore_base(config: Config, recorded: dict, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
-    """The base model that the run started from, and the record of what was found."""
-    source, model = weights or recorded.get("weights") or config.weights, base.one_value(config, "model")
-    if isinstance(source, dict):
-        raise UserError(
-            f"--task {config.task} has one encoder, but its weights are named by tower: {source}; give one path"
-        )
-    name = source if "/" in model and not os.path.isdir(model) else model
-    with restoring([source]):
-        return base.load_base(name, source, config.seed, classes, config.image_size)
+def top_cells(labels: Sequence[str], best: Iterable[int], probabilities: Iterable[float]) -> list[str]:
+    """The cells of one row below these columns, but for the file."""
+    return [cell for k, p in zip(best, probabilities, strict=True) for cell in (labels[k], f"{p:.6f}")]
 
 
-@contextlib.contextmanager
-def restoring(sources: Iterable[str | None]):
-    """For making a base model again: quiet ("a new head" is replaced at once), no random number
-    taken from the program.
-
-    Raises UserError where one of its weight files is gone.
-    """
-    for source in sources:
-        known = source is None or source in (base.RANDOM, base.BUNDLED) or source.startswith("hf:")
-        if not known and not os.path.exists(source):
-            raise UserError(f"the base weights {source} are gone; say where they are now with --weights")
-    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
-        yield
-
-
-def latency(run: Run, options: Any, sizes: Sequence[int] = (1, 32), rounds: int = 15) -> list[tuple[int, float]]:
-    """(batch size, median seconds of one forward pass) after three passes to warm up."""
-    result = []
-    for size in sizes:
-        batch, times = run.batch(size, options), []
-        for number in range(rounds + 3):
-            start = time.perf_counter()
-            with torch.inference_mode():
-                run.logits(batch)
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            times += [time.perf_counter() - start] if number >= 3 else []
-        result.append((size, float(np.median(times))))
-    return result
+def top_answers(labels: Sequence[str], probabilities: Tensor, k: int) -> list[tuple[str, float]]:
+    """[(label, probability), ...] of the k most probable of probabilities (K,), the first
+    of equals first."""
+    values, order = probabilities.cpu().sort(descending=True, stable=True)
+    return [(labels[i], p) for i, p in zip(order[:k].tolist(), values[:k].tolist(), strict=True)]

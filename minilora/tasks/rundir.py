@@ -1,22 +1,22 @@
-"""Run directories: a new one per run, one that is gone on with, and summary.json at the end.
+"""Run directories: a new one for each run, or an old one that is resumed.
 
-config.toml names everything that was asked for; a directory is gone on with only by the same
-configuration, on the same base weights. Data and files that were moved meanwhile are named anew:
-`--resume RUN --data-dir NEW`.
+config.toml names everything that was asked for; a run is resumed only with the same configuration,
+on the same base weights. Data and files that were moved meanwhile are named anew: `--resume RUN
+--data-dir NEW`.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.atomic import atomic_write, write_json
+from minilora.atomic import atomic_write
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.settings.parse import NOT_SAVED, read_run_config, read_toml, to_toml
 from minilora.settings.values import option
+from minilora.tasks.runfiles import read_labels
 from minilora.training.checkpoint import step_of
 
 ROOT = Path("runs")
@@ -100,7 +100,7 @@ def _restarted(prefix: str) -> Path | None:
 
 
 def differences(path: Path, config: Config) -> list[str]:
-    """What `config`, resolved, has otherwise than the run in `path`; [] for the same run."""
+    """Where `config`, resolved, differs from that of the run in `path`; [] for the same run."""
     there = replace(Config(), **read_toml(path))
     names = [f.name for f in fields(Config) if f.name not in FREE]
     return [
@@ -125,7 +125,8 @@ def _same_run(path: Path, config: Config, base: dict[str, Any], labels: Sequence
             f"{path}: the base weights {base.get('weights')} are not those that this run began with (their sha256 "
             "differs); bring those back, or choose another --output"
         )
-    if "data_dir" in moved and _labels_of(path) not in (None, list(labels)):
+    # a run that was stopped early has no labels yet
+    if "data_dir" in moved and (path / "labels.json").is_file() and read_labels(path)[0] != list(labels):
         raise UserError(
             f"--data-dir {config.data_dir} has other classes than the data that {path} began with; "
             "choose another --output"
@@ -137,22 +138,3 @@ def _moved(there: Any, here: Any) -> bool:
     """Whether every path of one value is gone and another is given instead."""
     paths = there.values() if isinstance(there, dict) else [there]
     return None not in (there, here) and there != here and not any(map(os.path.exists, paths))
-
-
-def _labels_of(run_dir: Path) -> list[str] | None:
-    try:
-        return json.loads((run_dir / "labels.json").read_text(encoding="utf-8"))["labels"]
-    except FileNotFoundError:  # stopped before it was written
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{run_dir / 'labels.json'}: cannot be read; the file is damaged") from None
-
-
-def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """summary.json: metrics, counts, seconds, versions, weights_sha256, seed."""
-    write_json(run_dir / "summary.json", summary)
-
-
-def size_mb(path: Path) -> float:
-    """Size of a file in MB (1e6 bytes)."""
-    return os.path.getsize(path) / 1e6

@@ -1,18 +1,48 @@
-"""labels.json, preprocess.json and summary.json of a run, read as data from a stranger:
-checked before use.
+"""The small files of a run: labels.json, preprocess.json, the tokenizer and summary.json. They are
+read as data from a stranger, checked before use.
 """
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from minilora.atomic import write_json
 from minilora.errors import UserError
-from minilora.tasks.base import read_json, weights_sha256
+from minilora.tasks.weights import weights_sha256
+from reference_models.text.tokenizers import Tokenizer
 
 RESIZES = ("squash", "shortest")
 NUMBERS = ("best", "test", "parameters")  # parts of summary.json that hold numbers
+
+
+def write_run_files(
+    run_dir: Path,
+    labels: list[str],
+    keys: list[str],
+    preprocess: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    model: nn.Module | None,
+) -> None:
+    """What a run needs beside its weights. `model`: one that is stored whole; with config.json
+    beside the weights the run directory is a checkpoint by itself."""
+    write_json(run_dir / "labels.json", {"labels": labels, "keys": keys})
+    write_json(run_dir / "preprocess.json", preprocess)
+    if tokenizer is not None:
+        tokenizer.save(run_dir)
+    if model is not None:
+        write_json(run_dir / "config.json", {"minilora": asdict(model.config), "label_names": labels})
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a run; UserError names a file that is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def read_labels(run_dir: Path) -> tuple[list[str], list[str]]:
@@ -30,7 +60,7 @@ def read_labels(run_dir: Path) -> tuple[list[str], list[str]]:
 
 
 def read_preprocess(run_dir: Path, model: nn.Module) -> dict[str, Any]:
-    """preprocess.json: what data/transforms.py reads, for pictures of the model's size."""
+    """preprocess.json: what data/pictures/transforms.py reads, for pictures of the model's size."""
     path = run_dir / "preprocess.json"
     data = read_json(path)
     if not isinstance(data, dict):

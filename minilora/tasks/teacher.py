@@ -21,11 +21,11 @@ from minilora.errors import UserError
 from minilora.inject import merge_lora
 from minilora.settings.flags import Config
 from minilora.settings.parse import read_run_config
-from minilora.tasks import base
-from minilora.tasks.run import open_run
+from minilora.tasks.run import Run
 from minilora.tasks.runfiles import read_labels
+from minilora.training.device import autocast, to_device
 
-# the most that kept answers may take; larger sets are asked anew in every epoch
+# the most that kept answers may take; of larger sets the teacher is asked in every epoch
 CACHE_BYTES = 1 << 29
 
 
@@ -50,15 +50,14 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
     same_data = config.data_dir == taught.data_dir
     excused = same_data and (config.subset != taught.subset or taught.teacher)
     if not excused and (unknown := [key for key in keys if key not in set(names["keys"])]):
-        told = ", ".join(map(repr, unknown[:5])) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
+        some = ", ".join(map(repr, unknown[:5])) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
         raise UserError(
-            f"--teacher {path} was trained on other {kinds}: it does not know {told}; train it on these data first"
+            f"--teacher {path} was trained on other {kinds}: it does not know {some}; train it on these data first"
         )
     if config.task == "vqa" and config.num_answers < len(names["keys"]):
         raise UserError(
             f"--teacher {path} has {len(names['keys'])} answers, but --num-answers is {config.num_answers}; "
-            "a student "
-            "has the answers of its teacher"
+            "a student has the answers of its teacher"
         )
     return names
 
@@ -67,24 +66,23 @@ class Teacher:
     """A finished run in eval mode, its LoRA merged, nothing trained; `task.teacher` in the
     task's own loss."""
 
-    def __init__(self, task: Any, device: str | torch.device):
+    def __init__(self, task: Any, run: Run):
         config = task.config
         if config.cache_features:
             raise UserError("--teacher needs the pictures that --cache-features leaves out; use one of the two")
-        self.task, self.config, self.run = task, config, open_run(Path(config.teacher), device)
-        if config.soft_targets or self.run.config.soft_targets:
+        self.task, self.config, self.run = task, config, run
+        if config.soft_targets or run.config.soft_targets:
             raise UserError(
                 "--teacher compares two distributions over the answers, --soft-targets learns each answer for itself; "
-                ""
                 "train teacher and student without it"
             )
-        merge_lora(self.run.model).eval().requires_grad_(False)
+        merge_lora(run.model).eval().requires_grad_(False)
         self.check_text()
         self.kept: Tensor | None = None  # (N, K) once they are computed
 
     def check_text(self) -> None:
         """UserError where student and teacher read different token ids, or different prompts."""
-        mine, theirs = getattr(self.task, "tokenizer", None), getattr(self.run, "tokenizer", None)
+        mine, theirs = self.task.tokenizer, getattr(self.run, "tokenizer", None)
         if mine is None or theirs is None:
             return
         if (mine.kind, mine.vocab) != (theirs.kind, theirs.vocab):
@@ -143,8 +141,8 @@ class Teacher:
         batches = [[numbers[i] for i in rows] for rows in in_order(len(numbers), size)]
         kept = torch.empty(0)
         for batch in task.train_loader(0, batches):
-            batch = {k: v.to(task.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            with base.autocast(task.device, task.amp):
+            batch = to_device(batch, task.device)
+            with autocast(task.device, task.amp):
                 logits = self.answer(batch).float()
             if not len(kept):
                 if 4 * (numbers[-1] + 1) * logits.shape[1] > CACHE_BYTES:

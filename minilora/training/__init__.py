@@ -8,9 +8,10 @@ step, rank) instead of from a running generator. Read in this order:
 trainer      the loop: Trainer.fit, train_one_epoch, train_step              one screen each
 optim        parameter groups, schedules, the gradient's norm
 state        what a checkpoint holds, as named tensors and JSON values
-checkpoint   step-N/ written whole or not at all; which one to go on from
+device       the device, and autocast to a precision
+checkpoint   step-N/ written whole or not at all; which one to resume from
 distributed  several processes: a step's batch is cut into shares that weigh every item equally
 signals      SIGTERM and SIGINT end a run after the present step
-faults       NaN, out of memory, a lost process: each as one line that says what to try
+faults       NaN, out of memory, a lost process: each as one line with what to try
 progress     the lines on the screen, train.log, metrics.jsonl
 """

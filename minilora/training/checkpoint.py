@@ -1,10 +1,10 @@
 """Checkpoints: run/checkpoints/step-N/ = state.safetensors + state.json + manifest.json. No
 pickle anywhere.
 
-state.safetensors   model.<name>: trainable tensors and persistent buffers; best.<name>: those of the best
-                    epoch; optim.<name>.<key>: the optimizer's memory
-state.json          TrainState and the scaler: step, epoch, position in the epoch, plateau, history, best
-manifest.json       sha256 of the two others, written last
+state.safetensors  model.<name>: trainable tensors and persistent buffers; best.<name>: those of the
+                   best epoch; optim.<name>.<key>: the optimizer's memory
+state.json         TrainState and the scaler: step, epoch, position in it, plateau, history, best
+manifest.json      sha256 of the two others, written last
 
 The directory is filled under a temporary name and renamed when everything is on the disk: a
 checkpoint is either whole or not there. One whose manifest does not agree with its files, byte by
@@ -80,7 +80,7 @@ def why_invalid(directory: Path) -> str | None:
 
 
 def latest_checkpoint(run_dir: str | Path, log: Callable[[str], None] = print) -> Path | None:
-    """The newest valid checkpoint of a run, or None; `log` is told why a newer one is passed over."""
+    """The newest valid checkpoint of a run, or None; `log` gets the reason why one is skipped."""
     for directory in checkpoint_dirs(run_dir):
         reason = why_invalid(directory)
         if reason is None:
@@ -94,7 +94,7 @@ def save_checkpoint(run_dir: str | Path, tensors: dict[str, Tensor], state: dict
     returns its path.
 
     Raises RunError with one line when the disk is full; older checkpoints are untouched and nothing
-    half- made stays.
+    half-made stays.
     """
     final = directory_of(run_dir, state["step"])
     folder, temporary = final.parent, final.parent / f"{TEMPORARY}{final.name}"
@@ -133,12 +133,12 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: "auto" the run's newest valid one, "never" none,
+    """The checkpoint to resume from: "auto" the run's newest valid one, "never" none,
     else a directory's.
 
     Rank 0 decides for all. Checkpoints of `run_dir` that are newer than the chosen one, or
-    belong to a training
-    that is not continued, are removed: they would be mistaken for the future of this one.
+    belong to a training that is not resumed, are removed: they would be mistaken for the
+    future of this one.
     """
     chosen = None
     if is_main():
@@ -151,7 +151,7 @@ def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path
 
 
 def find(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint that --resume means, None to begin afresh."""
+    """The checkpoint that --resume means, None to start afresh."""
     if resume in ("auto", "never"):
         return latest_checkpoint(run_dir, log) if resume == "auto" else None
     directory = Path(resume)
@@ -162,7 +162,7 @@ def find(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path |
 
 
 def remove_newer(run_dir: str | Path, step: int) -> None:
-    """Removes the checkpoints after `step`: the run goes on from there, and they are
+    """Removes the checkpoints after `step`: the run continues from there, and they are
     broken or given up."""
     for directory in checkpoint_dirs(run_dir):
         if step_of(directory) > step:

@@ -8,17 +8,19 @@ world_size items; each is cut here into as many microbatches as there are turns,
 numbers r, r + world_size, ... of them. So 2 processes with batch b, 1 process with batch 2b, and 1
 with batch b and two accumulation steps see the same items, step by step.
 
-A checkpoint knows no number of processes. A run that goes on with another number takes up the epoch
-at the same item; with --grad-accum-steps changed so that a step keeps its items, the weights are
+A checkpoint knows no number of processes. A run resumed by another number takes up the epoch at the
+same item; with --grad-accum-steps changed so that a step keeps its items, the weights are
 equal to rounding (without dropout, whose random numbers are each process's own). Files are written
 by rank 0: on several machines the run directory is on a shared disk.
 """
 
 import inspect
 import os
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -90,6 +92,25 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
+def gathered(batches: list[list[int]], answer: Callable[[list[list[int]]], Iterable[np.ndarray]]) -> list[np.ndarray]:
+    """The columns that `answer` makes of batches of item numbers, in the order of the items.
+
+    Each process answers its share of the batches, and all get the whole. answer: some of the
+    batches -> columns (rows, ...), one row per item as the items come.
+    """
+    mine = batches[rank() :: world_size()]
+    shares = gather_objects(tuple(answer(mine)) if mine else None)
+    order = [batch for r in range(len(shares)) for batch in batches[r :: len(shares)]]
+    columns = zip(*(share for share in shares if share is not None), strict=True)
+    return in_item_order(order, [np.concatenate(column) for column in columns])
+
+
+def in_item_order(batches: list[list[int]], columns: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Columns (rows, ...) whose rows stand as the items in `batches`, by number of the item."""
+    back = np.argsort([item for batch in batches for item in batch])
+    return [column[back] for column in columns]
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Gives every process rank 0's buffers (BatchNorm statistics): all evaluate the same model."""
     if dist.is_initialized():
@@ -109,7 +130,7 @@ class TaskLoss(nn.Module):
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """Averages gradients over the processes during the backward pass; a lone process gets
+    """Averages gradients over the processes in the backward pass; a lone process gets
     its module back."""
     if not dist.is_initialized():
         return module

@@ -15,19 +15,19 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ProcessGroup", "Gloo")
 
 
-def explain_nonfinite(task: object, model: nn.Module, loss: float, seen: list[tuple]) -> str:
+def explain_nonfinite(task: object, model: nn.Module, loss: float, microbatches: list[tuple]) -> str:
     """Says which number of a step is not finite and names the files of its batch, on whatever
     process they were.
 
-    `seen` holds (batch, loss, stats) of this process's microbatches. A task may put {"terms":
-    {name: tensor}} into its stats; the terms that are not finite are then named.
+    microbatches: (batch, loss, stats) of each of this process's. A task may put {"terms": {name:
+    tensor}} into its stats; the terms that are not finite are then named.
     """
-    guilty, terms, what = seen, [], "the gradient's norm"
+    guilty, terms, what = microbatches, [], "the gradient's norm"
     if math.isfinite(loss):
         broken = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         what = f"the gradient of {broken[0]}" if broken else what
     else:
-        guilty = [entry for entry in seen if not entry[1].isfinite()]
+        guilty = [entry for entry in microbatches if not entry[1].isfinite()]
         terms = [n for _, _, stats in guilty for n, term in stats.get("terms", {}).items() if not term.isfinite()]
     found = gather_objects(([task.describe(batch) for batch, _, _ in guilty], terms))
     if not math.isfinite(loss):

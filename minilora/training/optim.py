@@ -9,14 +9,21 @@ memory (class Plateau).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import UserError
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("linear", "cosine", "plateau", "constant")
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+# what is left of the rate when a share `done` of the steps after the warm-up is taken
+SCHEDULES = {
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "constant": lambda done: 1.0,
+    "plateau": lambda done: 1.0,  # times Plateau.factor
+}
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -57,41 +64,32 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float | None, weight_
 def build_optimizer(
     model: nn.Module, opt: str, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015), SGD with momentum
-    .9; fused kernels."""
+    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum .9, by
+    name; fused kernels."""
+    if opt not in OPTIMIZERS:
+        raise UserError(f"--opt {opt} is unknown; choose one of {', '.join(OPTIMIZERS)}")
     groups = parameter_groups(model, lr, head_lr, weight_decay)
     fused = groups[0]["params"][0].device.type in FUSED_DEVICES
-    if opt == "adamw":
-        return torch.optim.AdamW(groups, fused=fused)
-    if opt == "adam":
-        return torch.optim.Adam(groups, fused=fused)
-    if opt == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, fused=fused)
-    raise UserError(f"--opt {opt} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[opt](groups, fused=fused)
 
 
 def schedule_factor(sched: str, step: int, total: int, warmup: int) -> float:
     """Factor of the learning rate at optimizer step `step` = 0 .. total-1, after a linear warm-up
     of `warmup` steps.
 
-    warm-up (s + 1) / w      linear (t - s) / (t - w)      cosine (1 + cos(pi (s - w) / (t - w))) / 2
+    warm-up (s + 1) / w     linear (t - s) / (t - w)     cosine (1 + cos(pi (s - w) / (t - w))) / 2
     """
     if sched not in SCHEDULES:
         raise UserError(f"--sched {sched} is unknown; choose one of {', '.join(SCHEDULES)}")
     if step < warmup:
         return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    if sched == "linear":
-        return 1.0 - done
-    if sched == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-    return 1.0
+    return SCHEDULES[sched](min(1.0, (step - warmup) / max(1, total - warmup)))
 
 
 @dataclass
 class Plateau:
-    """Halves the rate after more than `patience` epochs without a validation loss .01
-    % below the best."""
+    """Halves the rate after more than `patience` epochs without a validation loss at least .01 %
+    below the best."""
 
     factor: float = 1.0
     best: float | None = None
@@ -99,7 +97,7 @@ class Plateau:
     patience: int = 2
 
     def update(self, loss: float) -> None:
-        """After an epoch, with its validation loss; a loss that is no number counts as not better."""
+        """After an epoch, with its validation loss; one that is not finite counts as not better."""
         if math.isfinite(loss) and (self.best is None or loss < self.best * (1.0 - 1e-4)):
             self.best, self.bad_epochs = loss, 0
             return
@@ -109,7 +107,7 @@ class Plateau:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Gives every group its base rate times `factor`; returns the first group's rate, for the log."""
+    """Gives every group its base rate times `factor`; returns the first group's rate, to log."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]

@@ -81,7 +81,7 @@ class Progress:
             self.bar = tqdm(total=steps, desc=self.title, leave=False, dynamic_ncols=True)
 
     def step(self, state: TrainState, total_steps: int) -> None:
-        """After an optimizer step: takes the time; every log_interval-th time says
+        """After an optimizer step: takes the time; every log_interval-th time logs
         how the run does."""
         self.steps += 1
         elapsed = time.perf_counter() - self.started
@@ -105,7 +105,7 @@ class Progress:
             self.bar = None
 
     def epoch_row(self, state: TrainState, scores: dict) -> dict:
-        """The epoch's row of metrics.jsonl, logged; the seconds and images/s leave validation out."""
+        """The epoch's row of metrics.jsonl, logged; seconds and images/s leave validation out."""
         loss, correct, counted, items = state.sums
         row = {"epoch": state.epoch + 1, "step": state.step, "lr": state.lr}
         row |= {"train_loss": loss / items if items else None}

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop after the present optimizer step and to write a checkpoint."""
+"""SIGTERM and SIGINT ask a run to stop after the present optimizer step, with a checkpoint."""
 
 import os
 import signal
@@ -37,8 +37,8 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _catch(self, signum: int, frame: object) -> None:
-        # torchrun passes a Ctrl-C on to processes that the terminal has already told: an
-        # echo, no second wish
+        # torchrun passes a Ctrl-C on to processes that got it from the terminal already: an echo,
+        # not a second request
         echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._caught_at < ECHO_SECONDS
         if self.signum is None:
             self.signum, self._caught_at = signum, time.monotonic()

@@ -5,6 +5,7 @@ rank), and data order and augmentation depend on (seed, epoch, item) alone.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from minilora.errors import RunError, UserError
 from minilora.training.optim import Plateau
 
-# in every row of the history
+# the clocks and counts that every row of the history has
 SHOWN = ("epoch", "step", "seconds", "images_per_second", "peak_memory_mb")
 
 
@@ -109,10 +110,11 @@ def refuse_nonfinite(tensors: dict[str, Tensor], what: str) -> None:
             raise RunError(f"{name} holds NaN or infinity; {what} is not written. Try a smaller --lr or --clip-grad 1")
 
 
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """One digest of names and bits, in order of the names: equal for equal runs."""
+def tensors_sha256(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> str:
+    """One digest of names and bits, sorted by name (or those of `names`, as they come):
+    equal for equal runs."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(tensors) if names is None else names:
         digest.update(name.encode())
         digest.update(portable(tensors[name]).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -7,7 +7,12 @@ One optimizer step, for n items in its microbatches m = 1 .. M (over all process
 
     g = sum_m  len(m) / n * grad loss(m)        the gradient of one big batch, ragged ends included
     g = g * min(1, clip_grad / |g|)             |g| is finite, or the step is not taken
-    w = optimizer(w, g, lr * factor(step))      float32 weights, whatever precision autocast computes in
+    w = optimizer(w, g, lr * factor(step))      float32 weights, whatever autocast computes in
+
+Who computes which microbatch (distributed.py): a step has `turns` = grad_accum_steps * processes
+microbatches; `share_steps` gives this process its own as a `Step`, each with its `weight` = len(m)
+/ n * processes, because DistributedDataParallel averages the gradients over the processes. A lone
+process with grad_accum_steps 1 has one microbatch of weight 1.
 
 A run stopped after any step and resumed ends with the same bits: the checkpoint holds all that
 changes, and random numbers are drawn from (seed, step, rank).
@@ -17,7 +22,6 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +32,13 @@ from minilora.adapter import save_adapter
 from minilora.atomic import write_safetensors
 from minilora.errors import RunError, UserError
 from minilora.training import checkpoint, distributed, optim, state
+from minilora.training.device import autocast, to_device
 from minilora.training.faults import explain_nonfinite, readable_errors
 from minilora.training.progress import Progress
 from minilora.training.signals import Interrupted, StopSignals
 
-AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what a step adds up over its microbatches, then over the processes, in this order
+LOSS, CORRECT, COUNTED, STOP = range(4)
 
 
 @dataclass
@@ -62,7 +68,7 @@ class TrainOptions:
 
 
 class Trainer:
-    """Trains task.model; minilora/tasks/base.py writes down what a task has to offer.
+    """Trains task.model; minilora/tasks/task.py writes down what a task has to offer.
 
     Writes metrics.jsonl, train.log and checkpoints/ into `run_dir`, and the best epoch's weights:
     an adapter, or model.safetensors in mode "full".
@@ -78,7 +84,7 @@ class Trainer:
         rates = options.lr, options.head_lr, options.weight_decay
         self.optimizer = optim.build_optimizer(self.model, options.opt, *rates)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # else idle
+        # idle but for fp16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.loss = distributed.wrap(distributed.TaskLoss(task))
         self.progress = Progress(self.run_dir, self.device, options.log_interval)
@@ -97,7 +103,7 @@ class Trainer:
         self.total_steps = min(planned, self.last_step)
 
     def fit(self) -> dict:
-        """Trains to the end, leaves the best epoch's weights in the model and says how it went."""
+        """Trains to the end, leaves the best epoch's weights in the model, returns how it went."""
         self.load_checkpoint()
         with self.signals, self.progress, readable_errors(self.device, self.batch_size, self.where):
             while self.unfinished():
@@ -165,44 +171,45 @@ class Trainer:
         torch.manual_seed(state.step_seed(o.seed, now.step, distributed.rank()))  # for dropout
         now.lr = optim.set_learning_rate(self.optimizer, self.lr_factor())
         self.optimizer.zero_grad(set_to_none=True)
-        sums, seen = self.accumulate(step, loader)
+        sums, microbatches = self.accumulate(step, loader)
         self.scaler.unscale_(self.optimizer)
         norm = optim.gradient_norm(self.parameters)
         sums = torch.cat((distributed.all_sum(sums), norm.double()[None]))
         loss, correct, counted, stop, norm = sums.tolist()
 
+        # fp16 ends at 65504: a gradient that the scaler made too large is left out and the scale
+        # halved; at scale 1 there is nothing left to halve, and the gradient itself is at fault
         overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
         if math.isfinite(loss) and (math.isfinite(norm) or overflow):
             optim.clip_gradients(self.parameters, norm, o.clip_grad)
             self.scaler.step(self.optimizer)  # after an overflow in fp16 it takes no step
             now.count(loss, correct, counted, step.items, overflow)
         else:
-            self.refuse_step(explain_nonfinite(self.task, self.model, loss, seen))
+            self.refuse_step(explain_nonfinite(self.task, self.model, loss, microbatches))
         self.scaler.update()  # and halves the scale
         return stop > 0
 
     def accumulate(self, step: distributed.Step, loader: Iterator[dict]) -> tuple[Tensor, list[tuple]]:
-        """Adds up the gradients of a step's microbatches; returns its sums (4,) and
-        what went into them."""
-        # loss, correct, counted, stop
+        """Adds up the gradients of a step's microbatches; returns its sums (4,), and each
+        microbatch with its loss and counts, from which a loss that is not finite is explained."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         seen = []
         for weight in step.weights:
             batch = next(loader)
             with distributed.no_sync(self.loss, wait=len(seen) + 1 < len(step.weights)):
-                with self.autocast():
+                with autocast(self.device, self.options.amp):
                     loss, stats = self.loss(to_device(batch, self.device))
                 self.scaler.scale(loss * weight).backward()
             seen.append((batch, loss.detach(), stats))
             if weight:
-                sums[0] += loss.detach() * (weight / distributed.world_size())
-                sums[1] += stats["correct"]
-                sums[2] += stats["count"]
-        sums[3] = self.signals.signum is not None
+                sums[LOSS] += loss.detach() * (weight / distributed.world_size())
+                sums[CORRECT] += stats["correct"]
+                sums[COUNTED] += stats["count"]
+        sums[STOP] = self.signals.signum is not None
         return sums, seen
 
     def refuse_step(self, reason: str) -> None:
-        """--nan-policy: stop ends the run, skip leaves the weights as they are and goes on."""
+        """--nan-policy: stop ends the run; skip leaves the weights as they are and continues."""
         if self.options.nan_policy == "stop":
             raise RunError(f"{self.where()}: {reason}. Try a smaller --lr or --nan-policy skip")
         self.state.skipped += 1
@@ -213,7 +220,7 @@ class Trainer:
         now, metric = self.state, self.task.metric
         distributed.broadcast_buffers(self.model)
         self.model.eval()
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), autocast(self.device, self.options.amp):
             scores = distributed.gather_objects(self.task.evaluate(self.model))[0]
         if not math.isfinite(scores["loss"]) and self.options.nan_policy == "stop":
             raise RunError(f"{self.where()}: the validation loss is {scores['loss']}; try a smaller --lr")
@@ -241,13 +248,8 @@ class Trainer:
         warmup = round(self.options.warmup_ratio * total)
         return now.plateau.factor * optim.schedule_factor(sched, now.step, total, warmup)
 
-    def autocast(self) -> AbstractContextManager:
-        amp = self.options.amp
-        return torch.autocast(self.device.type, dtype=AMP_DTYPES[amp], enabled=amp != "fp32")
-
     def leave(self) -> None:
-        """Ends the process once rank 0 has written: torchrun stops all of them when
-        the first one ends."""
+        """Ends the process once rank 0 has written: torchrun stops all when the first one ends."""
         distributed.barrier()
         signum = int(self.signals.signum or signal.SIGTERM)
         self.progress.log(f"stopped by signal {signum} after step {self.state.step}; checkpoint {self.saved}")
@@ -276,7 +278,7 @@ class Trainer:
         self.saved = path
 
     def load_checkpoint(self) -> None:
-        """Goes on where options.resume says; in a fresh run directory there is nothing to do."""
+        """Resumes where options.resume says; in a fresh run directory there is nothing to do."""
         self.saved = checkpoint.choose(self.run_dir, self.options.resume, self.progress.log)
         if self.saved is None:
             return
@@ -285,9 +287,3 @@ class Trainer:
         self.state, self.best_tensors = state.unpack(tensors, values, *parts, where=str(self.saved))
         self.progress.write_metrics(self.state.history)
         self.progress.log(f"resumed from {self.saved}: epoch {self.state.epoch + 1}, step {self.state.step}")
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on the device; copies from pinned memory do not
-    make the host wait."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

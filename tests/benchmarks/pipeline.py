@@ -20,7 +20,7 @@ from minilora.data.shards.pictures import write_picture_shards
 from minilora.settings.flags import Config
 from minilora.tasks import build_task
 from minilora.tasks.classify.task import Classify
-from minilora.training.trainer import to_device
+from minilora.training.device import to_device
 from tests.benchmarks.common import interleaved, parser, prepare, ratio, report, told
 from tests.benchmarks.models import SPECS, Case
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.inject import LoRAConfig, inject_lora
-from minilora.tasks.choice.task import logits_of
+from minilora.tasks.choice.task import ChoicePredictor
 from reference_models import create_model
 
 TEXT = {"dim": 24, "heads": 3, "hidden": 48, "depth": 2, "vocab_size": 60, "max_positions": 20}
@@ -57,7 +57,7 @@ class Step:
         elif self.name == "bert":
             logits = self.model(self.ids, self.mask)
         else:
-            logits = logits_of(self.model, self.batch)
+            logits = ChoicePredictor().logits(self.model, self.batch)
         return F.cross_entropy(logits, self.labels)
 
     def towers(self) -> list[nn.Module]:

@@ -55,7 +55,7 @@ class ToyModel(nn.Module):
 
 
 class ToyTask:
-    """The protocol of minilora/tasks/base.py in its smallest form."""
+    """The protocol of minilora/tasks/task.py in its smallest form."""
 
     mode, metric = "full", "accuracy"
 

@@ -18,9 +18,9 @@ from minilora.report.page import write_report
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import parse_args, read_recipe
 from minilora.tasks import build_task, load_run
-from minilora.tasks.base import make_trainable
-from minilora.tasks.choice.text import PROMPT, Texts
+from minilora.tasks.choice.text import PROMPT, ChoicePrompt
 from minilora.tasks.classify.prompts import class_texts
+from minilora.tasks.method import make_trainable
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import create_model, load_pretrained
 from reference_models.text.tokenizers import load_tokenizer
@@ -124,7 +124,7 @@ def test_choices_sharing_their_prefix_give_the_plain_logits_and_lora_gradients(c
     for shared in (True, False):
         monkeypatch.setattr(choice, "share_prefix", shared)
         model.zero_grad()
-        logits = choice.logits_of(model, batch)
+        logits = task.predictor.logits(model, batch)
         logits.softmax(-1)[:, 0].log().mean().backward()
         found.append([logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for ours, plain in zip(*found, strict=True):
@@ -144,7 +144,7 @@ def test_logits_are_transformers_from_every_layout_and_tokenizer_file(act, legac
         task = task_of(folder, scpc, "--seed", "3")
         batch = first_batch(task)
         with torch.no_grad():
-            results.append(choice.logits_of(task.model.eval(), batch))
+            results.append(task.predictor.logits(task.model.eval(), batch))
     wanted = []
     for row, ids in zip(batch["picture"], batch["input_ids"], strict=True):
         with torch.no_grad():
@@ -157,26 +157,26 @@ def test_logits_are_transformers_from_every_layout_and_tokenizer_file(act, legac
 def test_long_questions_are_cut_not_the_choices(clip):
     tokenizer = load_tokenizer(clip)
     config, _ = parse_args([*QUICK, "--max-length", "30"])
-    texts = Texts(tokenizer, config, 40)
-    rows = texts("what is it?", ["a cat", "a dog"])
-    assert texts.cut == 0 and texts.note() == []
-    rows = texts("what is " + "the cat " * 30, ["a cat", "a dog"])
-    assert texts.cut == 1 and max(map(len, rows)) <= 30
+    prompt = ChoicePrompt(tokenizer, config, 40)
+    rows = prompt("what is it?", ["a cat", "a dog"])
+    assert prompt.cut == 0 and prompt.note() == []
+    rows = prompt("what is " + "the cat " * 30, ["a cat", "a dog"])
+    assert prompt.cut == 1 and max(map(len, rows)) <= 30
     assert rows[0] != rows[1] and all(row[-1] == tokenizer.eos_id for row in rows)
     assert tokenizer.decode(rows[1]).endswith("answer : a dog")
-    rows = texts("what?", ["cat " * 50, "a dog"])
-    assert texts.cut == 2 and len(rows[0]) == 30 and rows[0][-1] == tokenizer.eos_id
-    assert texts.note() == [
+    rows = prompt("what?", ["cat " * 50, "a dog"])
+    assert prompt.cut == 2 and len(rows[0]) == 30 and rows[0][-1] == tokenizer.eos_id
+    assert prompt.note() == [
         "warning: 2 questions are longer than 30 tokens with the choices; the end of the question was cut"
     ]
     with pytest.raises(UserError, match="--max-length 30: this model has positions for 20 tokens"):
-        Texts(tokenizer, config, 20)
+        ChoicePrompt(tokenizer, config, 20)
 
 
 def test_prompt_is_filled_in_literally(clip):
     config, _ = parse_args([*QUICK, "--prompt", "{choice}: {question} {x}"])
     tokenizer = load_tokenizer(clip)
-    (row, _) = Texts(tokenizer, config, 40)("is {choice} it", ["cat", "dog"])
+    (row, _) = ChoicePrompt(tokenizer, config, 40)("is {choice} it", ["cat", "dog"])
     assert tokenizer.decode(row) == tokenizer.decode(tokenizer.encode("cat: is cat it {x}"))
 
 
@@ -223,7 +223,7 @@ def test_broken_pictures_stay_in_line(clip, tmp_path):
     good = batch["valid"]
     assert 0 < good.sum() < len(good)
     loss, stats = task.loss(task.model.eval(), batch)
-    logits = choice.logits_of(task.model, batch)
+    logits = task.predictor.logits(task.model, batch)
     torch.testing.assert_close(loss, F.cross_entropy(logits[good], batch["label"][good]))
     assert stats["count"] == good.sum()
 
@@ -312,11 +312,7 @@ def test_a_run_opens_again_and_gives_the_same_answers(mode, clip, scpc, tmp_path
     assert load_tokenizer(tmp_path / "out").vocab == run.tokenizer.vocab
     batch = run.batch(2, EvalConfig())
     with torch.no_grad():
-        torch.testing.assert_close(choice.logits_of(plain, batch), run.logits(load_batch(run)), atol=1e-5, rtol=1e-5)
-
-
-def load_batch(run):
-    return run.batch(2, EvalConfig())
+        torch.testing.assert_close(run.predictor.logits(plain, batch), run.logits(batch), atol=1e-5, rtol=1e-5)
 
 
 def test_random_weights_need_a_tokenizer_and_come_back_the_same(clip, scpc, tmp_path):

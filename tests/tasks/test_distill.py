@@ -12,9 +12,7 @@ from minilora.errors import UserError
 from minilora.inject import count_parameters, lora_layers
 from minilora.settings.parse import parse_args
 from minilora.tasks import build_task, load_run
-from minilora.tasks.choice import task as choice
 from minilora.tasks.teacher import teacher_names
-from minilora.tasks.vqa.task import logits_of
 from tests.support.choice_data import write_clip, write_scpc
 from tests.support.cli_data import QUICK, program, write_photos
 from tests.support.vqa_data import write_vqa
@@ -217,7 +215,7 @@ def test_a_student_of_questions_learns_from_two_towers_and_takes_their_answers(v
     assert task.labels == run.labels and task.tokenizer.vocab == run.tokenizer.vocab
     batch = next(iter(task.train_loader(0, task.train_batches(0))))
     loss, _ = task.loss(task.model.eval(), batch)
-    logits = logits_of(task.model, batch)
+    logits = task.predictor.logits(task.model, batch)
     seen = batch | {"image": (batch["image"] * 0.5 + 0.5 - mean(run)) / std(run)}
     with torch.no_grad():
         answers = run.logits(seen)
@@ -290,7 +288,7 @@ def test_choices_are_distilled_too(tmp_path):
     loss, _ = task.loss(task.model.eval(), batch)
     run = load_run(tmp_path / "teacher")
     with torch.no_grad():
-        logits, answers = choice.logits_of(task.model, batch), run.logits(batch)
+        logits, answers = task.predictor.logits(task.model, batch), run.logits(batch)
     torch.testing.assert_close(loss, by_hand(logits, answers, batch["label"], 0.4, 3.0), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="was trained with --prompt None"):
         build_task(parse_args([*words, "--prompt", "{question} {choice}"])[0])

@@ -11,9 +11,11 @@ from minilora.inject import count_parameters, lora_state_dict
 from minilora.settings.flags import DEFAULT_LR, Config
 from minilora.settings.parse import parse_args
 from minilora.tasks import build_task
-from minilora.tasks.base import choose_amp, choose_device, load_base, lora_config, make_trainable
 from minilora.tasks.labelled import Predictions
-from minilora.training.trainer import to_device
+from minilora.tasks.method import lora_config, make_trainable
+from minilora.tasks.task import choose_amp
+from minilora.tasks.weights import load_base
+from minilora.training.device import choose_device, to_device
 from tests.support.cli_data import QUICK, write_photos
 
 CPU = torch.device("cpu")

@@ -14,9 +14,8 @@ from minilora.report.vqa_metric import vqa_accuracy
 from minilora.settings.flags import Config
 from minilora.settings.parse import parse_args, read_recipe
 from minilora.tasks import build_task, load_run
-from minilora.tasks.base import lora_config
+from minilora.tasks.method import lora_config
 from minilora.tasks.vqa.targets import SoftTargets
-from minilora.tasks.vqa.task import logits_of
 from minilora.training.distributed import share_steps
 from reference_models import create_model
 from reference_models.load import bundled_weights
@@ -119,7 +118,7 @@ def test_soft_targets_train_on_binary_cross_entropy(folder, tmp_path):
     task = task_of(str(tmp_path), soft_targets=True)
     (batch,) = task.train_loader(0, task.train_batches(0)[:1])
     loss, stats = task.loss(task.model, batch)
-    logits, target = logits_of(task.model, batch), batch["target"]
+    logits, target = task.predictor.logits(task.model, batch), batch["target"]
     p = logits.sigmoid()
     expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(1).mean()
     torch.testing.assert_close(loss, expected)

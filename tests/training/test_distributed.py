@@ -93,7 +93,7 @@ def test_torchrun_passes_sigterm_on_and_max_restarts_goes_on_from_the_checkpoint
     script.write_text(
         "import os, sys\n"
         "from minilora.training import distributed\n"
-        "from tests.process_lab import ToyTask, train\n"
+        "from tests.support.process_lab import ToyTask, train\n"
         "distributed.start('cpu')\n"
         "def after(number):\n"
         "    if number == 5 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and distributed.rank() == 1:\n"

@@ -1,9 +1,7 @@
 """Using multiple choice: answers with probabilities, scores by type of question, submissions,
-zero-shot scores.
-"""
+zero-shot scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.adapter import load_adapter
 from minilora.data.pictures.folder import Sample, Split
 from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import in_order, make_loader
@@ -25,33 +22,14 @@ from minilora.report.metrics import classification_metrics
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.report.tables import text_table
 from minilora.settings.flags import Config
-from minilora.tasks import base
-from minilora.tasks.choice.task import accuracy_by_type, load_clip, logits_of, open_data, predict
-from minilora.tasks.choice.text import Texts, check_tokenizer, text_sizes
+from minilora.tasks.choice.task import ChoicePredictor, accuracy_by_type, open_data
+from minilora.tasks.choice.text import ChoicePrompt
+from minilora.tasks.clip import check_tokenizer, load_clip, text_sizes
 from minilora.tasks.labelled import Predictions
-from minilora.tasks.run import Evaluation, Run, restoring
-from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
-from reference_models import load_pretrained
-from reference_models.text.tokenizers import Tokenizer, load_tokenizer
-
-SHOWN = 12  # pictures of a kind on the report page
-
-
-def load(path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None) -> "ChoiceRun":
-    """The run in `path` as a ChoiceRun."""
-    labels, keys = read_labels(path)
-    tokenizer = load_tokenizer(path)
-    if config.mode == "full":
-        model = load_pretrained(path)
-    else:
-        model, found = restore_clip(config, recorded, weights, tokenizer)
-        base.check_base(found, recorded, path)
-        load_adapter(model, path)
-    model = model.to(device).eval()
-    check_tokenizer(model, tokenizer)
-    preprocess = model.preprocess = read_preprocess(path, model)
-    known = labels, keys, device, read_summary(path)
-    return ChoiceRun(path, config, model, recorded, preprocess, *known, tokenizer)
+from minilora.tasks.method import resolve
+from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers
+from minilora.tasks.weights import load_base, restoring
+from minilora.training.device import to_device
 
 
 class OnePicture(Split):
@@ -65,15 +43,26 @@ class OnePicture(Split):
         return self.image
 
 
-@dataclass
-class ChoiceRun(Run):
+class ChoiceRun(TextRun):
     """A trained model for multiple choice."""
 
-    tokenizer: Tokenizer
+    @property
+    def predictor(self) -> ChoicePredictor:
+        return ChoicePredictor(self.device)
 
     @property
-    def texts(self) -> Texts:
-        return Texts(self.tokenizer, self.config, self.model.config.context)
+    def prompt(self) -> ChoicePrompt:
+        """A new one, which has counted nothing yet."""
+        return ChoicePrompt(self.tokenizer, self.config, self.model.config.context)
+
+    def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
+        config, source = self.config, weights or self.base.get("weights") or self.config.weights
+        sizes = text_sizes(config.model, source, self.tokenizer)
+        with restoring([source]):
+            return load_base(config.model, source, config.seed, None, config.image_size, **sizes)
+
+    def check(self) -> None:
+        check_tokenizer(self.model, self.tokenizer)
 
     @torch.inference_mode()
     def predict(
@@ -87,70 +76,46 @@ class ChoiceRun(Run):
         if not question or not choices:
             raise UserError('multiple choice needs --question "..." and --choices "A" "B" ...')
         check_choices(choices, "--choices")
-        answers, texts = [], self.texts
+        answers, prompt = [], self.prompt
         for picture in pictures:
             image = picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
             asked = ChoiceSplit([Question(0, 0, question, tuple(choices))], OnePicture(image))
-            dataset = ChoiceDataset(asked, texts.of_split(asked), self.preprocess)
-            batch = self.to_device(choice_collate(self.tokenizer.pad_id)([dataset[0]]))
-            best = logits_of(self.model, batch)[0].softmax(-1).sort(descending=True, stable=True)
-            answers.append([(choices[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)])
+            dataset = ChoiceDataset(asked, prompt.of_split(asked), self.preprocess)
+            batch = to_device(choice_collate(self.tokenizer.pad_id)([dataset[0]]), self.device)
+            answers.append(top_answers(choices, self.logits(batch)[0].softmax(-1), len(choices)))
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
-        """Answers to the part of the data that the flags of evaluate.py name."""
-        split, source = self.split(options)
-        texts = self.texts
-        found = predict_split(self.model, split, texts, self.preprocess, options, self.device)
-        return evaluation(found, split, source, texts.note())
+        (split, source), prompt = self.split(options), self.prompt
+        dataset = ChoiceDataset(split, prompt.of_split(split), self.preprocess, bad_data=options.bad_data)
+        collate = choice_collate(self.tokenizer.pad_id)
+        loader = make_loader(dataset, in_order(len(split), options.batch_size), options.workers, collate_fn=collate)
+        return evaluation(self.answers(loader, options.amp), split, source, prompt.note())
 
     def split(self, options: Any) -> tuple[ChoiceSplit, str]:
         """--data-dir and --split as questions, with their format; the data of the training where
         they are not given."""
-        config = replace(self.config, bad_data=options.bad_data)
-        if options.data_dir is not None:
-            config = replace(config, data_dir=options.data_dir, data_format=options.data_format, subset=1.0)
-        splits = open_data(config, require_train=False)
-        return choose_part(splits, options, whole=options.data_dir is not None), splits.source
+        splits = open_data(self.data_config(options), require_train=False)
+        return scored_split(splits, options), splits.source
 
     def batch(self, n: int, options: Any) -> dict:
         split, _ = self.split(options)
-        chosen = spread(split, n)
+        chosen = by_picture(split, n)
         asked = split.take(chosen)
-        dataset = ChoiceDataset(asked, self.texts.of_split(asked), self.preprocess, bad_data=options.bad_data)
+        dataset = ChoiceDataset(asked, self.prompt.of_split(asked), self.preprocess, bad_data=options.bad_data)
         (batch,) = make_loader(dataset, [range(n)], collate_fn=choice_collate(self.tokenizer.pad_id))
         titles = {q.picture: q.choices[q.answer] if q.answer >= 0 else "" for q in reversed(asked.questions)}
         order = dict.fromkeys(question.picture for question in asked)
-        return self.to_device(batch) | {"titles": [titles[picture] for picture in order]}
-
-    def to_device(self, batch: dict) -> dict:
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    def logits(self, batch: dict) -> Tensor:
-        return logits_of(self.model, batch)
-
-    def pictures(self, batch: dict) -> Tensor:
-        return batch["image"]
+        return to_device(batch, self.device) | {"titles": [titles[picture] for picture in order]}
 
     def titles(self, batch: dict) -> list[str]:
         return batch["titles"]
 
-    def base_model(self, weights: str | None = None) -> nn.Module:
-        """The model before training."""
-        model, _ = restore_clip(self.config, self.base, weights, self.tokenizer)
-        model.preprocess = self.preprocess
-        return model.to(self.device).eval()
+
+load = ChoiceRun.load
 
 
-def restore_clip(config: Config, recorded: dict, weights: str | None, tokenizer: Tokenizer) -> tuple[nn.Module, dict]:
-    """The base model that the run started from, and the record of what was found."""
-    source = weights or recorded.get("weights") or config.weights
-    sizes = text_sizes(config.model, source, tokenizer)
-    with restoring([source]):
-        return base.load_base(config.model, source, config.seed, None, config.image_size, **sizes)
-
-
-def spread(split: ChoiceSplit, n: int) -> list[int]:
+def by_picture(split: ChoiceSplit, n: int) -> list[int]:
     """n rows about different pictures as far as there are so many, then the others, then
     again from the start."""
     first: dict[int, int] = {}
@@ -161,31 +126,15 @@ def spread(split: ChoiceSplit, n: int) -> list[int]:
     return [order[i % len(order)] for i in range(n)]
 
 
-def choose_part(splits: ChoiceSplits, options: Any, whole: bool) -> ChoiceSplit:
-    """The part that --split names. Without it: test for --submission; everything of a set without
-    parts; else val, test or train, the first that is there."""
-    parts = {"val": splits.val, "test": splits.test, "train": splits.train}
-    there = {name: split for name, split in parts.items() if split is not None and len(split)}
+def scored_split(splits: ChoiceSplits, options: Any) -> ChoiceSplit:
+    """The part that --split names. Without it: test for --submission; everything of a --data-dir
+    without parts; else val, test or train, the first that is there."""
     part = options.split
-    if part is None and options.submission and "test" in there:
+    if part is None and options.submission and splits.test:
         part = "test"
-    if part is None and whole and splits.whole is not None:
+    if part is None and options.data_dir is not None and splits.whole is not None:
         return splits.whole
-    part = part or next(iter(there))
-    if part not in there:
-        raise UserError(f"--split {part}: the data have no such part; they have {', '.join(there)}")
-    return there[part]
-
-
-def predict_split(
-    model: nn.Module, split: ChoiceSplit, texts: Texts, preprocess: dict, options: Any, device: torch.device
-) -> Predictions:
-    """The model's answers to a split, in its order."""
-    dataset = ChoiceDataset(split, texts.of_split(split), preprocess, bad_data=options.bad_data)
-    collate = choice_collate(texts.tokenizer.pad_id)
-    loader = make_loader(dataset, in_order(len(split), options.batch_size), options.workers, collate_fn=collate)
-    with base.autocast(device, options.amp):
-        return predict(model, loader, device)
+    return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, part)
 
 
 def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Sequence[str] = ()) -> Evaluation:
@@ -213,7 +162,7 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Seque
     if not found.scored.any():
         text = "\n".join([f"{len(split)} questions without answers", *lines])
         return Evaluation(None, text, header, rows, **files)
-    truth = np.where(found.valid, found.labels, -1)
+    truth = found.truth
     metrics = classification_metrics(truth, chosen, list(letters), found.probabilities)
     by_type = accuracy_by_type(found, split)
     scores = found.scores() | {key: metrics[key] for key in ("precision", "recall", "f1")}
@@ -227,7 +176,7 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Seque
         vqa=type_scores(scores, by_type, found),
         mistakes=examples(most_confident_mistakes(truth, chosen, sure, SHOWN), found, split),
         unsure=examples(least_sure(found.probabilities, SHOWN), found, split),
-        examples=examples(spread(split, min(SHOWN, len(split))), found, split),
+        examples=examples(by_picture(split, min(SHOWN, len(split))), found, split),
     )
 
 
@@ -271,12 +220,9 @@ def examples(numbers: Sequence[int], found: Predictions, split: ChoiceSplit) -> 
 
 
 def zero_shot(config: Config, options: Any, device: torch.device) -> str:
-    """The accuracy of a base model without any training, so that the gain from training is visible."""
-    base.resolve(config, config.model)
-    splits = open_data(config, require_train=False)
-    model, _, tokenizer = load_clip(config)
-    model = model.to(device).eval()
-    split = choose_part(splits, options, whole=True)
-    texts = Texts(tokenizer, config, model.config.context)
-    found = predict_split(model, split, texts, model.preprocess, options, device)
-    return f"{config.model}, zero-shot\n{evaluation(found, split, splits.source, texts.note()).text}"
+    """The accuracy of a base model before any training, so that the gain is visible."""
+    resolve(config, config.model)
+    model, record, tokenizer = load_clip(config)
+    run = ChoiceRun(Path(config.model), config, record, [], [], device, model.to(device).eval(), model.preprocess)
+    run.tokenizer = tokenizer
+    return f"{config.model}, zero-shot\n{run.evaluate(options).text}"

@@ -1,1 +1,1 @@
-"""Picture classification: task (training), run (a finished run), prompts (CLIP's zero-shot score)."""
+"""Picture classification: task (training), run (a finished run), prompts (zero-shot with CLIP)."""

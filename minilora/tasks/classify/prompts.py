@@ -1,7 +1,9 @@
 """Zero-shot classification with CLIP: a class is the sentence "a photo of a dog.", and the
 nearest sentence wins.
 
-p = softmax(exp(logit_scale) * cos(picture, sentence of each class))       Radford et al. 2021, section 3.1
+p = softmax(exp(logit_scale) * cos(picture, sentence of each class))
+
+Source: Radford et al. 2021, section 3.1.
 """
 
 from collections.abc import Sequence
@@ -15,8 +17,8 @@ from minilora.data.pictures.folder import Split
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
 from minilora.errors import UserError
 from minilora.settings.flags import Config
-from minilora.tasks.base import autocast
-from minilora.tasks.choice.text import check_tokenizer, find_tokenizer
+from minilora.tasks.clip import check_tokenizer, find_tokenizer
+from minilora.training.device import autocast
 
 TEMPLATE = "a photo of a {}."
 

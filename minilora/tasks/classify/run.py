@@ -2,8 +2,8 @@
 with its own head.
 """
 
+import os
 from collections.abc import Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.data.pictures.folder import Sample, Split, Splits
 from minilora.data.pictures.images import open_image
@@ -25,26 +25,32 @@ from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics, format_metrics
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.settings.flags import Config
-from minilora.tasks import base
-from minilora.tasks.classify.task import open_data, predict
+from minilora.tasks.classify.task import ClassifyPredictor, open_data
 from minilora.tasks.labelled import Predictions
-from minilora.tasks.run import Evaluation, Run, restore_base, restore_single
-from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
+from minilora.tasks.method import one_value
+from minilora.tasks.run import SHOWN, Evaluation, Run, choose_part, top_answers, top_cells, top_columns
+from minilora.tasks.weights import load_base, restoring
+from minilora.training.device import autocast, to_device
 
 PARTS = ("train", "val", "test")
-SHOWN = 12  # pictures of a kind on the report page
-
-
-def load(path: Path, config: Config, recorded: dict, device: torch.device, weights: str | None) -> "ClassifyRun":
-    """The run in `path` as a ClassifyRun."""
-    labels, keys = read_labels(path)
-    model = restore_single(path, config, recorded, weights, len(labels)).to(device).eval()
-    preprocess = model.preprocess = read_preprocess(path, model)
-    return ClassifyRun(path, config, model, recorded, preprocess, labels, keys, device, read_summary(path))
 
 
 class ClassifyRun(Run):
     """A trained classifier."""
+
+    @property
+    def predictor(self) -> ClassifyPredictor:
+        return ClassifyPredictor(self.device)
+
+    def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
+        source, model = weights or self.base.get("weights") or self.config.weights, one_value(self.config, "model")
+        if isinstance(source, dict):
+            raise UserError(
+                f"--task {self.task} has one encoder, but its weights are named by tower: {source}; give one path"
+            )
+        name = source if "/" in model and not os.path.isdir(model) else model
+        with restoring([source]):
+            return load_base(name, source, self.config.seed, len(self.labels), self.config.image_size)
 
     @torch.inference_mode()
     def predict(self, pictures: Sequence[str | PathLike | Image.Image], top_k: int = 5, batch_size: int = 32) -> list:
@@ -54,53 +60,41 @@ class ClassifyRun(Run):
         for start in range(0, len(pictures), batch_size):
             images = [p if isinstance(p, Image.Image) else open_image(p) for p in pictures[start : start + batch_size]]
             inputs = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
-            best = self.model(inputs).float().softmax(-1).cpu().topk(min(top_k, len(self.labels)))
-            answers += zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [[(self.labels[i], p) for i, p in zip(*row, strict=True)] for row in answers]
+            answers += [top_answers(self.labels, row, top_k) for row in self.model(inputs).float().softmax(-1)]
+        return answers
 
     def evaluate(self, options: Any) -> Evaluation:
-        """Predictions for the part of the data that the flags of evaluate.py name."""
         split = self.split(options)
         found = predict_split(self.model, split, self.preprocess, options, self.device)
         return evaluation(found, split, self.labels)
 
     def split(self, options: Any) -> Split:
         """--data-dir and --split as a Split; the data of the training where they are not given."""
-        config = replace(self.config, bad_data=options.bad_data)
+        config = self.data_config(options)
         if options.data_dir is not None:
-            config = replace(config, data_dir=options.data_dir, data_format=options.data_format, subset=1.0)
             if (loose := loose_pictures(config, options.split, {*self.keys, *self.labels})) is not None:
                 return loose
         splits = open_data(config, self.keys, require_train=False)
-        part = choose_part(splits, options.split, whole=options.data_dir is not None and not has_parts(config.data_dir))
+        part = scored_split(splits, options.split, options.data_dir)
         if isinstance(part, ShardSplit):
             check_geometry(part.index["preprocess"], self.preprocess, config.data_dir)
         return part
 
     def batch(self, n: int, options: Any) -> dict[str, Tensor]:
         split = self.split(options)
-        chosen = spread(split, n) if n < len(split) else [i % len(split) for i in range(n)]
+        chosen = by_class(split, n) if n < len(split) else [i % len(split) for i in range(n)]
         dataset = PictureDataset(split, self.preprocess, bad_data=options.bad_data)
         (batch,) = make_loader(dataset, [chosen])
-        return {key: value.to(self.device) for key, value in batch.items()}
-
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(batch["image"])
-
-    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["image"]
+        return to_device(batch, self.device)
 
     def titles(self, batch: dict[str, Tensor]) -> list[str]:
         return [self.labels[i] if i >= 0 else "" for i in batch["label"].tolist()]
 
-    def base_model(self, weights: str | None = None):
-        """The model before training, with a random head."""
-        model, _ = restore_base(self.config, self.base, weights, len(self.labels))
-        model.preprocess = self.preprocess
-        return model.to(self.device).eval()
+
+load = ClassifyRun.load
 
 
-def spread(split: Split, n: int) -> list[int]:
+def by_class(split: Split, n: int) -> list[int]:
     """n rows, taken from the classes in turn, so that a few pictures show several classes."""
     seen: dict[int, int] = {}
     turn = []
@@ -123,12 +117,8 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
     """The pictures of --data-dir as rows without a label, None where it has labels."""
     path = Path(config.data_dir)
     if path.is_file():
-        is_table = path.suffix.lower() in (".csv", ".tsv")
-        return (
-            None
-            if is_table and set(LABEL_COLUMNS) & {name.lower() for name in read_rows(path)[0]}
-            else unlabelled(path)
-        )
+        header = read_rows(path)[0] if path.suffix.lower() in (".csv", ".tsv") else ()
+        return None if set(LABEL_COLUMNS) & {name.lower() for name in header} else unlabelled(path)
     if not path.is_dir() or config.data_format in ("csv", "shapes", "shards") or is_shards(path):
         return None
     if has_parts(config.data_dir):
@@ -139,43 +129,37 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
     return None if folders & known or find_tables(path) else unlabelled(path)
 
 
-def choose_part(splits: Splits, part: str | None, whole: bool) -> Split:
-    """The part that --split names; without it val, else test, else train. `whole`: everything, if
-    nothing is said."""
-    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    there = {name: split for name, split in parts.items() if split is not None and len(split)}
-    if part is None and whole and splits.train is not None:
+def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> Split:
+    """The part that --split names; without it all of a --data-dir without parts, else val, test or
+    train, the first that is there."""
+    if part is None and data_dir is not None and not has_parts(data_dir) and splits.train is not None:
         samples = sorted([*splits.train, *(splits.val or ())], key=lambda sample: (sample.label, sample.path))
         return Split((Sample(*sample) for sample in samples), splits.train.root)
-    name = part or next(name for name in ("val", "test", "train") if name in there)
-    if name not in there:
-        raise UserError(f"--split {name}: the data have no such part; they have {', '.join(there)}")
-    return there[name]
+    return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, part)
 
 
-def predict_split(model, split: Split, preprocess: dict, options: Any, device: torch.device) -> Predictions:
+def predict_split(model: nn.Module, split: Split, preprocess: dict, options: Any, device: torch.device) -> Predictions:
     """The model's answers to a split, in its order."""
     dataset = PictureDataset(split, preprocess, bad_data=options.bad_data)
     loader = make_loader(dataset, in_order(len(split), options.batch_size), options.workers)
-    with base.autocast(device, options.amp):
-        return predict(model, loader, device)
+    with autocast(device, options.amp):
+        return ClassifyPredictor(device).predict(model, loader)
 
 
 def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: int = 5) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers."""
     order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, : min(top_k, len(labels))]
     chosen, sure = order[:, 0], np.take_along_axis(found.probabilities, order, 1)
-    header, rows = ["file", "label", "probability"], []
-    for k in range(2, order.shape[1] + 1):
-        header += [f"label_{k}", f"probability_{k}"]
-    for i, sample in enumerate(split):
-        pairs = zip(order[i], sure[i], strict=True) if found.valid[i] else ()
-        cells = [cell for label, p in pairs for cell in (labels[label], f"{p:.6f}")]
-        rows.append([sample.path, *cells, *[""] * (len(header) - 1 - len(cells))])
+    header = top_columns(order.shape[1])
+    empty = [""] * (len(header) - 1)
+    rows = [
+        [sample.path, *(top_cells(labels, order[i], sure[i]) if found.valid[i] else empty)]
+        for i, sample in enumerate(split)
+    ]
     submission = (["file", "label"], [row[:2] for row in rows])
     broken = int((~found.valid).sum())
     lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
-    truth = np.where(found.valid, found.labels, -1)
+    truth = found.truth
     if not found.scored.any():
         lines.insert(0, f"{len(split)} pictures without labels")
         return Evaluation(None, "\n".join(lines), header, rows, submission)
@@ -219,11 +203,11 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     Which class of the head a folder means: `imagenet_index` in classes.json, or the checkpoint's
     own class names.
     """
-    name = base.one_value(config, "model")
-    model, _ = base.load_base(name, base.one_value(config, "weights"), config.seed, None, config.image_size)
+    name = one_value(config, "model")
+    model, _ = load_base(name, one_value(config, "weights"), config.seed, None, config.image_size)
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
-    split = choose_part(splits, options.split, whole=config.data_dir is not None and not has_parts(config.data_dir))
+    split = scored_split(splits, options.split, config.data_dir)
     if hasattr(model, "text_projection"):
         from minilora.tasks.classify.prompts import zero_shot_line
 

@@ -5,13 +5,10 @@ loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + 
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.atomic import write_json
 from minilora.data.pictures.batch_augment import Finish
 from minilora.data.pictures.folder import Split, Splits
 from minilora.data.pictures.loader import PictureDataset, make_loader
@@ -20,28 +17,27 @@ from minilora.data.shards.files import check_geometry
 from minilora.data.shards.pictures import ShardDataset, ShardSplit
 from minilora.errors import UserError
 from minilora.settings.flags import Config
-from minilora.tasks import base
-from minilora.tasks.labelled import Labelled, Predictions
+from minilora.tasks.labelled import Labelled, LabelledPredictor
+from minilora.tasks.method import make_trainable, one_value, resolve
 from minilora.tasks.teacher import teacher_names
+from minilora.tasks.weights import load_base
 
 DEFAULT_MODEL = "vit-nano-patch8-48"
 FORMATS = ("auto", "folder", "csv", "shapes", "shards")
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
-    """The task that `config` describes. The data are looked at first: a wrong folder
-    is told at once."""
-    base.resolve(config, DEFAULT_MODEL)
+    """The task that `config` describes. The data come first: a wrong folder is reported at once."""
+    resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
         splits = open_data(config, names["keys"])
-    name, weights = base.one_value(config, "model"), base.one_value(config, "weights")
-    classes = len(splits.classes)
-    model, record = base.load_base(name, weights, config.seed, classes, config.image_size)
+    name, weights = one_value(config, "model"), one_value(config, "weights")
+    model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size)
     replace_foreign_head(model, splits.classes, config.seed)
     for flag in ("lora_r", "lora_alpha"):
-        base.one_value(config, flag)
-    base.make_trainable(model, config, model.head_modules)
+        one_value(config, flag)
+    make_trainable(model, config, model.head_modules)
     return Classify(config, model, record, splits, torch.device(device))
 
 
@@ -75,33 +71,21 @@ def replace_foreign_head(model: nn.Module, classes: Sequence[str], seed: int) ->
     model.labels = list(classes)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, loader: Iterable[dict], device: torch.device) -> Predictions:
-    """The model's answers to every row of `loader`, in its order."""
-    parts = []
-    for batch in loader:
-        inputs = {key: batch[key].to(device) for key in ("image", "features") if key in batch}
-        probabilities = logits_of(model, inputs).float().softmax(-1).cpu().numpy()
-        parts.append((probabilities, batch["label"].numpy(), batch["valid"].numpy()))
-    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+class ClassifyPredictor(LabelledPredictor):
+    """One distribution over the classes for each picture."""
 
-
-def logits_of(model: nn.Module, batch: dict) -> Tensor:
-    """Pictures, or features that were computed before, -> logits (B, K)."""
-    return model.head(batch["features"]) if "features" in batch else model(batch["image"])
+    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+        return model.head(batch["features"]) if "features" in batch else model(batch["image"])
 
 
 class Classify(Labelled):
-    """The task that the Trainer trains; base.Task says what each method is for."""
+    """The task that the Trainer trains; task.Task says what each method is for."""
 
     def __init__(self, config: Config, model: nn.Module, record: dict, splits: Splits, device: torch.device):
-        self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
-        self.mode, self.labels, self.preprocess = config.mode, splits.classes, model.preprocess
-        self.workers = base.choose_workers(config, device) if config.data_dir else config.workers or 0
-        self.amp = base.choose_amp(config, device)
+        super().__init__(config, model, record, splits, device, ClassifyPredictor(device))
+        self.labels, self.keys = splits.classes, splits.keys
         parts = {"train": splits.train, "val": splits.val, "test": splits.test}
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
-        self.features: dict[str, dict[str, Tensor]] = {}
         stored = any(isinstance(split, ShardSplit) for split in parts.values())
         self.finish = Finish(self.preprocess, config.augment, device) if stored else None
 
@@ -112,39 +96,17 @@ class Classify(Labelled):
             return ShardDataset(split, augment, self.config.seed)
         return PictureDataset(split, self.preprocess, augment, self.config.seed, self.config.bad_data)
 
-    def loader(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
+    def read(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
         rows = make_loader(self.data[part], batches, self.workers, pin_memory=self.device.type == "cuda")
         return self.finish(rows) if self.finish else rows  # shards: the rest happens on the device
-
-    def logits(self, model: nn.Module, batch: dict) -> Tensor:
-        return logits_of(model, batch)
-
-    def predict(self, model: nn.Module, loader: Iterable[dict]) -> Predictions:
-        return predict(model, loader, self.device)
 
     def encoded(self, batch: dict) -> dict[str, Tensor]:
         return {"features": self.model.pooled(batch["image"].to(self.device))}  # (B, d)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self.predictions(model, "val").scores()
-
-    def test(self, model: nn.Module) -> dict[str, float] | None:
-        if "test" not in self.data:
-            return None
-        with base.autocast(self.device, self.amp):
-            return self.predictions(model.eval(), "test").scores()
-
-    def describe(self, batch: dict) -> str:
-        files = [self.data["train"].split[i].path for i in batch["index"].tolist()]
-        return ", ".join(files[:8]) + f" and {len(files) - 8} more" * (len(files) > 8)
+    def file_of(self, row: int) -> str:
+        return self.data["train"].split[row].path
 
     def data_lines(self) -> list[str]:
         where = self.config.data_dir or "generated shapes"
         counts = ", ".join(f"{len(data)} {part}" for part, data in self.data.items())
         return [f"data: {where}: {counts} pictures, {len(self.labels)} classes"]
-
-    def write_files(self, run_dir: Path) -> None:
-        write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.splits.keys})
-        write_json(run_dir / "preprocess.json", self.preprocess)
-        if self.mode == "full":
-            base.write_model_config(self.model, self.labels, run_dir)

@@ -1,3 +1,3 @@
-"""Open-ended questions: task (training), run (a finished run), model (two towers), features,
-targets, shards.
+"""Open-ended questions: task (training), run (a finished run), model (two towers), features (kept),
+targets (soft), shards (what they are made of).
 """

@@ -1,4 +1,4 @@
-"""--cache-features: what a frozen tower says of a picture or a text is computed once and kept."""
+"""--cache-features: what a frozen tower says of a picture or a text, computed once and kept."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from minilora.data.pictures.loader import in_order
 from minilora.data.questions.vqa_batches import VQADataset, distinct, vqa_loader
 from minilora.errors import UserError
-from minilora.tasks import base
 from minilora.tasks.vqa.model import frozen_towers
+from minilora.training.device import autocast, to_device
 
 
 class FeatureCache:
@@ -53,7 +53,7 @@ class FeatureCache:
         """vision (pictures, dv), text (texts, dt) and valid (pictures,) of a part."""
         training = self.task.model.training
         self.task.model.eval()
-        with base.autocast(self.task.device, self.task.amp):
+        with autocast(self.task.device, self.task.amp):
             kept = (self.pictures(data) if "vision" in self.towers else {}) | (
                 {"text": self.texts(data)} if "text" in self.towers else {}
             )
@@ -61,7 +61,7 @@ class FeatureCache:
         return kept
 
     def pictures(self, data: VQADataset) -> dict[str, Tensor]:
-        """Every picture that has a question through the picture tower, once, found by its number."""
+        """Every picture that has a question through the picture tower, once; rows by its number."""
         task = self.task
         first = np.unique(data.picture, return_index=True)[1]
         batches = [first[rows].tolist() for rows in in_order(len(first), 2 * task.config.batch_size)]
@@ -82,8 +82,8 @@ class FeatureCache:
         order = np.argsort([len(ids) for ids in texts.ids], kind="stable")
         parts = []
         for rows in in_order(len(order), 4 * task.config.batch_size):
-            inputs = texts.padded(order[rows].tolist())
-            parts.append(task.model.encode_text(**{k: x.to(task.device) for k, x in inputs.items()}).float().cpu())
+            inputs = to_device(texts.padded(order[rows].tolist()), task.device)
+            parts.append(task.model.encode_text(**inputs).float().cpu())
         return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
 
 

@@ -3,7 +3,6 @@ of the text tower.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import nn
 
 from minilora.errors import UserError
 from minilora.settings.flags import Config
-from minilora.tasks import base
+from minilora.settings.values import TOWERS
+from minilora.tasks.weights import RANDOM, load_base, named, own_weights, tokenizer_beside
 from reference_models.fusion import TwoTower
-from reference_models.load import bundled_weights, config_for
-from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
+from reference_models.load import config_for
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
-TOWERS = ("vision", "text")
 STUDENTS_TEXT = "bert-nano"  # whose vocabulary a student reads where nothing is said
 DEFAULT_MODEL = {"vision": "vit-nano-patch8-48", "text": "bert-nano"}
 
@@ -42,7 +40,7 @@ def tower_weights(config: Config, given: str | dict | None = None) -> dict[str, 
     weights = given or config.weights
     if isinstance(weights, dict):
         return dict.fromkeys(TOWERS) | weights
-    if weights not in (None, base.RANDOM, base.BUNDLED):
+    if named(weights):
         raise UserError(f"--weights {weights}: which tower is it for? Write vision={weights} or text={weights}")
     return dict.fromkeys(TOWERS, weights)
 
@@ -55,21 +53,21 @@ def is_student(config: Config) -> bool:
 
 def load_student(config: Config, answers: int) -> tuple[nn.Module, dict[str, dict]]:
     """A student with random weights; UserError for a fusion that it does not have."""
-    if config.fusion != "product" or config.weights not in (None, base.RANDOM):
+    if config.fusion != "product" or config.weights not in (None, RANDOM):
         raise UserError(f"--model {config.model} starts from random weights and joins its towers by --fusion product")
-    model, record = base.load_base(config.model, base.RANDOM, config.seed, answers, config.image_size)
+    model, record = load_base(config.model, RANDOM, config.seed, answers, config.image_size)
     return model, {key: dict.fromkeys(TOWERS, value) for key, value in record.items()}
 
 
 def load_towers(config: Config, answers: int, weights: dict[str, str | None]) -> tuple[TwoTower, dict[str, dict]]:
     """(the model with a random head, {"weights": {tower: ...}, "sha256": {tower: ...}}); random
-    parts from the seed."""
+    parts come from the seed."""
     if is_student(config):
         return load_student(config, answers)
     names, settings = tower_names(config)
     loaded = {
-        "vision": base.load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings),
-        "text": base.load_base(names["text"], weights["text"], config.seed),
+        "vision": load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings),
+        "text": load_base(names["text"], weights["text"], config.seed),
     }
     record = {key: {tower: loaded[tower][1][key] for tower in TOWERS} for key in ("weights", "sha256")}
     vision, text = (tower_of(loaded[tower][0], tower) for tower in TOWERS)
@@ -96,26 +94,12 @@ def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str |
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     name = STUDENTS_TEXT if is_student(config) else tower_names(config)[0]["text"]
-    source = weights["text"] if weights["text"] not in (None, base.RANDOM, base.BUNDLED) else None
-    source = source or (config.teacher if is_student(config) else None)
-    source = source or (name if os.path.isdir(name) else bundled_weights(name))
-    folder = beside(source)
+    source = named(weights["text"]) or (config.teacher if is_student(config) else None) or own_weights(name)
+    folder = tokenizer_beside(source)
     if folder is None:
         where = f"beside {source}" if source else f"for {name}"
         raise UserError(f"--tokenizer is missing: no vocabulary {where}; give vocab.txt or tokenizer.json")
     return load_tokenizer(folder)
-
-
-def beside(source: str | Path | None) -> Path | None:
-    """The folder of a checkpoint if a tokenizer lies in it."""
-    if source is None:
-        return None
-    if str(source).startswith("hf:"):
-        from reference_models.files.hub import resolve
-
-        source = resolve(str(source))
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
 
 def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int:

@@ -1,18 +1,16 @@
-"""Using a question answerer: answers to one question, scores by the official rules, results files."""
+"""Using a question answerer: answers to a question, scores by the official rules, results files."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from minilora.adapter import load_adapter
 from minilora.data.pictures.images import open_image
 from minilora.data.pictures.transforms import build_transform
 from minilora.data.questions.vqa2 import VQAPart, clean_question
@@ -24,137 +22,101 @@ from minilora.report.samples import Example
 from minilora.report.tables import text_table
 from minilora.report.vqa_metric import format_vqa
 from minilora.settings.flags import Config
-from minilora.tasks import base
-from minilora.tasks.run import Evaluation, Run, restoring
-from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
+from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers, top_cells, top_columns
 from minilora.tasks.vqa.features import grey_batches
 from minilora.tasks.vqa.model import load_towers, text_limit, tower_weights
-from minilora.tasks.vqa.task import Predictions, logits_of, open_data, predict, probabilities, score
-from reference_models import load_pretrained
-from reference_models.text.tokenizers import Tokenizer, load_tokenizer
-
-SHOWN = 12  # pictures of a kind on the report page
-
-
-def load(path: Path, config: Config, recorded: dict, device: torch.device, weights: str | dict | None) -> "VQARun":
-    """The run in `path` as a VQARun."""
-    answers = Answers(*read_labels(path))
-    model = restore(path, config, recorded, weights, len(answers.labels)).to(device).eval()
-    preprocess = model.preprocess = read_preprocess(path, model)
-    shared = (preprocess, answers.labels, answers.keys, device, read_summary(path))
-    return VQARun(path, config, model, recorded, *shared, answers, load_tokenizer(path))
+from minilora.tasks.vqa.task import BestAnswers, VQAPredictor, open_data, score
+from minilora.tasks.weights import restoring
+from minilora.training.device import to_device
+from minilora.training.distributed import in_item_order
 
 
-def restore(path: Path, config: Config, recorded: dict, weights: str | dict | None, classes: int):
-    """The trained two-tower model: base weights + adapter, or the run's own weights."""
-    if config.mode == "full":
-        return load_pretrained(path)
-    model, found = restore_towers(config, recorded, weights, classes)
-    base.check_base(found, recorded, path)
-    return load_adapter(model, path)
-
-
-def restore_towers(config: Config, recorded: dict, weights: str | dict | None, classes: int):
-    """The model before training, and the record of the weights that were found."""
-    given = recorded.get("weights") or {}
-    if not isinstance(given, dict):
-        raise UserError(f"--task vqa has two towers, but config.toml names one weight file: {given}")
-    if weights is not None:
-        moved = tower_weights(config, weights)
-        given = given | {tower: source for tower, source in moved.items() if source is not None}
-    with restoring(given.values()):
-        return load_towers(config, classes, tower_weights(config, given))
-
-
-@dataclass
-class VQARun(Run):
+class VQARun(TextRun):
     """A trained question answerer."""
 
-    answers: Answers
-    tokenizer: Tokenizer
+    limit: int  # of a question, in tokens
 
     @property
-    def soft(self) -> bool:
-        return self.config.soft_targets
+    def predictor(self) -> VQAPredictor:
+        return VQAPredictor(self.device, self.config.soft_targets)
+
+    @cached_property
+    def vocabulary(self) -> Answers:
+        """The answers that are classes."""
+        return Answers(self.labels, self.keys)
+
+    def restore(self, weights: str | dict | None) -> tuple[nn.Module, dict]:
+        given = self.base.get("weights") or {}
+        if not isinstance(given, dict):
+            raise UserError(f"--task vqa has two towers, but config.toml names one weight file: {given}")
+        if weights is not None:
+            moved = tower_weights(self.config, weights)
+            given = given | {tower: source for tower, source in moved.items() if source is not None}
+        with restoring(given.values()):
+            return load_towers(self.config, len(self.labels), tower_weights(self.config, given))
+
+    def check(self) -> None:
+        self.limit = text_limit(self.model, self.tokenizer, self.config.max_length)
 
     @torch.inference_mode()
     def predict(
         self, pictures: Sequence[str | PathLike | Image.Image], question: str | Sequence[str] = "", top_k: int = 5
     ) -> list:
         """The top_k (answer, probability) for each picture, most probable first; one question for
-        all, or one each."""
+        all, or one for each."""
         questions = [question] * len(pictures) if isinstance(question, str) else list(question)
         if len(questions) != len(pictures):
             raise UserError(f"{len(pictures)} pictures but {len(questions)} questions; give one for each")
         if not all(text.strip() for text in questions):
             raise UserError('a question is missing; ask one with --question "..."')
-        transform, limit = (
-            build_transform(self.preprocess),
-            text_limit(self.model, self.tokenizer, self.config.max_length),
-        )
-        answers = []
+        transform, limit, answers = build_transform(self.preprocess), self.limit, []
         for picture, text in zip(pictures, questions, strict=True):
             image = picture if isinstance(picture, Image.Image) else open_image(picture)
             inputs = self.tokenizer([clean_question(text)], max_length=limit)
             images = transform(image.convert("RGB"))[None].to(self.device)
             logits = self.model(images, inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device))
-            best = probabilities(logits, self.soft)[0].cpu().topk(min(top_k, len(self.labels)))
-            answers.append(
-                [(self.labels[k], p) for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-            )
+            answers.append(top_answers(self.labels, self.predictor.probabilities(logits)[0], top_k))
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
-        """Answers to the part of the data that the flags of evaluate.py name."""
         splits = self.splits(options)
-        part = choose_part(splits, options.split)
+        part = choose_part(splits.parts, options.split)
         data = self.dataset(part, options.bad_data)
         batches = grouped_batches(data.picture, options.batch_size)
         loader = vqa_loader(data, batches, None, options.workers)
-        found = self.answer_all(loader, batches, options.amp)
+        found = self.in_order(loader, batches, options.amp)
         said = found.answers(part, self.labels)
         if not part.answered:
             return evaluation(found, said, part, self.labels)
         baselines = {}
-        grey = self.answer_all(grey_batches(data, batches), batches, options.amp)
+        grey = self.in_order(grey_batches(data, batches), batches, options.amp)
         baselines["question only: this model, picture greyed out"] = score(grey.answers(part, self.labels), part)
         if splits.train is not None and splits.train is not part:
             guess = question_only_guess(splits.train.questions, part.questions)
             baselines["question only: the most frequent training answer"] = score(guess, part)
         return evaluation(found, said, part, self.labels, data.labels, baselines)
 
-    def answer_all(self, loader, batches: list[list[int]], amp: str) -> Predictions:
-        """Predictions in the order of the questions."""
-        with base.autocast(self.device, amp):
-            found = predict(self.model, loader, self.device, self.soft)
-        back = np.argsort([i for batch in batches for i in batch])
-        return Predictions(found.classes[back], found.probabilities[back], found.loss[back])
+    def in_order(self, loader: Iterable[dict], batches: list[list[int]], amp: str) -> BestAnswers:
+        """The answers in the order of the questions."""
+        return BestAnswers(*in_item_order(batches, self.answers(loader, amp)))
 
     def dataset(self, part: VQAPart, bad_data: str) -> VQADataset:
-        limit = text_limit(self.model, self.tokenizer, self.config.max_length)
-        texts = Texts(part.questions, self.tokenizer, limit)
-        return VQADataset(part, texts, self.answers.classes(part.questions), self.preprocess, bad_data=bad_data)
+        texts = Texts(part.questions, self.tokenizer, self.limit)
+        return VQADataset(part, texts, self.vocabulary.classes(part.questions), self.preprocess, bad_data=bad_data)
 
     def splits(self, options: Any) -> VQASplits:
         """--data-dir as VQASplits, nothing held out; the data of the training where
         it is not given."""
-        config = replace(self.config, bad_data=options.bad_data)
-        if options.data_dir is not None:
-            other = {"data_dir": options.data_dir, "data_format": options.data_format, "subset": 1.0}
-            config = replace(config, **other, val_split=0.0)
-        return open_data(config, require_train=False)
+        return open_data(self.data_config(options, val_split=0.0), require_train=False)
 
     def batch(self, n: int, options: Any) -> dict[str, Tensor]:
-        part = choose_part(self.splits(options), options.split)
+        part = choose_part(self.splits(options).parts, options.split)
         data = self.dataset(part, options.bad_data)
         first = np.unique(data.picture, return_index=True)[1]  # one question for each picture
         numbers = [int(first[i % len(first)]) for i in range(n)]
         (batch,) = vqa_loader(data, [numbers], None)
         self.asked = [part.questions[i].text for i in numbers]
-        return {key: value.to(self.device) for key, value in batch.items()}
-
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        return logits_of(self.model, batch)
+        return to_device(batch, self.device)
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["image"][batch["image_index"]]
@@ -162,24 +124,12 @@ class VQARun(Run):
     def titles(self, batch: dict[str, Tensor]) -> list[str]:
         return self.asked
 
-    def base_model(self, weights: str | dict | None = None):
-        """The model before training, with a random head."""
-        model, _ = restore_towers(self.config, self.base, weights, len(self.labels))
-        model.preprocess = self.preprocess
-        return model.to(self.device).eval()
 
-
-def choose_part(splits: VQASplits, name: str | None) -> VQAPart:
-    """The part that --split names; without it val, else test, else train."""
-    there = splits.parts
-    name = name or next(part for part in ("val", "test", "train") if part in there)
-    if name not in there:
-        raise UserError(f"--split {name}: the data have no such part; they have {', '.join(there)}")
-    return there[name]
+load = VQARun.load
 
 
 def evaluation(
-    found: Predictions,
+    found: BestAnswers,
     said: dict[int, str],
     part: VQAPart,
     labels: Sequence[str],
@@ -188,18 +138,10 @@ def evaluation(
 ) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers. classes (N,): the
     truth, -1 unknown."""
-    header = ["file", "label", "probability"]
-    for k in range(2, found.classes.shape[1] + 1):
-        header += [f"label_{k}", f"probability_{k}"]
-    header += ["question_id", "question"]
+    header = [*top_columns(found.classes.shape[1]), "question_id", "question"]
     rows = [
-        [
-            part.pictures[q.picture].path,
-            *(cell for k, p in zip(ks, ps, strict=True) for cell in (labels[k], f"{p:.6f}")),
-            q.question_id,
-            q.text,
-        ]
-        for q, ks, ps in zip(part.questions, found.classes, found.probabilities, strict=True)
+        [part.pictures[q.picture].path, *top_cells(labels, best, sure), q.question_id, q.text]
+        for q, best, sure in zip(part.questions, found.classes, found.probabilities, strict=True)
     ]
     submission = (["question_id", "answer"], [[number, answer] for number, answer in said.items()])
     if classes is None:
@@ -218,8 +160,8 @@ def evaluation(
             + [[name, f"{one['overall']:.2f}"] for name, one in (baselines or {}).items()],
         ),
     ]
-    known = found.loss[~np.isnan(found.loss)]
-    summary = {"accuracy": scores["accuracy"], "loss": float(known.mean()) if len(known) else None}
+    loss = found.mean_loss()
+    summary = {"accuracy": scores["accuracy"], "loss": None if np.isnan(loss) else loss}
     worth = np.array([scores["per_question"][q.question_id] for q in part.questions])
 
     def examples(numbers: Sequence[int]) -> list[Example]:

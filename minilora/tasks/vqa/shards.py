@@ -1,5 +1,5 @@
-"""What shards of questions are made of: the data, the vision tower's preprocessing and the
-text tower's tokens.
+"""What shards of questions are made of: the data, the vision tower's preprocessing and the text
+tower's tokens.
 """
 
 import os
@@ -8,9 +8,10 @@ from collections.abc import Callable
 from minilora.data.questions.vqa_batches import Texts
 from minilora.data.vqa_sets import VQASplits
 from minilora.settings.flags import Config
-from minilora.tasks import base
+from minilora.tasks.method import resolve
 from minilora.tasks.vqa.model import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights
 from minilora.tasks.vqa.task import open_data
+from minilora.tasks.weights import load_base
 from reference_models.load import config_for
 from reference_models.text.tokenizers import Tokenizer
 
@@ -18,11 +19,11 @@ from reference_models.text.tokenizers import Tokenizer
 def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
     """(splits, preprocess, tokenizer, longest text in tokens, part -> the token ids
     of its questions)."""
-    base.resolve(config, DEFAULT_MODEL)
+    resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     weights = tower_weights(config)
     names, settings = tower_names(config)
-    whole, _ = base.load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings)
+    whole, _ = load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings)
     tokenizer = open_tokenizer(config, weights)
     longest = getattr(None if os.path.isdir(names["text"]) else config_for(names["text"]), "max_positions", None)
     limit = min(config.max_length or tokenizer.max_length, longest or tokenizer.max_length)

@@ -1,4 +1,4 @@
-"""--soft-targets: learn from all ten people, each answer as good as the accuracy that it would get."""
+"""--soft-targets: learn from all ten people, each answer as the accuracy that it would get."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -2,21 +2,20 @@
 
 logits = head(fusion(vision(picture), text(question)))     (P, 3, S, S), (U, T) -> (B, K)
 loss   = - log softmax(logits)_answer                        the most common answer
-         or sum_k BCE(logits_k, t_k), t = 0, .3, .6, .9, 1   --soft-targets: t_k is the accuracy that answer k would get
+         or sum_k BCE(logits_k, t_k), t = 0, .3, .6, .9, 1   --soft-targets
 
+t_k is the accuracy that answer k would get.
 In a batch every picture and every text is encoded once, however many questions share it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minilora.atomic import write_json
 from minilora.data.questions.vqa2 import VQAPart
 from minilora.data.questions.vqa_batches import (
     Texts,
@@ -30,12 +29,14 @@ from minilora.data.shards.questions import check_shards
 from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
 from minilora.report.vqa_metric import score_vqa
 from minilora.settings.flags import Config
-from minilora.tasks import base
-from minilora.tasks.teacher import Teacher, teacher_names
+from minilora.tasks.method import make_trainable, resolve
+from minilora.tasks.predictor import Predictor
+from minilora.tasks.task import DataTask
+from minilora.tasks.teacher import teacher_names
 from minilora.tasks.vqa.features import FeatureCache
 from minilora.tasks.vqa.model import DEFAULT_MODEL, load_towers, open_tokenizer, text_limit, tower_weights
 from minilora.tasks.vqa.targets import SoftTargets
-from minilora.training import distributed
+from minilora.training.device import to_device
 from reference_models.fusion import TwoTower
 from reference_models.text.tokenizers import Tokenizer
 
@@ -43,9 +44,8 @@ TOP = 5  # answers that are kept for each question
 
 
 def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
-    """The task that `config` describes. The data are looked at first: a wrong folder
-    is told at once."""
-    base.resolve(config, DEFAULT_MODEL)
+    """The task that `config` describes. The data come first: a wrong folder is reported at once."""
+    resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     answers = choose_answers(splits.train.questions, config.num_answers)
     if names := teacher_names(config, answers.keys):
@@ -54,7 +54,7 @@ def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
     model, record = load_towers(config, len(answers.labels), weights)
     tokenizer = open_tokenizer(config, weights, splits.stored and config.data_dir)
     model.labels = answers.labels
-    base.make_trainable(model, config, model.head_modules)
+    make_trainable(model, config, model.head_modules)
     return VQA(config, model, record, splits, answers, tokenizer, torch.device(device))
 
 
@@ -72,10 +72,9 @@ def open_data(config: Config, require_train: bool = True) -> VQASplits:
     )
 
 
-@dataclass
-class Predictions:
+class BestAnswers(NamedTuple):
     """Answers to N questions: classes and probabilities of the best TOP (N, TOP), loss (N,), nan
-    without a class."""
+    where the true answer is no class."""
 
     classes: np.ndarray
     probabilities: np.ndarray
@@ -86,17 +85,15 @@ class Predictions:
         ids = (question.question_id for question in part.questions)
         return {number: labels[k] for number, k in zip(ids, self.classes[:, 0], strict=True)}
 
+    def mean_loss(self) -> float:
+        """The mean over the questions that have one; nan where none has."""
+        known = self.loss[~np.isnan(self.loss)]
+        return float(known.mean()) if len(known) else float("nan")
+
 
 def score(answers: dict[int, str], part: VQAPart) -> dict:
     """score_vqa of answers to all questions of a part."""
     return score_vqa(answers, [question.annotation() for question in part.questions])
-
-
-def logits_of(model: nn.Module, batch: dict) -> Tensor:
-    """(B, K) for the questions of a batch; features that were computed before take
-    their inputs' place."""
-    keys = ("input_ids", "attention_mask", "image_index", "text_index", "image_features", "text_features")
-    return model(batch.get("image"), **{key: batch[key] for key in keys if key in batch})
 
 
 def row_losses(logits: Tensor, batch: dict, smoothing: float = 0.0) -> Tensor:
@@ -106,30 +103,33 @@ def row_losses(logits: Tensor, batch: dict, smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits, batch["label"], ignore_index=-1, label_smoothing=smoothing, reduction="none")
 
 
-def probabilities(logits: Tensor, soft: bool) -> Tensor:
-    """Of the K answers; with soft targets each for itself."""
-    return logits.float().sigmoid() if soft else logits.float().softmax(-1)
+class VQAPredictor(Predictor):
+    """The best answers of K to each question; `soft`: each answer is right or wrong for itself."""
 
+    kind = BestAnswers
 
-@torch.no_grad()
-def predict(model: nn.Module, loader: Iterable[dict], device: torch.device, soft: bool) -> Predictions:
-    """The model's answers to the questions of `loader`, in its order."""
-    parts = []
-    for batch in loader:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        logits = logits_of(model, batch).float()
-        best = probabilities(logits, soft).topk(min(TOP, logits.shape[-1]))
-        known = (batch["label"] >= 0) | (torch.tensor("target" in batch, device=device))
+    def __init__(self, device: str | torch.device = "cpu", soft: bool = False):
+        super().__init__(device)
+        self.soft = soft
+
+    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+        keys = ("input_ids", "attention_mask", "image_index", "text_index", "image_features", "text_features")
+        return model(batch.get("image"), **{key: batch[key] for key in keys if key in batch})
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K) of the K answers."""
+        return logits.float().sigmoid() if self.soft else logits.float().softmax(-1)
+
+    def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
+        best = self.probabilities(logits).topk(min(TOP, logits.shape[-1]))
+        batch = to_device({key: batch[key] for key in ("label", "target") if key in batch}, logits.device)
+        known = (batch["label"] >= 0) | torch.tensor("target" in batch, device=logits.device)
         losses = row_losses(logits, batch).where(known, torch.nan)
-        parts.append([x.cpu().numpy() for x in (best.indices, best.values, losses)])
-    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return tuple(x.cpu().numpy() for x in (best.indices, best.values, losses))
 
 
-class VQA:
-    """The task that the Trainer trains; base.Task says what each method is for."""
-
-    metric = "accuracy"
-    teacher: Teacher | None = None
+class VQA(DataTask):
+    """The task that the Trainer trains; task.Task says what each method is for."""
 
     def __init__(
         self,
@@ -141,11 +141,8 @@ class VQA:
         tokenizer: Tokenizer,
         device: torch.device,
     ):
-        self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
-        self.answers, self.tokenizer, self.labels = answers, tokenizer, answers.labels
-        self.mode, self.preprocess = config.mode, model.preprocess
-        self.workers = base.choose_workers(config, device) if config.data_dir else config.workers or 0
-        self.amp = base.choose_amp(config, device)
+        super().__init__(config, model, record, splits, device, VQAPredictor(device, config.soft_targets))
+        self.answers, self.tokenizer, self.labels, self.keys = answers, tokenizer, answers.labels, answers.keys
         self.limit = text_limit(model, tokenizer, config.max_length)
         if splits.stored:
             check_shards(splits.stored, self.preprocess, self.limit, config.data_dir)
@@ -156,7 +153,7 @@ class VQA:
         self.cache = FeatureCache(self) if config.cache_features else None
 
     def learnable(self, question) -> bool:
-        """Whether a training question's answer (with soft targets: one of its answers) is a class."""
+        """Whether a training question's answer (with soft targets: one of them) is a class."""
         return self.soft.any(question) if self.soft else self.answers.of(question.answer) >= 0
 
     def dataset(self, part: VQAPart, name: str) -> VQADataset:
@@ -172,11 +169,7 @@ class VQA:
             return shuffled_groups(data.picture, size, seed, epoch)
         return bucketed_batches(data.texts.lengths, size, seed, epoch)
 
-    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
-        return self.loader("train", batches, epoch)
-
     def loader(self, part: str, batches: list[list[int]], epoch: int | None = None) -> Iterable[dict]:
-        """The collated batches, with cached features and soft targets where they are asked for."""
         data = self.data[part]
         if self.cache:
             rows = self.cache.batches(part, batches, epoch)
@@ -185,7 +178,7 @@ class VQA:
         return self.soft.added(rows, data.part.questions) if self.soft else rows
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = logits_of(model, batch)  # (B, K)
+        logits = self.predictor.logits(model, batch)  # (B, K)
         counts = batch["valid"] & ((batch["label"] >= 0) | ("target" in batch))
         rows = row_losses(logits, batch, self.config.smoothing).where(counts, 0.0)
         count = counts.sum()
@@ -195,41 +188,21 @@ class VQA:
             mean = self.teacher.added(mean, logits, batch, counts)
         return mean, {"correct": correct, "count": count}
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self.scores(model, "val")
+    def answered(self, part: str) -> bool:
+        return self.data[part].part.answered
 
-    def test(self, model: nn.Module) -> dict[str, float] | None:
-        if "test" not in self.data or not self.splits.test.answered:
-            return None
-        with base.autocast(self.device, self.amp):
-            return self.scores(model.eval(), "test")
-
-    def scores(self, model: nn.Module, part: str) -> dict[str, float]:
+    def scores(self, found: BestAnswers, part: str) -> dict[str, float]:
         """{"loss", "accuracy"}: accuracy by the official rules or exact match, over all
         questions of the part."""
-        found = self.predictions(model, part)
         said = found.answers(self.data[part].part, self.labels)
-        known = found.loss[~np.isnan(found.loss)]
-        loss = float(known.mean()) if len(known) else float("nan")
-        return {"loss": loss, "accuracy": score(said, self.data[part].part)["accuracy"]}
+        return {"loss": found.mean_loss(), "accuracy": score(said, self.data[part].part)["accuracy"]}
 
-    def predictions(self, model: nn.Module, part: str) -> Predictions:
-        """Every question of a part once; with several processes each does a share and
-        all get the whole."""
-        batches = grouped_batches(self.data[part].picture, 4 * self.config.batch_size)
-        mine = batches[distributed.rank() :: distributed.world_size()]
-        own = predict(model, self.loader(part, mine), self.device, self.soft is not None) if mine else None
-        shares = distributed.gather_objects(own)
-        order = [i for rank in range(len(shares)) for batch in batches[rank :: len(shares)] for i in batch]
-        columns = zip(*((s.classes, s.probabilities, s.loss) for s in shares if s is not None), strict=True)
-        back = np.argsort(order)
-        return Predictions(*(np.concatenate(column)[back] for column in columns))
+    def eval_batches(self, part: str) -> list[list[int]]:
+        return grouped_batches(self.data[part].picture, 4 * self.config.batch_size)
 
-    def describe(self, batch: dict) -> str:
-        part = self.data["train"].part
-        rows = [part.questions[i] for i in batch["index"].tolist()]
-        told = ", ".join(f"{part.pictures[q.picture].path} (question {q.question_id})" for q in rows[:6])
-        return told + f" and {len(rows) - 6} more" * (len(rows) > 6)
+    def file_of(self, row: int) -> str:
+        question, pictures = self.data["train"].part.questions[row], self.data["train"].part.pictures
+        return f"{pictures[question.picture].path} (question {question.question_id})"
 
     def data_lines(self) -> list[str]:
         where = self.config.data_dir or "generated scenes"
@@ -258,10 +231,3 @@ class VQA:
             f"{name}: {outside:,} of {len(part.questions):,} answers are out of the vocabulary and count as wrong; "
             f"guessed from the question alone: {guess['overall']:.2f} % {guess['metric']}"
         )
-
-    def write_files(self, run_dir: Path) -> None:
-        write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.answers.keys})
-        write_json(run_dir / "preprocess.json", self.preprocess)
-        self.tokenizer.save(run_dir)
-        if self.mode == "full":
-            base.write_model_config(self.model, self.labels, run_dir)

@@ -1,0 +1,69 @@
+"""A CLIP and its tokenizer: where the tokenizer is, and whether the two belong together."""
+
+import os
+
+from torch import nn
+
+from minilora.errors import UserError
+from minilora.settings.flags import Config
+from minilora.tasks.method import one_value
+from minilora.tasks.weights import RANDOM, find_weights, load_base, named, own_weights, tokenizer_beside
+from reference_models.load import config_for
+from reference_models.text.tokenizers import Tokenizer, load_tokenizer
+
+NO_CLIP = "--model {} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32"
+
+
+def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
+    """(model, record of its weights, tokenizer) of a configuration; UserError for no CLIP."""
+    name, weights = one_value(config, "model"), one_value(config, "weights")
+    find_weights(name, weights)  # what is missing first is reported first
+    tokenizer = find_tokenizer(config)
+    sizes = text_sizes(name, weights, tokenizer)
+    model, record = load_base(name, weights, config.seed, None, config.image_size, **sizes)
+    if not hasattr(model, "text_projection"):
+        raise UserError(NO_CLIP.format(name))
+    check_tokenizer(model, tokenizer)
+    return model, record, tokenizer
+
+
+def find_tokenizer(config: Config) -> Tokenizer:
+    """--tokenizer, else what lies beside the weights; UserError where there is none."""
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    name = one_value(config, "model")
+    source = named(one_value(config, "weights")) or own_weights(name)
+    folder = tokenizer_beside(source)
+    if folder is None:
+        # nobody should look for the tokenizer of a model that reads no texts
+        if not os.path.isdir(name) and config_for(name).family != "clip":
+            raise UserError(NO_CLIP.format(name))
+        where = f"beside {source}" if source else f"bundled for {name}"
+        raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder")
+    return load_tokenizer(folder)
+
+
+def text_sizes(name: str, weights: str | None, tokenizer: Tokenizer) -> dict[str, int]:
+    """Settings of a text tower with random weights, so that it fits the tokenizer; {} for a
+    tower with weights."""
+    if weights != RANDOM or not name.startswith("clip-"):
+        return {}
+    return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """UserError where model and tokenizer do not belong together: more ids than rows, or
+    another end token."""
+    config = model.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"--tokenizer has {tokenizer.vocab_size} tokens, {config.name} knows {config.vocab_size}; it belongs to "
+            "another model"
+        )
+    legacy = config.eos_token_id == 2
+    if tokenizer.eos_id != (tokenizer.vocab_size - 1 if legacy else config.eos_token_id):
+        wanted = "its last token" if legacy else config.eos_token_id
+        raise UserError(
+            f"--tokenizer ends texts with token {tokenizer.eos_id}, {config.name} looks for {wanted}; it belongs to "
+            "another model"
+        )

@@ -1,0 +1,38 @@
+"""From a batch to answers: the one way that training, validation and a finished run share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilora.training.device import to_device
+
+
+class Predictor(ABC):
+    """A task's own arithmetic, held by the task and by its runs. It holds no model, so that several
+    can be asked in turn; `device` is where they are."""
+
+    kind: type[NamedTuple]  # what `predict` returns: columns of N rows
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+        """(B, K) for a batch, or for features of it that were computed before."""
+
+    @abstractmethod
+    def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
+        """The columns of `kind` for the B rows of a batch; logits (B, K) float32."""
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, loader: Iterable[dict]) -> NamedTuple:
+        """The answers to every row of `loader`, in its order."""
+        parts = []
+        for batch in loader:
+            logits = self.logits(model, to_device(batch, self.device)).float()
+            parts.append(self.columns(logits, batch))
+        return self.kind(*(np.concatenate(column) for column in zip(*parts, strict=True)))

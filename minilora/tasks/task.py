@@ -1,0 +1,140 @@
+"""What a task offers to the Trainer and to train.py, and the part of it that all three share."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minilora.settings.flags import Config
+from minilora.tasks.predictor import Predictor
+from minilora.tasks.runfiles import write_run_files
+from minilora.tasks.teacher import Teacher
+from minilora.training.device import autocast
+from minilora.training.distributed import gathered
+from reference_models.text.tokenizers import Tokenizer
+
+
+class Task(Protocol):
+    """What the Trainer and train.py ask of a task. Batches are dictionaries, mostly of tensors."""
+
+    model: nn.Module  # ready to train
+    mode: str  # lora, full or linear
+    metric: str  # the key of evaluate()'s result that chooses the best epoch; larger is better
+    config: Config  # with everything filled in that the user left open
+    base: dict[str, Any]  # {"weights": ..., "sha256": ...}, for config.toml
+    labels: list[str]  # classes or answers
+    workers: int  # processes that read pictures
+    # with --teacher, what `loss` asks for its share: teacher.added(loss, logits, batch, counted)
+    teacher: Teacher | None
+
+    def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
+        """The whole epoch as batches of `times` * batch_size item numbers, a function of (seed,
+        epoch, size) alone."""
+
+    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
+        """The collated batches, in this order."""
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """(mean loss, {"correct": right answers, "count": answers})."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """{"loss": ..., metric: ...} on the validation data, with `model` in eval mode."""
+
+    def test(self, model: nn.Module) -> dict[str, float] | None:
+        """The same on the test data; None where there are none."""
+
+    def describe(self, batch: dict) -> str:
+        """The files in the batch, for messages."""
+
+    def data_lines(self) -> list[str]:
+        """How much data there is, one line per part, for the start of the run and for --dry-run."""
+
+    def write_files(self, run_dir: Path) -> None:
+        """labels.json, preprocess.json and whatever else load_run needs."""
+
+
+class DataTask(ABC):
+    """A Task with data in parts (train, val, test) and a Predictor; Task says what each method is
+    for. A task of its own adds the abstract ones, `train_batches`, `loss` and `data_lines`."""
+
+    metric = "accuracy"
+    teacher: Teacher | None = None
+    tokenizer: Tokenizer | None = None
+    labels: list[str]
+    keys: list[str]  # of the labels, as the data spell them
+    data: dict  # {"train": data set, ...}
+
+    def __init__(
+        self, config: Config, model: nn.Module, record: dict, splits: Any, device: torch.device, predictor: Predictor
+    ):
+        self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
+        self.mode, self.preprocess, self.predictor = config.mode, model.preprocess, predictor
+        self.workers = choose_workers(config, device) if config.data_dir else config.workers or 0
+        self.amp = choose_amp(config, device)
+
+    @abstractmethod
+    def loader(self, part: str, batches: Sequence[Sequence[int]], epoch: int | None = None) -> Iterable[dict]:
+        """The collated batches of a part, augmented for `epoch` if one is given, or features in
+        their inputs' place."""
+
+    @abstractmethod
+    def eval_batches(self, part: str) -> list[list[int]]:
+        """Every row of a part once."""
+
+    @abstractmethod
+    def scores(self, found: NamedTuple, part: str) -> dict[str, float]:
+        """{"loss", "accuracy", ...} of the predictions for a part."""
+
+    @abstractmethod
+    def file_of(self, row: int) -> str:
+        """The file of a training row, for messages."""
+
+    def answered(self, part: str) -> bool:
+        """Whether a part has answers to compare with."""
+        return True
+
+    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
+        return self.loader("train", batches, epoch)
+
+    def predictions(self, model: nn.Module, part: str) -> NamedTuple:
+        """The model's answers to every row of a part; several processes share the work."""
+        columns = gathered(self.eval_batches(part), lambda mine: self.predictor.predict(model, self.loader(part, mine)))
+        return self.predictor.kind(*columns)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return self.scores(self.predictions(model, "val"), "val")
+
+    def test(self, model: nn.Module) -> dict[str, float] | None:
+        if "test" not in self.data or not self.answered("test"):
+            return None
+        with autocast(self.device, self.amp):
+            return self.scores(self.predictions(model.eval(), "test"), "test")
+
+    def describe(self, batch: dict) -> str:
+        files = list(dict.fromkeys(self.file_of(row) for row in batch["index"].tolist()))
+        return ", ".join(files[:8]) + f" and {len(files) - 8} more" * (len(files) > 8)
+
+    def write_files(self, run_dir: Path) -> None:
+        model = self.model if self.mode == "full" else None
+        write_run_files(run_dir, self.labels, self.keys, self.preprocess, self.tokenizer, model)
+
+
+def choose_amp(config: Config, device: torch.device) -> str:
+    """The precision of the arithmetic: fp32, bf16 or fp16. Half-precision frozen weights need
+    the same autocast."""
+    if config.amp == "auto" and config.base_dtype != "fp32":
+        return config.base_dtype
+    if config.amp == "auto":
+        return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return config.amp
+
+
+def choose_workers(config: Config, device: torch.device) -> int:
+    """--workers; else none on a CPU, where the cores have enough to do, and 4 beside a GPU."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if device.type == "cpu" else min(4, os.cpu_count() or 1)

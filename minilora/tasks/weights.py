@@ -1,0 +1,134 @@
+"""Base weights: where they are, a model with them, and the record by which a run knows them again.
+
+A Run is the way back: the same base weights and the files of the run directory.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.errors import UserError
+from minilora.training.checkpoint import file_sha256
+from minilora.training.state import tensors_sha256
+from reference_models import create_model, load_pretrained
+from reference_models.load import bundled_weights, config_for
+from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
+
+BUNDLED, RANDOM = "bundled", "none"
+
+
+def load_base(
+    model: str,
+    weights: str | None,
+    seed: int,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    **sizes: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(model, {"weights": ..., "sha256": ...}); what is random in it comes from `seed`.
+
+    The record lets a later session make the same base again, or notice that it cannot.
+    """
+    source = find_weights(model, weights)
+    if num_classes is not None and not os.path.isdir(model) and not hasattr(config_for(model), "num_classes"):
+        raise UserError(f"--model {model} tells no classes apart; it is for another --task")
+    torch.manual_seed(seed)
+    if source is None and not os.path.isdir(model):
+        built = create_model(model, num_classes, **sizes, **({"image_size": image_size} if image_size else {}))
+    else:
+        built = load_pretrained(model, source, num_classes=num_classes, image_size=image_size, **sizes)
+    patch = getattr(built.config, "patch_size", None)
+    if image_size and isinstance(patch, int) and image_size % patch:
+        raise UserError(f"--image-size {image_size}: {model} cuts pictures into patches of {patch}; take a multiple")
+    if source is None:
+        names = [name for name in built.state_dict() if name.partition(".")[0] not in built.head_modules]
+        return built, {"weights": RANDOM, "sha256": tensors_sha256(built.state_dict(), names)}
+    bundled = weights in (None, BUNDLED) and not os.path.isdir(model)
+    return built, {"weights": BUNDLED if bundled else str(source), "sha256": weights_sha256(source)}
+
+
+def named(weights: str | None) -> str | None:
+    """`weights` where they are a file, a folder or hf:org/name; None for none, bundled
+    or nothing said."""
+    return None if weights in (None, RANDOM, BUNDLED) else weights
+
+
+def absolute(weights: str | None) -> str | None:
+    """The same weights when the program runs in another folder."""
+    return os.path.abspath(weights) if named(weights) and not weights.startswith("hf:") else weights
+
+
+def find_weights(model: str, weights: str | None) -> str | Path | None:
+    """Where the weights of `model` are, None for random ones; UserError where none are named and
+    none are bundled."""
+    if weights == RANDOM or named(weights):
+        return named(weights)
+    if (source := own_weights(model)) is None:
+        config_for(model)  # a name that does not exist is the first thing to say
+        raise UserError(
+            f"--weights is missing, and {model} is not bundled: give a safetensors file, a folder, hf:org/name, or "
+            "none for random weights"
+        )
+    return source
+
+
+def own_weights(model: str) -> str | Path | None:
+    """The weights that come with a model: those of a folder, or bundled ones; else None."""
+    return os.path.abspath(model) if os.path.isdir(model) else bundled_weights(model)
+
+
+def downloaded(source: str | Path) -> Path:
+    """A file or folder on this machine; hf:org/name is fetched from the hub once."""
+    if str(source).startswith("hf:"):
+        from reference_models.files.hub import resolve
+
+        source = resolve(str(source))
+    return Path(source)
+
+
+def weights_sha256(source: str | Path) -> str:
+    """sha256 of a weight file, or of the sha256s of the weight files in a folder."""
+    path = downloaded(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    digests = [file_sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def tokenizer_beside(source: str | Path | None) -> Path | None:
+    """The folder of a checkpoint if a tokenizer lies in it."""
+    if source is None:
+        return None
+    path = downloaded(source)
+    folder = path if path.is_dir() else path.parent
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def check_base(found: dict[str, Any], recorded: dict[str, Any], run_dir: Path) -> None:
+    """UserError if the base weights are not those that the run was trained on."""
+    if recorded.get("sha256") not in (None, found["sha256"]):
+        what = "random weights come out differently here" if found["weights"] == RANDOM else "their sha256 differs"
+        raise UserError(
+            f"{run_dir}: the base weights {found['weights']} are not those of the training ({what}); name the right "
+            "ones with --weights"
+        )
+
+
+@contextlib.contextmanager
+def restoring(sources: Iterable[str | None]):
+    """For making a base model again: quiet ("a new head" is replaced at once), and no random number
+    is taken from the program.
+
+    Raises UserError where one of its weight files is gone.
+    """
+    for source in sources:
+        if named(source) and not source.startswith("hf:") and not os.path.exists(source):
+            raise UserError(f"the base weights {source} are gone; say where they are now with --weights")
+    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
+        yield
