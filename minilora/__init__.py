@@ -4,15 +4,17 @@
 
 The house, from the inside out:
 
-lora, fused, inject, adapter    the layer, its arithmetic, into a model and out again, its files: read these four first
-targets, lora_config            which layers a name means, which values make sense
-atomic, errors                  files written whole, one line for each mistake
-lessons                         small programs to learn from              speed    faster forms of the same sums
-formats                         adapter files of PEFT and others          settings command line, recipes, TOML
-commands                        what one types besides train.py and evaluate.py
-training                        the loop             data     pictures and questions
-report                          figures and pages    compress distillation and pruning
-tasks                           where models and data meet; train.py and evaluate.py stand on it
+lora, fused      the layer, and the same sum in fewer passes with its gradients: read these first,
+inject, adapter  then into a model and out again, and the files
+dora             the variant with trained lengths
+lora_config      what to adapt and how            targets   which layers a name means
+lessons          small programs to learn from     speed     faster forms of the same sums
+formats          adapter files of PEFT, others    settings  command line, recipes, TOML
+data             pictures and questions           training  the loop
+report           figures and pages                compress  distillation and pruning
+tasks            where models and data meet; train.py and evaluate.py stand on it
+commands         what one types besides train.py and evaluate.py
+atomic, errors   files written whole, one line for each mistake
 
 The names are looked up when they are first used: `import minilora` alone imports no torch.
 """
@@ -23,6 +25,7 @@ from minilora.version import __version__
 
 _HOME = {
     "LoRALinear": "lora",
+    "DoRALinear": "dora",
     "LoRAConfig": "inject",
     "inject_lora": "inject",
     "merge_lora": "inject",

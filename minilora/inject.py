@@ -18,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from minilora.dora import DoRALinear
 from minilora.errors import UserError
-from minilora.lora import InputDropout, LoRALinear
+from minilora.lora import LoRALinear
 from minilora.lora_config import check_values
+from minilora.speed.dropout import InputDropout
 from minilora.targets import below, find_targets, from_pattern, saved_modules
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
@@ -41,7 +43,7 @@ class LoRAConfig:
     layers_to_transform: numbers of the layers to adapt (the last number in the dotted
     name), None for all.
     rank_pattern, alpha_pattern: {regular expression for the name's end: another r or lora_alpha}.
-    use_dora: learn magnitude and direction apart, arXiv:2402.09353; LoRALinear has the equation.
+    use_dora: learn magnitude and direction apart, arXiv:2402.09353; dora.py has the equation.
     bias: "none", "lora_only" (biases of the adapted layers are trained) or "all" (every bias is).
     init_lora_weights: True (B = 0), "gaussian" (B = 0, A normal), False (B random, for tests).
     train_norms: train the weights and biases of all normalisation layers too.
@@ -79,12 +81,12 @@ class LoRAConfig:
         return {
             "r": from_pattern(name, self.rank_pattern, self.r),
             "lora_alpha": from_pattern(name, self.alpha_pattern, self.lora_alpha),
-            **{key: getattr(self, key) for key in ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")},
+            **{key: getattr(self, key) for key in ("lora_dropout", "use_rslora", "init_lora_weights")},
         }
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Replace the targeted nn.Linear layers of `model` by LoRALinear, in place, and
+    """Replace the targeted nn.Linear layers of `model` by LoRALinear (or DoRALinear), in place, and
     return the model.
 
     Afterwards only the adapters, `modules_to_save` and what `bias` and `train_norms` ask for
@@ -95,14 +97,13 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise UserError("inject_lora: this model already has LoRA layers; call merge_lora first, or load a fresh model")
-    names = find_targets(model, config)
-    model.requires_grad_(False)
+    layer_class = DoRALinear if config.use_dora else LoRALinear
     # one per parent module: siblings that read the same x share the mask
     dropouts: dict[str, InputDropout] = {}
-    for name in names:
+    for name in find_targets(model, config):
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        layer = LoRALinear(getattr(parent, child), **config.layer_options(name))
+        layer = layer_class(getattr(parent, child), **config.layer_options(name))
         if config.lora_dropout:
             layer.lora_dropout = dropouts.setdefault(parent_name, layer.lora_dropout).train(layer.training)
         setattr(parent, child, layer)

@@ -21,9 +21,38 @@ READING_PATH = [
 # a module or package of minilora: what it may import of the project, besides itself
 MAY_IMPORT = {
     "minilora.errors": set(),
-    "minilora.speed.gemm": set(),
-    "minilora.fused": {"minilora.speed.gemm"},
-    "minilora.lora": {"minilora.fused", "minilora.errors"},
+    "minilora.speed": set(),
+    "minilora.fused": {"minilora.speed", "minilora.speed.gemm"},
+    "minilora.lora": {"minilora.fused", "minilora.speed.dropout"},
+    "minilora.dora": {"minilora.lora"},
+    "minilora.lora_config": {"minilora.errors"},
+    "minilora.targets": {"minilora.errors", "minilora.lora_config"},
+    "minilora.inject": {
+        "minilora.errors",
+        "minilora.lora_config",
+        "minilora.targets",
+        "minilora.dora",
+        "minilora.lora",
+        "minilora.speed.dropout",
+    },
+    "minilora.formats": {
+        "minilora.errors",
+        "minilora.atomic",
+        "minilora.lora_config",
+        "minilora.targets",
+        "minilora.dora",
+        "minilora.lora",
+        "minilora.inject",
+    },
+    "minilora.adapter": {
+        "minilora.errors",
+        "minilora.atomic",
+        "minilora.inject",
+        "minilora.formats",
+        "minilora.formats.checks",
+        "minilora.formats.foreign",
+        "minilora.formats.peft",
+    },
     "minilora.data": {"minilora.errors", "minilora.atomic"},
     "minilora.report": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject", "minilora.lora"},
     "minilora.compress": {"minilora.errors", "minilora.inject"},
@@ -82,8 +111,8 @@ def lines(file: str) -> int:
     return len((ROOT / file).read_text(encoding="utf-8").splitlines())
 
 
-def test_the_core_is_at_most_700_lines_and_the_reading_path_1600():
-    assert sum(map(lines, CORE)) <= 700
+def test_the_core_is_at_most_600_lines_and_the_reading_path_1600():
+    assert sum(map(lines, CORE)) <= 600
     assert sum(map(lines, READING_PATH)) <= 1600
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import math
 import pickle
 import subprocess
@@ -14,8 +13,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora import LoRAConfig, LoRALinear, inject_lora, merge_lora
-from minilora.inject import lora_layers
+from minilora import DoRALinear, LoRAConfig, LoRALinear, inject_lora, merge_lora
 from tests.support.helpers import (
     SHAPES,
     TOLERANCE,
@@ -32,7 +30,25 @@ from tests.support.helpers import (
     two_readers,
 )
 
-# ---- the equation
+# ---- the equation, first without any helper
+
+
+def test_y_is_x_times_W_plus_s_B_A_transposed_and_so_are_its_gradients():
+    W = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]])  # (out, in) frozen
+    A = torch.tensor([[0.5, -1.0, 1.5]])  # (r, in)
+    B = torch.tensor([[0.5], [-0.25]])  # (out, r)
+    x = torch.tensor([[2.0, 1.0, 1.0], [0.0, -1.0, 3.0]], requires_grad=True)  # (N, in)
+    layer = LoRALinear(nn.Linear(3, 2, bias=False), r=1, lora_alpha=2)  # s = 2 / 1
+    layer.load_state_dict({"base_layer.weight": W, "lora_A.weight": A, "lora_B.weight": B})
+    A, B = A.requires_grad_(), B.requires_grad_()
+    y, wanted = layer(x), x @ (W + 2 * B @ A).T
+    assert torch.equal(y, wanted)
+    found = torch.autograd.grad(y.square().sum(), (layer.lora_A.weight, layer.lora_B.weight, x))
+    for ours, dense in zip(found, torch.autograd.grad(wanted.square().sum(), (A, B, x)), strict=True):
+        assert torch.equal(ours, dense) and dense.any()
+
+
+# ---- the equation, for any shape
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -46,18 +62,33 @@ def test_y_equals_x_times_W_plus_s_B_A_transposed_in_value_and_gradient(dtype, c
     assert_equal_value_and_gradients(layer, lambda x: dense_forward(layer, x), x, layer)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
-def test_dL_dB_is_s_g_A_x_transposed_dL_dA_is_s_B_transposed_g_x_transposed_dL_dx_is_W_plus_s_B_A_transposed_g(fused):
-    """g = dL/dy of columns x; summed over the rows of a batch."""
+@pytest.fixture(params=["fused", "readable"])
+def gradients(request):
+    """(layer, x, g, {name: gradient}) of one backward pass: float64, g = dL/dy, both forms of the sum."""
     layer, x = lora_linear(6, 4), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     g = torch.randn(5, 4, dtype=torch.float64)
-    W, A, B, s = layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.scaling
-    with contextlib.nullcontext() if fused else readable_form():
-        layer(x).backward(g)
-    with torch.no_grad():
-        assert torch.allclose(B.grad, s * g.T @ (x @ A.T), atol=1e-12)
-        assert torch.allclose(A.grad, s * B.T @ g.T @ x, atol=1e-12)
-        assert torch.allclose(x.grad, g @ (W + s * B @ A), atol=1e-12)
+    A, B = layer.lora_A.weight, layer.lora_B.weight
+    with contextlib.nullcontext() if request.param == "fused" else readable_form():
+        found = torch.autograd.grad(layer(x), (A, B, x), g)
+    return layer, x.detach(), g, dict(zip(("A", "B", "x"), found, strict=True))
+
+
+def test_dL_dB_is_s_times_g_transposed_times_h(gradients):
+    layer, x, g, found = gradients
+    h = x @ layer.lora_A.weight.T
+    assert torch.allclose(found["B"], layer.scaling * g.T @ h, atol=1e-12)
+
+
+def test_dL_dA_is_s_times_gB_transposed_times_x(gradients):
+    layer, x, g, found = gradients
+    gB = g @ layer.lora_B.weight
+    assert torch.allclose(found["A"], layer.scaling * gB.T @ x, atol=1e-12)
+
+
+def test_dL_dx_is_g_times_W_plus_s_B_A(gradients):
+    layer, _, g, found = gradients
+    W, A, B = layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight
+    assert torch.allclose(found["x"], g @ (W + layer.scaling * B @ A), atol=1e-12)
 
 
 @pytest.mark.parametrize("r, alpha", [(1, 1), (2, 16), (8, 16), (3, 1)])
@@ -79,22 +110,19 @@ def test_s_B_A_has_rank_r():
     assert torch.linalg.matrix_rank(layer.delta_weight()) == 3
 
 
-def test_dora_row_i_of_W_plus_dW_has_the_trained_length_m_i():
-    layer = lora_linear(use_dora=True)
-    updated = layer.base_layer.weight + layer.delta_weight()
-    assert torch.allclose(updated.norm(dim=1), layer.lora_magnitude_vector, atol=1e-12)
-
-
 # ---- the beginning
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+both_layers = pytest.mark.parametrize("layer_class", [LoRALinear, DoRALinear])
+
+
+@both_layers
 @pytest.mark.parametrize("init", [True, "gaussian"])
-def test_at_init_B_is_zero_so_y_is_the_base_output_to_the_bit(init, dora):
+def test_at_init_B_is_zero_so_y_is_the_base_output_to_the_bit(init, layer_class):
     base = nn.Linear(7, 5)
     x = torch.randn(4, 7)
     wanted = base(x)
-    assert torch.equal(LoRALinear(base, 3, 6, init_lora_weights=init, use_dora=dora)(x), wanted)
+    assert torch.equal(layer_class(base, 3, 6, init_lora_weights=init)(x), wanted)
 
 
 def test_at_init_dL_dB_is_not_zero_and_dL_dA_is():
@@ -125,22 +153,27 @@ def test_impossible_rank_or_dropout_is_refused(bad):
         LoRALinear(nn.Linear(3, 3), 1, 1, init_lora_weights="pissa")
 
 
+def test_use_dora_is_refused_and_the_class_for_it_named():
+    with pytest.raises(ValueError, match="minilora.DoRALinear"):
+        LoRALinear(nn.Linear(3, 3), 1, 1, use_dora=True)
+
+
 # ---- what is trained
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_only_A_and_B_and_m_get_a_gradient_the_base_never(dora):
-    layer = LoRALinear(nn.Linear(6, 4), 2, 4, init_lora_weights=False, use_dora=dora)
+@both_layers
+def test_only_A_and_B_and_m_get_a_gradient_the_base_never(layer_class):
+    layer = layer_class(nn.Linear(6, 4), 2, 4, init_lora_weights=False)
     layer(torch.randn(3, 6)).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert (parameter.grad is not None) == name.startswith("lora_"), name
         assert parameter.grad is None or parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@both_layers
 @pytest.mark.parametrize("base", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_trainable_tensors_are_float32_whatever_the_base_and_the_output_keeps_its_dtype(base, dora):
-    layer = LoRALinear(nn.Linear(6, 4, dtype=base), 2, 4, init_lora_weights=False, use_dora=dora)
+def test_trainable_tensors_are_float32_whatever_the_base_and_the_output_keeps_its_dtype(base, layer_class):
+    layer = layer_class(nn.Linear(6, 4, dtype=base), 2, 4, init_lora_weights=False)
     wanted = torch.float64 if base == torch.float64 else torch.float32
     assert {p.dtype for p in layer.parameters() if p.requires_grad} == {wanted}
     x = torch.randn(3, 6, dtype=base)
@@ -175,74 +208,17 @@ def test_dropout_is_drawn_in_train_mode_only_and_on_the_low_rank_path_only():
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_dropout_of_x_has_the_mean_of_x_and_drops_the_share_p(p, fused):
-    layer = LoRALinear(nn.Linear(1000, 1), 1, 1, lora_dropout=p)
-    x = torch.rand(200, 1000) + 1
-    with torch.no_grad():
-        if fused:
-            dropped = layer.lora_dropout(x, layer)
-        else:
-            with readable_form():
-                dropped = layer.lora_dropout(x, layer)
-    kept = dropped != 0
-    assert (1 - kept.float().mean()).item() == pytest.approx(p, abs=0.004)
-    assert torch.allclose(dropped[kept], x[kept] / (1 - p), rtol=2e-4)
-    assert (dropped.mean() / x.mean()).item() == pytest.approx(1, abs=0.03)
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_with_mask_d_y_is_W_x_plus_s_B_A_d_x_and_the_gradient_has_the_same_d(dora):
-    layer = lora_linear(6, 4, lora_dropout=0.4, use_dora=dora)
+def test_with_mask_d_y_is_W_x_plus_s_B_A_d_x_and_the_gradient_has_the_same_d(fused):
+    layer = lora_linear(6, 4, lora_dropout=0.4)
     mask = (torch.rand(3, 6, dtype=torch.float64) > 0.4) / 0.6
-    layer.lora_dropout.forward = lambda x, reader: x * mask
+    layer.lora_dropout.forward = lambda x, layer: x * mask
 
     def wanted(x):
-        W, A, B = layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight
-        V = W + layer.scaling * B @ A
-        gain = layer.lora_magnitude_vector / V.detach().norm(dim=1) if dora else torch.ones(4)
-        return layer.base_layer(x) + (x * mask) @ (gain[:, None] * V - W).T
+        A, B = layer.lora_A.weight, layer.lora_B.weight
+        return layer.base_layer(x) + layer.scaling * (x * mask) @ (B @ A).T
 
-    assert_equal_value_and_gradients(layer, wanted, torch.randn(3, 6, dtype=torch.float64), layer)
-
-
-def masks_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What each layer's dropout gave in one forward pass."""
-    seen, original = {}, type(model.q.lora_dropout).forward
-    names = {id(layer): name for name, layer in lora_layers(model)}
-
-    def spy(self, x, reader):
-        return seen.setdefault(names[id(reader)], original(self, x, reader))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model.q.lora_dropout), "forward", spy)
-        model(x)
-    return seen
-
-
-def test_siblings_that_read_the_same_x_share_one_mask_and_others_do_not():
-    model, x = two_readers(), torch.randn(5, 64)
-    masks = masks_of(model, x)
-    assert masks["q"] is masks["v"]
-    assert not torch.equal(masks["out"] == 0, masks["q"] == 0)
-
-
-def test_the_next_forward_draws_a_new_mask_even_on_the_same_tensor():
-    model, x = two_readers(), torch.rand(5, 64)
-    q = model.q
-    first, second = (q.lora_dropout(x, q) for _ in range(2))
-    assert not torch.equal(first, second)
-    assert q.lora_dropout(x, model.v) is second
-    x.add_(1)  # changed in place: the old result no longer belongs to it
-    assert q.lora_dropout(x, model.out) is not second
-
-
-def test_a_pass_without_gradient_leaves_nothing_that_a_pass_with_gradient_would_reuse():
-    model = two_readers()
-    x = torch.rand(5, 64, requires_grad=True) * 1
-    with torch.no_grad():
-        model.q(x)
-    assert model.v.lora_dropout(x, model.v).requires_grad
+    with contextlib.nullcontext() if fused else readable_form():
+        assert_equal_value_and_gradients(layer, wanted, torch.randn(3, 6, dtype=torch.float64), layer)
 
 
 # ---- merging
@@ -261,6 +237,37 @@ def test_merged_is_a_plain_linear_of_weight_W_plus_s_B_A_with_the_same_y_and_lea
 
 
 # ---- the module as a citizen of torch
+
+
+@both_layers
+def test_on_the_meta_device_shapes_are_computed_forward_and_merged(layer_class):
+    with torch.device("meta"):
+        layer, x = layer_class(nn.Linear(6, 4), 2, 4), torch.randn(3, 6)
+    assert layer(x).shape == (3, 4) and layer(x).is_meta
+    assert layer.merged().weight.shape == layer.delta_weight().shape == (4, 6)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
+def test_autocast_changes_the_precision_of_float32_and_leaves_float64_alone(fused):
+    for dtype, wanted in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        layer, x = lora_linear(dtype=dtype), torch.randn(3, 6, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16), contextlib.nullcontext() if fused else readable_form():
+            assert layer(x).dtype == layer.base_layer(x).dtype == wanted
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
+def test_under_autocast_a_base_in_half_precision_gives_the_bits_of_a_float32_base(fused):
+    layer, x = lora_linear(dtype=torch.float32), torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16), contextlib.nullcontext() if fused else readable_form():
+        wanted = layer(x)
+        layer.base_layer.to(torch.bfloat16)
+        assert torch.equal(layer(x), wanted) and wanted.dtype == torch.bfloat16
+
+
+def test_the_old_command_of_the_worked_example_names_the_new_one():
+    done = subprocess.run([sys.executable, "-m", "minilora.lora"], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: the worked example is now: python -m minilora.lessons.equation\n"
 
 
 def test_train_and_eval_leave_the_state_dict_untouched():
@@ -283,15 +290,6 @@ def test_deepcopy_and_pickle_after_training_steps_give_the_same_function(dora):
         assert twin.q.lora_dropout is twin.v.lora_dropout
         twin.q.lora_A.weight.data.zero_()
         assert model.q.lora_A.weight.any()
-
-
-def test_torch_save_of_an_input_after_training_holds_the_tensor_alone():
-    model, x = two_readers(), torch.randn(5, 64, requires_grad=True)
-    model(x)
-    buffer = io.BytesIO()
-    torch.save(x, buffer)
-    buffer.seek(0)
-    assert torch.equal(torch.load(buffer, weights_only=True), x)
 
 
 @pytest.mark.slow
@@ -342,24 +340,3 @@ def test_training_with_lora_lowers_the_loss_and_merging_keeps_what_was_learned()
     assert losses[-1] < 0.7 * losses[0]
     wanted = model.eval()(x)
     assert torch.allclose(merge_lora(model)(x), wanted, atol=1e-4)
-
-
-# ---- the worked example
-
-
-def test_worked_example_by_hand_equals_the_code_digit_by_digit():
-    from minilora.lessons.equation import by_code, by_hand, working
-
-    hand, code = by_hand(), by_code()
-    assert hand == code
-    for name, _, entries in working(hand):  # the printed arithmetic itself gives the printed result
-        assert [eval(entry) for entry in entries] == hand[name], name
-
-
-def test_worked_example_prints_from_the_command_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "minilora.lessons.equation"], capture_output=True, text=True, check=True
-    )
-    assert "agree in every digit" in done.stdout and "DIFFER" not in done.stdout
-    assert "0.5*2 + -1*1 + 1.5*1" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100 and not done.stderr

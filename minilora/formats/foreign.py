@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.atomic import write_json, write_safetensors
+from minilora.dora import DoRALinear
 from minilora.errors import UserError
 from minilora.formats.peft import PREFIX, adapter_config
 from minilora.inject import LoRAConfig, lora_layers, lora_state_dict
@@ -114,7 +115,7 @@ def _joined(parts: list[nn.Module]) -> tuple[dict[str, Tensor], int, float]:
         row += part.out_features
     A = torch.cat([part.lora_A.weight.detach().cpu() for part in adapted])
     tensors = {"lora_A.weight": A, "lora_B.weight": B}
-    if adapted[0].lora_magnitude_vector is not None:
+    if isinstance(adapted[0], DoRALinear):
         tensors["lora_magnitude_vector"] = torch.cat([_magnitude(part) for part in parts])
     if any(part.base_layer.bias is not None and part.base_layer.bias.requires_grad for part in adapted):
         tensors["base_layer.bias"] = torch.cat([_inner(part).bias.detach().cpu() for part in parts])
@@ -127,7 +128,7 @@ def _inner(layer: nn.Module) -> nn.Linear:
 
 def _magnitude(layer: nn.Module) -> Tensor:
     """DoRA's lengths; a part without adapter keeps the row norms of its W, which changes nothing."""
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, DoRALinear):
         return layer.lora_magnitude_vector.detach().cpu()
     norms = dict(layer.named_parameters())["weight"].detach().float()
     return torch.linalg.vector_norm(norms, dim=1).cpu()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minilora import speed
+
 FEWEST_ROWS = 256  # below this the call itself costs more than oneDNN gains
 
 
@@ -26,21 +28,25 @@ available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "
 onednn = available and _is_amd()
 
 
+def _for_onednn(x: Tensor) -> bool:
+    return speed.enabled and onednn and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for x (N, in), W (out, in), also a transposed view, b (out,): no graph is recorded.
     Returns (N, out)."""
-    if onednn and x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEWEST_ROWS:
+    if _for_onednn(x) and len(x) >= FEWEST_ROWS:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 class FastLinear(nn.Linear):
-    """An nn.Linear whose products go through `product`; `speed_up` turns existing layers into it."""
+    """An nn.Linear that multiplies by `product`; `speed_up` turns existing layers into it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if plain or not onednn or x.dtype != torch.float32 or x.device.type != "cpu":
+        if plain or not _for_onednn(x):
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias)
 

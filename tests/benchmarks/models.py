@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora import fused
-from minilora.inject import LoRAConfig, cast_frozen, inject_lora
+from minilora.inject import cast_frozen, inject_lora
+from minilora.lora_config import LoRAConfig
 from minilora.speed.gemm import speed_up
 from reference_models import create_model, save_pretrained
 
@@ -256,14 +256,3 @@ def set_pooled(model: nn.Module, value: bool) -> None:
     for module in model.modules():
         if hasattr(module, "pooled_last_block"):
             module.pooled_last_block = value
-
-
-@contextlib.contextmanager
-def fused_path(value: bool):
-    """Switch the fused LoRA product."""
-    before = fused.enabled
-    fused.enabled = value
-    try:
-        yield
-    finally:
-        fused.enabled = before

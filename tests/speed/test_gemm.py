@@ -55,7 +55,7 @@ def test_slow_down_gives_plain_linears_back(onednn):
 
 
 @needs_onednn
-def test_second_derivatives_of_a_fast_linear(onednn):
+def test_second_derivatives_of_a_fast_linear_are_those_of_nn_linear(onednn):
     layer = gemm.speed_up(nn.Sequential(nn.Linear(3, 2)))
     x = torch.randn(4, 3, requires_grad=True)
     first = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)[0]

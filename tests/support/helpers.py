@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minilora import LoRAConfig, LoRALinear, fused, inject_lora
+from minilora import DoRALinear, LoRAConfig, LoRALinear, inject_lora, speed
 from minilora.inject import lora_layers
 from reference_models import create_model
 
@@ -17,32 +17,32 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2 * 27 * 2**-24, torch.bfloat1
 
 
 class readable_form:
-    """Within the `with` block every LoRALinear computes the three-line form instead of the fused one."""
+    """Within the `with` block every LoRALinear computes the readable form instead of the fused one."""
 
     def __enter__(self):
-        fused.enabled = False
+        speed.enabled = False
 
     def __exit__(self, *_):
-        fused.enabled = True
+        speed.enabled = True
 
 
 def lora_linear(d_in=6, d_out=4, r=2, alpha=3.0, bias=True, dtype=torch.float64, **options) -> LoRALinear:
-    """A LoRALinear whose A and B (and DoRA lengths) are all non-zero, so that no mistake hides behind B = 0."""
-    layer = LoRALinear(nn.Linear(d_in, d_out, bias=bias, dtype=dtype), r, alpha, init_lora_weights=False, **options)
-    if layer.lora_magnitude_vector is not None:
-        with torch.no_grad():
-            layer.lora_magnitude_vector.mul_(torch.rand_like(layer.lora_magnitude_vector) + 0.5)
+    """A LoRALinear whose A and B are non-zero, so that no mistake hides behind B = 0."""
+    return LoRALinear(nn.Linear(d_in, d_out, bias=bias, dtype=dtype), r, alpha, init_lora_weights=False, **options)
+
+
+def dora_linear(d_in=6, d_out=4, r=2, alpha=3.0, bias=True, dtype=torch.float64, **options) -> DoRALinear:
+    """A DoRALinear whose A and B are non-zero, and whose lengths m are not those of the rows."""
+    layer = DoRALinear(nn.Linear(d_in, d_out, bias=bias, dtype=dtype), r, alpha, init_lora_weights=False, **options)
+    with torch.no_grad():
+        layer.lora_magnitude_vector.mul_(torch.rand_like(layer.lora_magnitude_vector) + 0.5)
     return layer
 
 
 def dense_forward(layer: LoRALinear, x: Tensor) -> Tensor:
-    """The definition: one dense weight W + s B A (with DoRA its rows scaled to length m), written with matmul alone."""
+    """The definition: one dense weight W + s B A, written with matmul alone."""
     W, b = layer.base_layer.weight, layer.base_layer.bias
-    V = W + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight  # (out, in)
-    if layer.lora_magnitude_vector is not None:
-        norm = V.detach().square().sum(1).sqrt()  # DoRA, section 4.3: a constant in backward
-        V = (layer.lora_magnitude_vector / norm)[:, None] * V
-    return x @ V.T + (0 if b is None else b)
+    return x @ (W + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).T + (0 if b is None else b)
 
 
 def value_and_gradients(function, x: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,9 +152,9 @@ SHAPES = {"(in)": (), "(B, in)": (3,), "(B, T, in)": (2, 5), "(B, H, T, in)": (2
 
 @st.composite
 def layer_cases(draw):
-    """Any shape, any rank from 1 to min(in, out), with and without bias, DoRA, rsLoRA."""
+    """Any shape, any rank from 1 to min(in, out), with and without bias, rsLoRA."""
     d_in, d_out = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     r = draw(st.integers(1, min(d_in, d_out)))
     alpha = draw(st.sampled_from([0.5, 1.0, 3.0, 2.0 * r]))
-    choices = {name: draw(st.booleans()) for name in ("bias", "use_dora", "use_rslora")}
+    choices = {name: draw(st.booleans()) for name in ("bias", "use_rslora")}
     return (d_in, d_out, r, alpha), choices, draw(st.sampled_from(list(SHAPES)))
