@@ -26,7 +26,7 @@ from minilora.version import __version__
 _HOME = {
     "LoRALinear": "lora",
     "DoRALinear": "dora",
-    "LoRAConfig": "inject",
+    "LoRAConfig": "lora_config",
     "inject_lora": "inject",
     "merge_lora": "inject",
     "disable_lora": "inject",

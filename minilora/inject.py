@@ -1,5 +1,4 @@
-"""Put LoRA into a model: choose the linear layers by name, replace each by a LoRALinear,
-freeze the rest.
+"""Put LoRA into a model: choose layers by name, replace each by a LoRALinear, freeze the rest.
 
     model = inject_lora(model, LoRAConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")))
     print(count_parameters(model))
@@ -10,9 +9,8 @@ PEFT's (https://huggingface.co/docs/peft, LoraConfig).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,68 +19,11 @@ from torch import nn
 from minilora.dora import DoRALinear
 from minilora.errors import UserError
 from minilora.lora import LoRALinear
-from minilora.lora_config import check_values
+from minilora.lora_config import LoRAConfig
 from minilora.speed.dropout import InputDropout
-from minilora.targets import below, find_targets, from_pattern, saved_modules
+from minilora.targets import below, find_targets, saved_modules
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
-
-
-@dataclass
-class LoRAConfig:
-    """What to adapt and how. Field names and meanings are those of PEFT's LoraConfig,
-    plus `train_norms`.
-
-    r, lora_alpha, lora_dropout: rank, scale (alpha / r; use_rslora: alpha / sqrt(r),
-    arXiv:2312.03732), dropout of x.
-    target_modules: names of linear layers; each is a full dotted name or its end ("q_proj" takes every layer called
-      q_proj, never xq_proj); "vision.q_proj" takes those below `vision`. One string is a regular expression
-      that must match the whole name; "all-linear" takes every nn.Linear outside the head.
-    modules_to_save: modules trained in full and stored with the adapter, such as the
-    classification head.
-    layers_to_transform: numbers of the layers to adapt (the last number in the dotted
-    name), None for all.
-    rank_pattern, alpha_pattern: {regular expression for the name's end: another r or lora_alpha}.
-    use_dora: learn magnitude and direction apart, arXiv:2402.09353; dora.py has the equation.
-    bias: "none", "lora_only" (biases of the adapted layers are trained) or "all" (every bias is).
-    init_lora_weights: True (B = 0), "gaussian" (B = 0, A normal), False (B random, for tests).
-    train_norms: train the weights and biases of all normalisation layers too.
-
-    Raises UserError for a value that no layer can have, naming the field.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
-    modules_to_save: tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str = True
-    bias: str = "none"
-    train_norms: bool = False
-
-    def __post_init__(self):
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = (self.layers_to_transform,)
-        if isinstance(self.modules_to_save, str):
-            self.modules_to_save = (self.modules_to_save,)
-        for name in ("target_modules", "modules_to_save", "layers_to_transform"):
-            if isinstance(getattr(self, name), (list, set, frozenset)):
-                setattr(self, name, tuple(sorted(getattr(self, name))))
-        self.modules_to_save = self.modules_to_save or ()
-        check_values(self)
-
-    def layer_options(self, name: str) -> dict:
-        """The arguments of LoRALinear for the layer called `name`, patterns applied."""
-        return {
-            "r": from_pattern(name, self.rank_pattern, self.r),
-            "lora_alpha": from_pattern(name, self.alpha_pattern, self.lora_alpha),
-            **{key: getattr(self, key) for key in ("lora_dropout", "use_rslora", "init_lora_weights")},
-        }
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -113,8 +54,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze everything, then make trainable: adapters, modules_to_save, and biases and
-    norms as configured."""
+    """Set for every parameter whether it is trained: adapters, modules_to_save, and biases and
+    norms as configured; all others are frozen."""
     saved = saved_modules(model, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
@@ -130,35 +71,11 @@ def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:
     to_full_precision(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
-def to_full_precision(parameters) -> None:
-    """Make half precision parameters float32: what is trained is never float16 or bfloat16 (their
-    steps would round away)."""
-    for parameter in parameters:
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-
-
-def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Store the frozen weights of linear and convolution layers in `dtype`, in place; trainable
-    tensors stay as they are.
-
-    With autocast to the same dtype the result does not change: autocast would round the same
-    weights in every step.
-    """
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every LoRALinear by a plain nn.Linear with W + delta_weight(), in place, and
-    return the model.
+    """Replace every LoRALinear by a plain nn.Linear with W + delta_weight(), in place.
 
-    The output is the same up to rounding. A model without LoRA is returned unchanged, so merging
-    twice does no harm.
+    Returns the model; its output is the same up to rounding. A model without LoRA is returned
+    unchanged, so merging twice does no harm.
     """
     for name, layer in list(lora_layers(model)):
         parent, _, child = name.rpartition(".")
@@ -170,11 +87,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_lora(model: nn.Module):
-    """Within the `with` block y = W x + b: the low-rank paths are off; trained heads, norms
-    and biases stay.
+    """Within the `with` block the low-rank paths are off: y = W x + b.
 
-    Yields the model. Blocks may stand in one another; an exception switches the paths on
-    again as they were.
+    Trained heads, norms and biases stay. Yields the model. Blocks may be nested; an exception
+    leaves the paths as they were before.
     """
     layers = [(layer, layer.enabled) for _, layer in lora_layers(model)]
     try:
@@ -192,8 +108,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything that is trained, by parameter name: adapters, head, norms, biases.
-    Detached, not copied."""
+    """Everything trained, by parameter name: adapters, head, norms, biases. No copies, detached."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -212,3 +127,25 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Numbers, not bytes: every parameter once, adapters included; buffers are not parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
+
+
+def to_full_precision(parameters: Iterable[nn.Parameter]) -> None:
+    """Make half precision parameters float32, in place: what is trained is never float16 or
+    bfloat16, in which small steps would round to nothing."""
+    for parameter in parameters:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Store the frozen weights of linear and convolution layers in `dtype`, in place.
+
+    Returns the model; its trainable tensors stay as they are. With autocast to the same dtype the
+    result does not change: autocast would round the same weights in every step.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+    return model

@@ -1,21 +1,88 @@
-"""What the fields of a LoRAConfig may hold, whether they come from code or from somebody's
-adapter_config.json.
+"""LoRAConfig: what to adapt and how, and which values make sense.
+
+The checks are the same whether the values come from code or from somebody's adapter_config.json.
 """
 
 import math
 import re
+from dataclasses import dataclass, field
 
 from minilora.errors import UserError
 
 
-def check_values(config) -> None:
-    """UserError naming the first field with an impossible value; patterns obey the rule of
-    what they replace."""
-    for field, rule in RULES.items():
-        _check(field, getattr(config, field), *rule)
-    for field, replaced in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        for key, value in getattr(config, field).items():
-            _check(f"{field}[{key!r}]", value, *RULES[replaced])
+@dataclass
+class LoRAConfig:
+    """Names and meanings of the fields are those of PEFT's LoraConfig, plus `train_norms`.
+
+    r, lora_alpha       rank, and the scale s = lora_alpha / r of the update
+    use_rslora          s = lora_alpha / sqrt(r) instead, arXiv:2312.03732
+    use_dora            learn the lengths of the rows of W apart from their directions: dora.py
+    lora_dropout        dropout of x, on the low-rank path only
+    target_modules      names of linear layers, each a full dotted name or its end: "q_proj" takes
+                        every layer called q_proj, never xq_proj; "vision.q_proj" takes those below
+                        `vision`. One string is a regular expression for the whole name;
+                        "all-linear" takes every nn.Linear outside the head
+    modules_to_save     modules trained in full and stored with the adapter, such as the head
+    layers_to_transform numbers of the layers to adapt (the last number in the dotted name); None:
+                        all of them
+    rank_pattern        {regular expression for the name's end: another r}
+    alpha_pattern       {regular expression for the name's end: another lora_alpha}
+    bias                "none", "lora_only" (biases of the adapted layers are trained) or "all"
+    init_lora_weights   True (B = 0), "gaussian" (B = 0, A normal) or False (B random, for tests)
+    train_norms         train weights and biases of all normalisation layers too
+
+    Raises UserError for a value that no layer can have, naming the field.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    train_norms: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = (self.layers_to_transform,)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = (self.modules_to_save,)
+        for name in ("target_modules", "modules_to_save", "layers_to_transform"):
+            # PEFT writes its sets as lists in any order: sorted, one choice always gives one file
+            if isinstance(getattr(self, name), (list, set, frozenset)):
+                setattr(self, name, tuple(sorted(getattr(self, name))))
+        self.modules_to_save = self.modules_to_save or ()
+        check_values(self)
+
+    def layer_options(self, name: str) -> dict:
+        """The arguments of LoRALinear for the layer called `name`, patterns applied."""
+        return {
+            "r": from_pattern(name, self.rank_pattern, self.r),
+            "lora_alpha": from_pattern(name, self.alpha_pattern, self.lora_alpha),
+            **{key: getattr(self, key) for key in ("lora_dropout", "use_rslora", "init_lora_weights")},
+        }
+
+
+def from_pattern(name: str, pattern: dict, default):
+    """The value of the first key, a regular expression for the name's end, that fits, or else
+    the default."""
+    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def check_values(config: LoRAConfig) -> None:
+    """UserError naming the first field with an impossible value; a pattern's values obey the rule
+    of what they replace."""
+    for name, rule in RULES.items():
+        _check(name, getattr(config, name), *rule)
+    for name, replaced in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        for key, value in getattr(config, name).items():
+            _check(f"{name}[{key!r}]", value, *RULES[replaced])
 
 
 def _check(name: str, value, holds, wanted: str) -> None:

@@ -1,8 +1,7 @@
-"""Choose layers by name: which linear layers of a model a LoRAConfig means, and what to say
-when it means none.
+"""Choose layers by name: which ones a LoRAConfig means, and what to say when it means none.
 
-The rules are PEFT's: a name is a full dotted name or its end after a dot; one string is a
-regular expression.
+The rules are PEFT's: a name is a full dotted name or its end after a dot; one string is a regular
+expression for the whole name.
 """
 
 import re
@@ -10,11 +9,12 @@ import re
 from torch import nn
 
 from minilora.errors import UserError
+from minilora.lora_config import LoRAConfig
 
 HEADS = ("head", "heads", "classifier", "score", "fc")  # of timm, torchvision and transformers
 
 
-def find_targets(model: nn.Module, config) -> list[str]:
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Dotted names of the layers that `config` adapts, in the model's order; UserError where a
     target finds none."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
@@ -41,8 +41,8 @@ def find_targets(model: nn.Module, config) -> list[str]:
 
 
 def _refuse_unadaptable(model: nn.Module, name: str, spared: list[str]) -> None:
-    """UserError where LoRA at `name` would have no effect, or would leave out what the layer
-    does beside W x + b."""
+    """UserError where LoRA at `name` would have no effect, or would leave out what the layer does
+    beside W x + b."""
     layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise UserError(
@@ -65,13 +65,13 @@ def _refuse_unadaptable(model: nn.Module, name: str, spared: list[str]) -> None:
 
 
 def matches(name: str, target: str) -> bool:
-    """True if `target` is `name`, its end after a dot, or "first.rest" with name below `first`
-    and ending in rest."""
+    """True if `target` is `name`, its end after a dot, or "first.rest" with `name` below first and
+    ending in rest."""
     first, _, rest = target.partition(".")
     return ends(name, target) or bool(rest) and name.startswith(first + ".") and ends(name, rest)
 
 
-def saved_modules(model: nn.Module, config) -> list[str]:
+def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Full names of the modules (or parameters) of `modules_to_save`; UserError where a name finds
     nothing. A full name is that module alone, others are all whose names end so."""
     known = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
@@ -82,13 +82,13 @@ def saved_modules(model: nn.Module, config) -> list[str]:
     for target, names in found.items():
         if not names:
             top = ", ".join(name for name, _ in model.named_children())
-            raise UserError(f"inject_lora: modules_to_save names {target!r}, which this model has not; it has {top}")
+            raise UserError(f"inject_lora: modules_to_save names {target!r}, which is not in this model; it has {top}")
     return [name for names in found.values() for name in names]
 
 
 def ends(name: str, suffix: str) -> bool:
-    """Whether a dotted name is `suffix` or ends with it: a.q_proj ends with q_proj,
-    a.xq_proj does not."""
+    """Whether a dotted name is `suffix` or ends with it: a.q_proj has the end q_proj, but a.xq_proj
+    does not have it."""
     return name == suffix or name.endswith("." + suffix)
 
 
@@ -100,12 +100,6 @@ def below(name: str, module: str) -> bool:
 def _layer_number(name: str) -> int | None:
     numbers = [part for part in name.split(".") if part.isdigit()]
     return int(numbers[-1]) if numbers else None
-
-
-def from_pattern(name: str, pattern: dict, default):
-    """The value of the first key, a regular expression for the name's end, that
-    fits; else `default`."""
-    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
 
 
 def _no_match(model: nn.Module, targets, linears: dict, layers=None) -> str:

@@ -19,7 +19,8 @@ from minilora.compress.measure import median_seconds, model_size
 from minilora.compress.prune import Pruner, scope_tensors
 from minilora.compress.structured import check_units, remove_mlp_units
 from minilora.errors import UserError
-from minilora.inject import LoRAConfig, inject_lora, merge_lora
+from minilora.inject import inject_lora, merge_lora
+from minilora.lora_config import LoRAConfig
 from minilora.report.tables import text_table
 from minilora.settings.flags import DEFAULT_LR
 from minilora.settings.values import option

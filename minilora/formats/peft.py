@@ -15,15 +15,15 @@ from safetensors.torch import load as parse_safetensors
 from torch import nn
 
 from minilora.errors import UserError
-from minilora.inject import NORMS, LoRAConfig, lora_layers
+from minilora.inject import NORMS, lora_layers
+from minilora.lora_config import LoRAConfig
 from minilora.targets import ends
 
 PREFIX = "base_model.model."
 
 
 def adapter_config(model: nn.Module) -> dict:
-    """The content of adapter_config.json. Targets are written so that PEFT's own rule finds
-    the same layers."""
+    """The content of adapter_config.json, with targets from which PEFT finds the same layers."""
     config = getattr(model, "lora_config", None) or LoRAConfig(target_modules=())
     adapted = [name for name, _ in lora_layers(model)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] + adapted
@@ -45,15 +45,13 @@ def adapter_config(model: nn.Module) -> dict:
 
 
 def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Modules whose parameters are trained in full: those of modules_to_save, a trained
-    head, trained norms."""
+    """Modules that are trained in full: those of modules_to_save, a trained head, trained norms."""
     modules = list(config.modules_to_save)
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False)]
         if (
             own
-            # a parameter of the model itself, such as CLIP's logit_scale, is among
-            # modules_to_save by name
+            # a parameter of the model itself (CLIP's logit_scale) is in modules_to_save by name
             and name
             and all(p.requires_grad for p in own)
             and ".lora_" not in name
@@ -65,7 +63,7 @@ def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of an adapter directory, "base_model.model." taken off the names."""
+    """Configuration and tensors of an adapter directory, names without "base_model.model."."""
     path = directory / "adapter_config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +93,7 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
 
 def config_from_json(data: dict, path: Path) -> LoRAConfig:
     """The LoRAConfig in PEFT's adapter_config.json; UserError names a setting that changes the
-    mathematics unknown to us."""
+    mathematics in a way unknown here."""
     changing = ("fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
     changing += ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config")
     for key in changing:

@@ -15,7 +15,8 @@ from torch import nn
 
 from minilora.adapter import load_adapter
 from minilora.errors import UserError
-from minilora.inject import LoRAConfig, cast_frozen, inject_lora, mark_only_lora_as_trainable, merge_lora
+from minilora.inject import cast_frozen, inject_lora, mark_only_lora_as_trainable, merge_lora
+from minilora.lora_config import LoRAConfig
 from minilora.settings.flags import DEFAULT_LR, DEFAULT_TARGETS, Config
 from minilora.settings.values import option
 from minilora.speed.gemm import speed_up

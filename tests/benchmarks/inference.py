@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from minilora.adapter import load_adapter, save_adapter
-from minilora.inject import LoRAConfig, inject_lora, merge_lora
+from minilora.inject import inject_lora, merge_lora
+from minilora.lora_config import LoRAConfig
 from reference_models import create_model, load_pretrained, save_pretrained
 from tests.benchmarks.common import interleaved, parser, prepare, ratio, report, told
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minilora import LoRAConfig, inject_lora
 from minilora.data.pictures.transforms import build_transform
 from minilora.data.sets import load_classification
-from minilora.inject import LoRAConfig, inject_lora
 from minilora.speed.gemm import speed_up
 from reference_models import load_pretrained, save_pretrained
 from tests.benchmarks.common import RESULTS, parser, prepare, report

@@ -13,7 +13,7 @@ import time
 import torch
 from torch.nn import functional as F
 
-from minilora.inject import LoRAConfig, inject_lora
+from minilora import LoRAConfig, inject_lora
 from minilora.speed.gemm import speed_up
 from reference_models import load_pretrained
 from tests.benchmarks.common import parser, prepare, ratio, report, told

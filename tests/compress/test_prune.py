@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from minilora import LoRAConfig, inject_lora, merge_lora
 from minilora.commands import compression
 from minilora.commands.compression import pruned_run
 from minilora.compress.measure import median_seconds, model_size
 from minilora.compress.prune import Pruner, magnitude_mask, polynomial_sparsity, scope_tensors
 from minilora.compress.structured import mlp_layers, remove_mlp_units, units_kept
 from minilora.errors import RunError, UserError
-from minilora.inject import LoRAConfig, inject_lora, merge_lora
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.tasks import load_run
 from reference_models import create_model, load_pretrained, save_pretrained

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minilora.inject import LoRAConfig, inject_lora
+from minilora import LoRAConfig, inject_lora
 from minilora.tasks.choice.task import ChoicePredictor
 from reference_models import create_model
 
