@@ -5,15 +5,15 @@ The model says how its names correspond: `model.key_table(layout)` is a list of 
 (parameter names), `theirs` (one name) and `form` ("same", or "cat" where they store several of our
 layers as one, such as timm's qkv).
 
-LoRA on some parts of a fused layer is again one plain LoRA. For q and v of a fused qkv, with
-k rows of zeros:
+LoRA on some parts of a fused layer is again one plain LoRA. For q and v of a fused qkv, with zeros
+in the rows of k:
 
-    A = [A_q]  (2r, in)        B = [B_q   0 ]  (3d, 2r)        s as before, so alpha doubles with the rank
+    A = [A_q]  (2r, in)        B = [B_q   0 ]  (3d, 2r)
         [A_v]                      [ 0    0 ]
-                                   [ 0   B_v]
+                                   [ 0   B_v]          s as before: alpha doubles with the rank
 
-so an exported adapter computes exactly what ours does, and the parts are found again where B
-has zero columns.
+so an exported adapter computes exactly what ours does, and the parts are found again where B has
+columns of zeros.
 """
 
 import math
@@ -30,8 +30,9 @@ from minilora.atomic import write_json, write_safetensors
 from minilora.dora import DoRALinear
 from minilora.errors import UserError
 from minilora.formats.peft import PREFIX, adapter_config
-from minilora.inject import LoRAConfig, lora_layers, lora_state_dict
+from minilora.inject import lora_layers, lora_state_dict
 from minilora.lora import LoRALinear
+from minilora.lora_config import LoRAConfig
 
 
 class Layer(NamedTuple):
@@ -127,7 +128,7 @@ def _inner(layer: nn.Module) -> nn.Linear:
 
 
 def _magnitude(layer: nn.Module) -> Tensor:
-    """DoRA's lengths; a part without adapter keeps the row norms of its W, which changes nothing."""
+    """DoRA's lengths; those of a part without adapter are the row norms of its W: no change."""
     if isinstance(layer, DoRALinear):
         return layer.lora_magnitude_vector.detach().cpu()
     norms = dict(layer.named_parameters())["weight"].detach().float()
@@ -256,7 +257,7 @@ def _split(layer: Layer, theirs: str, tensors: dict[str, Tensor]) -> dict[str, d
         return {layer.ours[0]: whole}
     A, B = whole["lora_A.weight"], whole["lora_B.weight"]
     rest = {key: whole[key].chunk(count) for key in keys[2:] if key in whole}
-    blank = not B.any()  # a fresh adapter: nothing tells which parts are meant, so all are
+    blank = not B.any()  # a fresh adapter: nothing says which parts are meant, so all are
     parts = {}
     for i, (ours, rows) in enumerate(zip(layer.ours, B.chunk(count), strict=True)):
         used = torch.ones(A.shape[0], dtype=torch.bool) if blank else rows.any(dim=0)
