@@ -1,7 +1,7 @@
 """Write files so that at every moment either the old or the new content is there, whole.
 
-A temporary name beside the target, flushed to the disk, then renamed; the temporary file is
-removed on failure.
+The content goes under a temporary name beside the target, is flushed to the disk, and is then
+renamed; on failure the temporary file is removed.
 """
 
 import errno
@@ -19,8 +19,8 @@ from minilora.errors import RunError
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what was there. RunError where the disk is full; the old
-    file stays intact."""
+    """Write `data` to `path`, replacing what was there. RunError where the disk is full; then the
+    old file stays intact."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,7 +33,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             reason = "no space left" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
-            raise RunError(f"{path}: {reason}; what was saved before is intact, make room and go on") from None
+            raise RunError(f"{path}: {reason}; what was saved before is intact; make room and start again") from None
         raise RunError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -49,8 +49,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
-    """Write tensors in the safetensors format
-    (https://github.com/huggingface/safetensors), atomically."""
+    """Write tensors, atomically, in the safetensors format
+    (https://github.com/huggingface/safetensors)."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     atomic_write(path, save(whole, metadata={"format": "pt", **(metadata or {})}))
 

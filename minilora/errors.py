@@ -1,11 +1,11 @@
-"""The two ways in which a run can end early, and the exit code that each one has."""
+"""The two ways in which a run can fail, and the exit code of each."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's: a flag, a file, a data set. The message says what, where and
-    what to do; exit 2."""
+    """A mistake of the user's: a flag, a file, a data set. Exit 2; the message says what is wrong,
+    where, and what to do."""
 
 
 class RunError(RuntimeError):
-    """A run that could not go on: disk full, NaN loss, out of memory. The last checkpoint
-    is intact; exit 1."""
+    """A run that could not continue: disk full, NaN loss, out of memory. The last checkpoint is
+    intact; exit 1."""

@@ -48,7 +48,7 @@ def example_input(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("build", [torchvision_vit, timm_vit, transformers_bert], ids=lambda build: build.__name__)
-def test_train_save_load_merge(build, tmp_path):
+def test_two_steps_move_the_trained_tensors_alone_and_survive_saving_loading_and_merging(build, tmp_path):
     base, config, layers = build()
     x = example_input(base)
 
