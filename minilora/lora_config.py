@@ -70,8 +70,8 @@ class LoRAConfig:
 
 
 def from_pattern(name: str, pattern: dict, default):
-    """The value of the first key, a regular expression for the name's end, that fits, or else
-    the default."""
+    """The value of the first key that fits, or `default`; keys are regular expressions for the
+    end of the name."""
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
 
 
