@@ -1,22 +1,25 @@
-"""Encoders written out by hand, with separate q, k, v and out projections, loaded from the
-files people have.
+"""Encoders written out by hand, with separate q, k, v and out projections, loaded from the files
+that people have.
 
-layers.py holds what they share; one file for each family; names.py the key tables; load.py
-the four functions
-below. Nothing here knows of LoRA: minilora adapts any of these models by the names of its layers.
+One file for each family holds the model and nothing else, a chapter to read; what they share is in
+layers.py. Nothing here knows of LoRA: minilora adapts any of these models by its layers' names.
 
 Why they are written anew: LoRA replaces a layer that is called. Libraries that keep q, k and v in
 one matrix, or read the weights of a projection instead of calling it, leave it nothing to replace;
 here every projection is an nn.Linear of its own.
 
 Read in this order:
-layers, vit                  attention, MLP, block; the model that the others vary
-beit, swin, swinv2           position bias, windows, cosine attention          mobilenet  convolutions, for comparison
-bert, clip                   text, and text beside pictures                    fusion, student  two towers and a head
-load, names                  files -> model: key tables instead of code        *_files    the tables of each family
-tokenizers, wordpiece, bpe   text -> ids, without another library
-files, hub, download         safetensors without pickle, hf:org/name, resumed and checked downloads
-preprocess, config_check     what a checkpoint says of its pictures and sizes, believed only where it makes sense
+  layers, vit             attention, MLP, block; the model that the others vary
+  beit, swin, swinv2      position bias, windows, cosine attention
+  text_layers, bert, clip who sees whom in a text; text, and text beside pictures
+  fusion, student         two towers and a head
+  mobilenet               convolutions, for comparison
+  load                    the four functions below: a name or a checkpoint -> a model, and back
+  files/                  what checkpoints look like: a key table instead of code for each family
+                          (vit ... student), names; safetensors without pickle; preprocess and
+                          config_check, which believe a checkpoint only where it makes sense; hub
+                          and download for hf:org/name; rename_adapter
+  text/                   text -> ids without another library: tokenizers, wordpiece, bpe
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""BEiT: a ViT whose attention knows how far apart two patches are, and whose residual
-branches have a gain.
+"""BEiT: a ViT whose attention knows how far apart two patches are, and whose
+residual branches have a gain.
 
-    scores = q k^T / sqrt(d/h) + bias[offset of the two patches]      a learned number per offset and head
+    scores = q k^T / sqrt(d/h) + bias[offset of the two patches]   one learned per offset and head
     x = x + gamma_1 * attn(norm1(x));  x = x + gamma_2 * mlp(norm2(x))
 
 The keys have no bias, and the classifier reads the mean of the patch tokens (or the class token).
@@ -10,26 +10,26 @@ Shapes: B pictures, P = r c patches in r rows and c columns, T = P + 1 tokens (c
 d width, h heads.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from reference_models.files.names import Entry
 from reference_models.layers import (
     MLP,
     Attention,
     Classifier,
     PatchEmbed,
+    PatchGrid,
     init_weights,
-    relative_index,
     run_blocks,
     take_rows,
 )
 
 
 @dataclass(frozen=True)
-class BeitConfig:
+class BeitConfig(PatchGrid):
     """Sizes of a BEiT. image_size is a side in pixels, or (height, width); layer_scale is the first
     value of gamma, 0 for none."""
 
@@ -51,10 +51,18 @@ class BeitConfig:
     mean_pooling: bool = True  # False: the class token
     family: str = "beit"
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return height // self.patch_size, width // self.patch_size
+
+def relative_index(height: int, width: int) -> Tensor:
+    """Row of a position-bias table for every pair of places in a height x width window,
+    (height width, height width).
+
+    The table has one row for each offset (dy, dx), (2 height - 1)(2 width - 1) of
+    them, ordered by dy, then dx.
+    """
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    # 0 .. 2 height - 2, 0 .. 2 width - 2
+    dy, dx = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+    return dy * (2 * width - 1) + dx
 
 
 class RelativePositionBias(nn.Module):
@@ -79,8 +87,8 @@ class RelativePositionBias(nn.Module):
 
 
 class BeitBlock(nn.Module):
-    """Pre-norm block with layer scale and, where it has one, its own position bias, (B, T,
-    d) -> (B, T, d).
+    """Pre-norm block with layer scale and, where it has one, its own position bias,
+    (B, T, d) -> (B, T, d).
 
     `shared` (1, h, T, T) is the bias that all blocks share. With `rows` only that token is
     computed: (B, 1, d).
@@ -114,18 +122,13 @@ class BeitBlock(nn.Module):
 class Beit(Classifier):
     """Images (B, 3, H, W) -> logits (B, num_classes)."""
 
-    # of adapters; timm's BEiT reads qkv.weight instead of calling qkv, so an adapter would
-    # do nothing there
-    layouts = ("transformers5", "transformers4")
-
     def __init__(self, config: BeitConfig):
         super().__init__()
         self.config, self.num_features = config, config.dim
-        rows, cols = config.grid
-        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.patch_embed = PatchEmbed(config, config.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         absolute = config.absolute_positions
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * cols, config.dim)) if absolute else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(config.grid), config.dim)) if absolute else None
         shared = config.shared_relative_bias
         self.rel_pos_bias = RelativePositionBias(config.grid, config.heads) if shared else None
         self.blocks = nn.ModuleList(BeitBlock(config) for _ in range(config.depth))
@@ -139,13 +142,9 @@ class Beit(Classifier):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> tokens (B, T, d)."""
-        p, expected = self.config.patch_size, self.config.grid
-        if (x.shape[-2] // p, x.shape[-1] // p) != expected:
-            size = " x ".join(str(p * side) for side in expected)
-            raise ValueError(f"{self.config.name} takes pictures of {size} pixels, got {x.shape[-2]} x {x.shape[-1]}")
         x = self.patch_embed(x)  # (B, P, d)
-        # (B, T, d)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
+        x = torch.cat([cls_token, x], dim=1)  # (B, T, d)
         return x if self.pos_embed is None else x + self.pos_embed
 
     def encode(self, x: Tensor, last_rows: int | None = None) -> Tensor:
@@ -164,8 +163,3 @@ class Beit(Classifier):
         if self.fc_norm is not None:
             return self.fc_norm(self.encode(x)[:, 1:].mean(1))
         return self.encode(x, last_rows=0 if self.pooled_last_block else None)[:, 0]
-
-    def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.files.beit import key_table
-
-        return key_table(self.config, layout)

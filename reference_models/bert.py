@@ -1,35 +1,18 @@
-"""BERT: token, position and segment embeddings, then transformer blocks with the norm
-after each addition.
+"""BERT: token, position and segment embeddings, then transformer blocks with the
+norm after each addition.
 
 Paper: Devlin et al. 2018, arXiv:1810.04805; the small sizes: Turc et al. 2019, arXiv:1908.08962.
 Shapes: B sentences (or pairs), T tokens with [CLS] first, d width. Dropout is left out: a frozen or
 adapted encoder is regularised by the adapters' own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from reference_models.errors import ModelError
-from reference_models.files.names import Entry, linear, rename
-from reference_models.layers import (
-    MLP,
-    Attention,
-    Pooler,
-    collect_attention_maps,
-    init_weights,
-    padding_mask,
-    run_blocks,
-    take_rows,
-)
-
-#             vocabulary positions width depth heads hidden
-SIZES = {
-    "bert-nano": (4000, 128, 128, 3, 4, 512),
-    "bert-tiny": (30522, 512, 128, 2, 2, 512),
-    "bert-base": (30522, 512, 768, 12, 12, 3072),
-}
+from reference_models.layers import MLP, Attention, Pooler, collect_attention_maps, init_weights, run_blocks, take_rows
+from reference_models.text_layers import padding_mask
 
 
 @dataclass(frozen=True)
@@ -51,8 +34,8 @@ class BertConfig:
 
 
 class PostNormBlock(nn.Module):
-    """x = norm1(x + attn(x)); x = norm2(x + mlp(x)), (B, T, d) -> (B, T, d), or (B,
-    1, d) with `rows`."""
+    """x = norm1(x + attn(x)); x = norm2(x + mlp(x)), (B, T, d) -> (B, T, d),
+    or (B, 1, d) with `rows`."""
 
     def __init__(self, dim: int, heads: int, hidden: int, act: str, eps: float):
         super().__init__()
@@ -62,7 +45,7 @@ class PostNormBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
-        x = self.norm1(take_rows(x, rows) + self.attn(x, mask, rows=rows))
+        x = self.norm1(take_rows(x, rows) + self.attn(x, mask, rows))
         return self.norm2(x + self.mlp(x))
 
 
@@ -95,7 +78,6 @@ class Bert(nn.Module):
     """
 
     head_modules = ()
-    layouts = ("transformers5", "transformers4")
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -130,11 +112,8 @@ class Bert(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """input_ids, attention_mask (1 token, 0 padding), token_type_ids: (B, T) -> hidden (B, T,
-        d), pooled (B, d).
-
-        Raises ValueError for more tokens than the model has positions.
-        """
+        """input_ids, attention_mask (1 token, 0 padding), token_type_ids: (B, T) ->
+        hidden (B, T, d), pooled (B, d). ValueError for more tokens than the model has positions."""
         x = self.forward_features(input_ids, attention_mask, token_type_ids)
         return x, None if self.pooler is None else self.pooler(x[:, 0])
 
@@ -143,92 +122,3 @@ class Bert(nn.Module):
     ) -> list[Tensor]:
         """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
         return collect_attention_maps(self, lambda: self.forward_features(input_ids, attention_mask, token_type_ids))
-
-    def key_table(self, layout: str) -> list[Entry]:
-        return key_table(self.config, layout)
-
-
-# ---- what load.py asks of a family: names, key tables, sizes, configuration files
-
-build = Bert
-layouts = {"transformers4": ("", "bert."), "transformers5": ("", "bert.")}
-# heads of the pre-training and fine-tuned models; a buffer
-ignored = r"^cls\.|^classifier\.|position_ids$"
-optional = r"^pooler"
-layout_settings = {}
-preprocess = {}
-
-PARTS = {
-    "attn.q_proj": "attention.self.query",
-    "attn.k_proj": "attention.self.key",
-    "attn.v_proj": "attention.self.value",
-    "attn.out_proj": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-    "norm2": "output.LayerNorm",
-}
-
-FIELDS = {  # ours: (transformers' name in config.json, its default)
-    "vocab_size": ("vocab_size", 30522),
-    "max_positions": ("max_position_embeddings", 512),
-    "dim": ("hidden_size", 768),
-    "depth": ("num_hidden_layers", 12),
-    "heads": ("num_attention_heads", 12),
-    "hidden": ("intermediate_size", 3072),
-    "type_vocab": ("type_vocab_size", 2),
-    "eps": ("layer_norm_eps", 1e-12),
-    "act": ("hidden_act", "gelu"),
-}
-
-
-def names() -> list[str]:
-    return list(SIZES)
-
-
-def config_for(name: str) -> BertConfig | None:
-    """bert-nano, bert-tiny or bert-base; None where the name is of another family."""
-    if name not in SIZES:
-        return None
-    vocabulary, positions, dim, depth, heads, hidden = SIZES[name]
-    return BertConfig(name, vocabulary, positions, dim, depth, heads, hidden)
-
-
-def key_table(config: BertConfig, layout: str) -> list[Entry]:
-    """Our names beside those of transformers' BertModel, versions 4 and 5 alike."""
-    table = [
-        rename(f"embeddings.{ours}.weight", f"embeddings.{ours}_embeddings.weight")
-        for ours in ("word", "position", "token_type")
-    ]
-    table += linear("embeddings.norm", "embeddings.LayerNorm")
-    table += linear("pooler.dense", "pooler.dense")
-    for i in range(config.depth):
-        for ours, theirs in PARTS.items():
-            table += linear(f"blocks.{i}.{ours}", f"encoder.layer.{i}.{theirs}")
-    return table
-
-
-def fit_config(config: BertConfig, shapes: dict[str, tuple]) -> BertConfig:
-    """A file without pooler (masked language models have none) makes a model without one."""
-    return replace(config, pooler="pooler.dense.weight" in shapes)
-
-
-def adapt(state: dict[str, Tensor], old: BertConfig, new: BertConfig) -> None:
-    """Positions of text are not interpolated."""
-
-
-def config_from_json(data: dict) -> BertConfig | None:
-    """Read transformers' config.json; None where it is of another family."""
-    if data.get("model_type") != "bert":
-        return None
-    if (kind := data.get("position_embedding_type", "absolute")) != "absolute":
-        raise ModelError(f"config.json: position_embedding_type {kind!r} is not supported, only 'absolute'")
-    values = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
-    return BertConfig(name=f"bert-{values['dim']}-{values['depth']}", **values)
-
-
-def config_to_json(config: BertConfig, layout: str) -> dict:
-    """config.json as transformers reads it."""
-    values = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()}
-    fixed = {"architectures": ["BertModel"], "model_type": "bert", "pad_token_id": 0}
-    return {**fixed, "position_embedding_type": "absolute", **values}

@@ -6,29 +6,27 @@ Shapes: B pictures or texts, T tokens, d width of a tower, e width of the shared
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference_models.files.names import Entry
 from reference_models.layers import (
     Block,
     PatchEmbed,
-    causal_mask,
+    PatchGrid,
     collect_attention_maps,
     init_weights,
-    padding_mask,
     run_blocks,
     take_rows,
 )
+from reference_models.text_layers import CausalBlock, causal_mask, pack_choices, padding_mask
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
-    """Sizes of both towers. eos_token_id 2 is the convention of old files: the text is pooled
-    at its largest id."""
+class CLIPConfig(PatchGrid):
+    """Sizes of both towers. eos_token_id 2 is the convention of old files: the text is
+    pooled at its largest id."""
 
     name: str = "clip-vit-b-32"
     embed_dim: int = 512
@@ -52,17 +50,10 @@ class CLIPConfig:
     logit_scale: float = 2.6592  # ln(1 / 0.07)
     family: str = "clip"
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        return (self.image_size // self.patch_size,) * 2
-
 
 class VisionTower(nn.Module):
-    """Pictures (B, 3, H, W) -> pooled (B, d): a ViT with a norm before its blocks and no
-    bias in its patches.
-
-    Usable alone as the picture encoder of the other tasks.
-    """
+    """Pictures (B, 3, H, W) -> pooled (B, d): a ViT with a norm before its blocks and no bias in
+    its patches, usable alone as the picture encoder of the other tasks."""
 
     head_modules = ()
 
@@ -70,7 +61,7 @@ class VisionTower(nn.Module):
         super().__init__()
         d = config.vision_dim
         self.config, self.num_features = config, d
-        self.patch_embed = PatchEmbed(config.patch_size, d, bias=False)
+        self.patch_embed = PatchEmbed(config, d, bias=False)
         self.cls_token = nn.Parameter(torch.randn(1, 1, d) * d**-0.5)
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(config.grid), d) * d**-0.5)
         self.norm_pre = nn.LayerNorm(d, eps=config.vision_eps)
@@ -81,13 +72,8 @@ class VisionTower(nn.Module):
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
-        """All tokens after the final norm, class token first: (B, T, d), or (B, 1,
-        d) with last_rows."""
-        side = self.config.image_size
-        if (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size) != self.config.grid:
-            raise ValueError(
-                f"{self.config.name} takes pictures of {side} x {side} pixels, got {x.shape[-2]} x {x.shape[-1]}"
-            )
+        """All tokens after the final norm, class token first: (B, T, d), or
+        (B, 1, d) with last_rows."""
         x = self.patch_embed(x)  # (B, T - 1, d)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         x = run_blocks(self.blocks, self.norm_pre(x), checkpointing=self.grad_checkpointing, last_rows=last_rows)
@@ -105,8 +91,8 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids (B, T) -> pooled (B, d), the token at the end of each text; a token sees only
-    those before it."""
+    """Token ids (B, T) -> pooled (B, d), the token at the end of each text; a token
+    sees only those before it."""
 
     head_modules = ()
 
@@ -117,7 +103,7 @@ class TextTower(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, d)
         self.pos_embed = nn.Parameter(torch.randn(1, config.context, d) * 0.01)
         block = (d, config.text_heads, config.text_hidden, config.text_act, config.text_eps)
-        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.text_depth))
+        self.blocks = nn.ModuleList(CausalBlock(*block) for _ in range(config.text_depth))
         self.norm = nn.LayerNorm(d, eps=config.text_eps)
         self.grad_checkpointing, self.pooled_last_block = False, True
         self.apply(init_weights)
@@ -132,30 +118,29 @@ class TextTower(nn.Module):
     def forward_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, last_rows: Tensor | None = None
     ) -> Tensor:
-        """All tokens after the final norm: (B, T, d), or (B, 1, d) with one of last_rows
-        (B,) for each text.
+        """All tokens after the final norm: (B, T, d), or (B, 1, d) with one of
+        last_rows (B,) for each text.
 
-        attention_mask (B, T) may be left out where padding stands behind the end token:
-        nothing before sees it.
+        attention_mask (B, T) may be left out where padding stands behind the end token: nothing
+        before sees it.
         """
         T = input_ids.shape[1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens, but {self.config.name} has positions for {self.config.context}")
         x = self.token_embed(input_ids) + self.pos_embed[:, :T]  # (B, T, d)
         if attention_mask is not None:
-            # (B, T, T)
-            allowed = causal_mask(T, None, x.device, padding_mask(attention_mask))[:, 0]
-            return self.run(x, allowed, last_rows)
+            allowed = causal_mask(T, None, x.device) & padding_mask(attention_mask)  # (B, 1, T, T)
+            return self.run(x, allowed[:, 0], last_rows)
         checkpointing = self.grad_checkpointing
-        return self.norm(run_blocks(self.blocks, x, None, True, checkpointing=checkpointing, last_rows=last_rows))
+        return self.norm(run_blocks(self.blocks, x, None, checkpointing=checkpointing, last_rows=last_rows))
 
     def run(self, x: Tensor, allowed: Tensor, last_rows: Tensor | None) -> Tensor:
-        """All blocks, where query i may look at token j if allowed[:, i, j], and the final norm;
-        the last block for last_rows (B,) or (B, n) only. x (B, T, d), allowed (B, T, T) -> (B, T,
-        d) or (B, n, d).
+        """All blocks, where query i may look at token j if allowed[:, i, j], and the final
+        norm; the last block for last_rows (B,) or (B, n) only. x (B, T, d), allowed (B, T, T)
+        -> (B, T, d) or (B, n, d).
 
-        The mask is added to the scores; it is made once because torch would convert a bool
-        one in every block.
+        The mask is added to the scores; it is made once because torch would convert a
+        bool one in every block.
         """
         mask = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, float("-inf"))
         x = run_blocks(self.blocks[:-1], x, mask[:, None], checkpointing=self.grad_checkpointing)
@@ -174,11 +159,9 @@ class TextTower(nn.Module):
     forward = pooled
 
     def pooled_choices(self, input_ids: Tensor) -> Tensor:
-        """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as
-        `pooled` of each text.
-
-        The common beginning of a question's texts is computed once, and in the last block
-        only the end tokens.
+        """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as `pooled`
+        of each text. The common beginning of a question's texts is computed once, and in the last
+        block only the end tokens.
         """
         packed = pack_choices(input_ids, self.end_positions(input_ids))
         x = self.token_embed(packed.ids) + self.pos_embed[0, packed.positions]  # (B, L, d)
@@ -189,45 +172,6 @@ class TextTower(nn.Module):
         return collect_attention_maps(self, lambda: self.forward_features(input_ids, attention_mask))
 
 
-class Packed(NamedTuple):
-    """The texts of a question's choices as one row, what they have in common at the
-    front written once.
-
-    ids, positions (B, L); mask (B, L, L), True where a token may look; ends (B, C), where each text
-    ends in the row.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    ends: Tensor
-
-
-def pack_choices(input_ids: Tensor, ends: Tensor) -> Packed:
-    """Token ids (B, C, T) of C texts for each question, which end at `ends` (B, C) -> one row
-    for each question.
-
-    A token of a causal tower depends only on what stands before it, so the tokens of a common
-    beginning are the same in all C texts. They stand once in the row, with the first text; each
-    text sees them and itself.
-    """
-    B, C, T = input_ids.shape
-    place = torch.arange(T, device=input_ids.device)
-    same = (input_ids == input_ids[:, :1]).all(1)  # (B, T)
-    common = same.long().cumprod(1).sum(1).minimum(ends.amin(1))  # (B,), the end tokens stay apart
-    first = torch.arange(C, device=input_ids.device)[:, None] == 0
-    kept = (place <= ends[..., None]) & (first | (place >= common[:, None, None]))  # (B, C, T)
-    kept = kept.flatten(1)
-    # (B, L)
-    order = kept.long().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
-    choice, position = order // T, order % T
-    before = position[:, None, :] <= position[:, :, None]  # (B, L, L): query, key
-    seen = (choice[:, None, :] == choice[:, :, None]) | (position < common[:, None])[:, None, :]
-    mask = before & seen & kept.gather(1, order)[:, None, :]
-    slots = (kept.long().cumsum(1) - 1).view(B, C, T).gather(2, ends[..., None])[..., 0]  # (B, C)
-    return Packed(input_ids.flatten(1).gather(1, order), position, mask, slots)
-
-
 class CLIP(nn.Module):
     """Pictures (B, 3, H, W) and texts (C, T) -> (logits_per_image (B, C), logits_per_text (C, B)).
 
@@ -235,8 +179,6 @@ class CLIP(nn.Module):
     """
 
     head_modules = ("visual_projection", "text_projection", "logit_scale")
-    # of adapters: open_clip reads its projections, never calls them
-    layouts = ("transformers5", "transformers4")
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -255,13 +197,13 @@ class CLIP(nn.Module):
         return self.text_projection(self.text.pooled(input_ids, attention_mask))
 
     def encode_choices(self, input_ids: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, e): `encode_text` of C texts for each of B questions, what they
-        share computed once."""
+        """(B, C, T) -> (B, C, e): `encode_text` of C texts for each of B questions, what
+        they share computed once."""
         return self.text_projection(self.text.pooled_choices(input_ids))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine, as (B, C) and
-        transposed, (C, B)."""
+        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine, as
+        (B, C) and transposed, (C, B)."""
         image = F.normalize(self.encode_image(images), dim=-1)  # (B, e)
         text = F.normalize(self.encode_text(input_ids, attention_mask), dim=-1)  # (C, e)
         logits = self.logit_scale.exp() * image @ text.T  # (B, C)
@@ -270,8 +212,3 @@ class CLIP(nn.Module):
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """The maps of the vision tower, one (B, heads, T, T) tensor for each layer."""
         return self.vision.attention_maps(images)
-
-    def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.files.clip import key_table
-
-        return key_table(self.config, layout)

@@ -1,8 +1,9 @@
-"""Two towers for questions about pictures: any picture encoder, any text encoder,
-and a head on both.
+"""Two towers for questions about pictures: any picture encoder, any text
+encoder, and a head on both.
 
-    model = TwoTower(load_pretrained("vit-base-patch16-224", a), load_pretrained("bert-base", b),
-    num_classes=1000) logits = model(images, input_ids, attention_mask)
+    vision, text = load_pretrained("vit-base-patch16-224", a), load_pretrained("bert-base", b)
+    model = TwoTower(vision, text, num_classes=1000)
+    logits = model(images, input_ids, attention_mask)
 
 fusion "concat": [image, text] -> Linear(128) -> Linear(classes).
 fusion "product": (ReLU(Linear(image)) * Linear(text), 256 wide) -> Linear(32) -> Linear(classes).
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reference_models.errors import ModelError
-from reference_models.files.names import Entry
 
 DEFAULTS = {
     "concat": {"hidden": 128, "inner": 0, "dropout": 0.0},
@@ -26,8 +26,8 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """The configurations of both towers and the sizes of what joins them; None takes the
-    fusion's own default.
+    """The configurations of both towers and the sizes of what joins them; None takes
+    the fusion's own default.
 
     hidden is the width of the last hidden layer, inner that of the product; inner 0 multiplies the
     features as they are.
@@ -49,9 +49,6 @@ class FusionConfig:
         for key, value in DEFAULTS[self.fusion].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        for tower in ("vision", "text"):
-            if isinstance(getattr(self, tower), dict):
-                object.__setattr__(self, tower, _config_of(getattr(self, tower)))
 
     @property
     def image_size(self) -> int:
@@ -133,8 +130,8 @@ class TwoTower(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes, **like)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, dv): pooled, or flattened cells of a convolutional
-        tower in a product."""
+        """(N, 3, H, W) -> (N, dv): pooled, or flattened cells of a
+        convolutional tower in a product."""
         return self.vision.flat(images) if self.flatten else self.vision.pooled(images)
 
     def encode_text(
@@ -167,75 +164,3 @@ class TwoTower(nn.Module):
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """The maps of the picture tower."""
         return self.vision.attention_maps(images)
-
-    def key_table(self, layout: str) -> list[Entry]:
-        raise ModelError(f"two-tower models have no counterpart in the layout {layout!r}; use 'minilora'")
-
-
-# ---- what load.py asks of a family
-
-layouts = {}
-ignored = r"^$"
-optional = r"^$"
-layout_settings = {}
-#             picture tower, text tower, fusion: the two reports' models, and one that runs anywhere
-PAIRS = {
-    "vqa-nano": ("vit-nano-patch8-48", "bert-nano", "concat"),
-    "vqa-vit-bert": ("vit-base-patch16-224", "bert-base", "concat"),
-    "vqa-mobilenet-bert": ("mobilenet-v2", "bert-base", "product"),
-}
-
-
-def build(config: FusionConfig) -> TwoTower:
-    """Both towers with random weights, and the head."""
-    from reference_models.load import family_module
-
-    vision, text = (family_module(one.family).build(one) for one in (config.vision, config.text))
-    # a tower of CLIP carries the configuration of the whole
-    vision, text = getattr(vision, "vision", vision), getattr(text, "text", text)
-    keys = ("fusion", "hidden", "inner", "dropout", "name")
-    options = {key: getattr(config, key) for key in keys}
-    return TwoTower(vision, text, config.num_classes, **options)
-
-
-def preprocess_of(config: FusionConfig) -> dict:
-    """What the picture tower's family wants where no file says it."""
-    from reference_models.load import family_module
-
-    return family_module(config.vision.family).preprocess
-
-
-def _config_of(saved: dict):
-    """A tower's configuration from the dictionary that `dataclasses.asdict` made of it."""
-    from reference_models.load import saved_config
-
-    return saved_config(saved, "config.json")
-
-
-def names() -> list[str]:
-    return list(PAIRS)
-
-
-def config_for(name: str) -> FusionConfig | None:
-    """One of `names()`; R1's ViT has the pooler of transformers' ViTModel."""
-    if name not in PAIRS:
-        return None
-    from reference_models.load import config_for as tower_config
-
-    vision, text, fusion = PAIRS[name]
-    vision = replace(tower_config(vision), num_classes=0)
-    if name == "vqa-vit-bert":
-        vision = replace(vision, pooler=True)
-    return FusionConfig(name, vision, tower_config(text), fusion)
-
-
-def fit_config(config: FusionConfig, shapes: dict[str, tuple]) -> FusionConfig:
-    return config
-
-
-def adapt(state: dict[str, Tensor], old: FusionConfig, new: FusionConfig) -> None:
-    """Towers are fitted to their picture size before they are joined."""
-
-
-def config_from_json(data: dict) -> None:
-    """No other library writes such models."""

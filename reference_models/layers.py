@@ -1,8 +1,11 @@
 """The layers that every transformer here is made of. A projection is always called, its weight is
 never read, so a LoRALinear in its place always takes part.
 
-Shapes: B pictures or sentences, T tokens, d width, h heads, d/h width of a head; P patches
-of p x p pixels.
+Shapes: B pictures or sentences, T tokens, d width, h heads, d/h width of a head; P patches of p x p
+pixels. `rows`: a classifier reads one token, so the last block is asked for that one alone. None
+means all tokens, an int one place for every sample, (B,) or (B, n) places of each sample; keys and
+values are those of all tokens, so the result equals the same rows of the full one.
+
 Attention: Vaswani et al. 2017, arXiv:1706.03762. ViT blocks: Dosovitskiy et al. 2020,
 arXiv:2010.11929.
 """
@@ -15,35 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from reference_models.activations import ACTIVATIONS
+
 fused_attention = True  # False: the readable softmax form everywhere
 
 
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU.
-
-    Written as silu(1.702 x) / 1.702, which is the same and keeps one tensor for backward, not two.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x) / 1.702
-
-
-ACTIVATIONS = {
-    "gelu": nn.GELU,  # the exact one, with erf
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "gelu_new": lambda: nn.GELU("tanh"),
-    "gelu_pytorch_tanh": lambda: nn.GELU("tanh"),
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-}
-
-
 def take_rows(x: Tensor, rows: Tensor | int | None) -> Tensor:
-    """The tokens that the pooled last block needs: all (None), one position for everybody, or
-    some per sample.
-
-    x (B, T, d), rows None | int | (B,) | (B, n) -> (B, T, d), (B, 1, d) or (B, n, d).
-    """
+    """The chosen tokens of x (B, T, d): (B, T, d), (B, 1, d) or (B, n, d)."""
     if rows is None:
         return x
     if isinstance(rows, int):
@@ -53,71 +34,53 @@ def take_rows(x: Tensor, rows: Tensor | int | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate q, k, v and out projections: softmax(q k^T /
-    sqrt(d/h) + mask) v.
+    """Multi-head attention with separate q, k, v and out projections:
+    softmax(q k^T / sqrt(d/h) + mask) v.
 
-    forward(x (B, T, d), mask, causal, rows) -> (B, T, d). mask is added to the scores (float,
-    broadcast to (B, h, T, T)) or keeps entries (bool). With `rows` only those queries are computed
-    (see take_rows); keys and values are those of all tokens, so the result equals the same rows of
-    the full one. `keep_map = True` stores the attention map of the next call.
+    forward(x (B, T, d), mask, rows) -> (B, T, d). mask is added to the scores
+    (float, broadcast to (B, h, T, T)) or keeps entries (bool). `keep_map = True` stores the
+    attention map of the next call.
     """
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True, dropout: float = 0.0):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True):
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} is not a multiple of the number of heads {heads}")
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias and key_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.out_proj = nn.Linear(dim, dim)
         self.keep_map, self.map = False, None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None):
-        T = x.shape[1]
-        # (B, h, T, d/h), or (B, h, 1, d/h) with rows
-        q = self.split_heads(self.q_proj(take_rows(x, rows)))
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+        q = self.split_heads(self.q_proj(take_rows(x, rows)))  # (B, h, T, d/h), or fewer with rows
         k = self.split_heads(self.k_proj(x))  # (B, h, T, d/h)
         v = self.split_heads(self.v_proj(x))  # (B, h, T, d/h)
-        # the one case that torch's kernels know without a mask
-        whole = causal and mask is None and rows is None
-        if causal and not (whole and fused_attention and not self.keep_map):
-            mask, whole = causal_mask(T, rows, x.device, mask), False
-        out = self.attend(q, k, v, mask, whole)  # (B, h, T, d/h)
+        out = self.attend(q, k, v, mask)  # (B, h, T, d/h)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, T, d)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, d) -> (B, h, T, d/h)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    @property
+    def fused(self) -> bool:
+        """Whether torch's own kernel computes, which keeps no map."""
+        return fused_attention and not self.keep_map
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(d/h) + mask) v, fused by torch or written out."""
-        p = self.dropout if self.training else 0.0
-        if fused_attention and not self.keep_map:
+        if self.fused:
             if mask is not None and mask.is_floating_point():
                 mask = mask.to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, h, T, T)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(-1)
         if self.keep_map:
             self.map = weights.detach()
-        return F.dropout(weights, p) @ v
-
-
-def causal_mask(T: int, rows: Tensor | int | None, device, mask: Tensor | None = None) -> Tensor:
-    """True where a query may look: at itself and before. (T, T), or (B, 1, 1, T) for chosen rows;
-    `mask` (bool) is kept."""
-    positions = torch.arange(T, device=device)
-    queries = positions if rows is None else torch.as_tensor(rows, device=device).view(-1, 1, 1, 1)
-    allowed = positions <= (queries[:, None] if rows is None else queries)
-    return allowed if mask is None else allowed & mask
-
-
-def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T) with 1 for tokens and 0 for padding -> (B, 1, 1, T), True where a query may
-    look; None stays."""
-    return None if attention_mask is None else attention_mask[:, None, None].bool()
+        return weights @ v
 
 
 class MLP(nn.Module):
@@ -136,21 +99,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x = x + attn(norm1(x)); x = x + mlp(norm2(x)), (B, T,
-    d) -> (B, T, d).
-
-    With `rows` everything after the keys and values is computed for those tokens only: (B, 1, d).
+    """Pre-norm transformer block: x = x + attn(norm1(x)); x = x + mlp(norm2(x)), (B, T, d) ->
+    (B, T, d). With `rows` everything after the keys and values is computed for those tokens only.
     """
+
+    attention = Attention
 
     def __init__(self, dim: int, heads: int, hidden: int, act: str = "gelu", eps: float = 1e-6, qkv_bias: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads, qkv_bias)
+        self.attn = self.attention(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, hidden, act)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, rows: Tensor | int | None = None):
-        x = take_rows(x, rows) + self.attn(self.norm1(x), mask, causal, rows)
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+        x = take_rows(x, rows) + self.attn(self.norm1(x), mask, rows)
         return x + self.mlp(self.norm2(x))
 
 
@@ -165,36 +128,50 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(token))
 
 
+class PatchGrid:
+    """For a configuration with image_size, a side or (height, width) in pixels, and patch_size."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H // p, W // p), the patches of a picture."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+
 class PatchLinear(nn.Linear):
-    """The patch projection; a class of its own so that target_modules="all-linear" means the
-    layers of the blocks."""
+    """The patch projection; a class of its own so that target_modules="all-linear" means
+    the layers of the blocks."""
 
 
 class PatchEmbed(nn.Module):
-    """Cut the picture into p x p patches and project each: a convolution with stride p, as
-    one matrix product.
+    """Cut the picture into p x p patches and project each: a convolution with stride p, as one
+    matrix product.
 
-    (B, 3, H, W) -> (B, P, d) with P = (H // p) * (W // p); what is over at the right and bottom
-    edge is cut off.
+    (B, 3, H, W) -> (B, P, d) with P = (H // p) * (W // p); what is left over at the right and
+    bottom edge is cut off. ValueError for a picture of another size than the configuration's, whose
+    positions it would not have; a Swin, which has none, takes any size.
     """
 
-    def __init__(self, patch_size: int, dim: int, bias: bool = True):
+    def __init__(self, config, dim: int, bias: bool = True, any_size: bool = False):
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = PatchLinear(3 * patch_size**2, dim, bias=bias)
+        self.patch_size, self.name = config.patch_size, config.name
+        self.grid = None if any_size else config.grid
+        self.proj = PatchLinear(3 * self.patch_size**2, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        p, rows, cols = self.patch_size, H // self.patch_size, W // self.patch_size
-        x = x[:, :, : rows * p, : cols * p].reshape(B, C, rows, p, cols, p)
-        # (B, P, 3 p p), ordered like a kernel
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * cols, C * p * p)
-        return self.proj(x)
+        (B, C, H, W), p = x.shape, self.patch_size
+        h, w = H // p, W // p
+        if self.grid not in (None, (h, w)):
+            size = " x ".join(str(p * side) for side in self.grid)
+            raise ValueError(f"{self.name} takes pictures of {size} pixels, got {H} x {W}")
+        x = x[:, :, : h * p, : w * p].reshape(B, C, h, p, w, p)
+        x = x.permute(0, 2, 4, 1, 3, 5)  # the pixels of a patch in the order of a kernel
+        return self.proj(x.reshape(B, h * w, C * p * p))
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, *arguments, checkpointing: bool = False, last_rows=None) -> Tensor:
     """All blocks in turn; the last one only for `last_rows`. With checkpointing a block's
-    activations are recomputed."""
+    activations are recomputed in backward."""
     for i, block in enumerate(blocks):
         rows = last_rows if i == len(blocks) - 1 else None
         if checkpointing and torch.is_grad_enabled():
@@ -205,8 +182,8 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, *arguments, checkpointing: bool
 
 
 def collect_attention_maps(model: nn.Module, run) -> list[Tensor]:
-    """Call `run()` with every Attention below `model` keeping its map; a list of (B, h, T, T),
-    one for each layer."""
+    """Call `run()` with every Attention below `model` keeping its map; a list of (B, h, T, T), one
+    for each layer."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     try:
         for layer in layers:
@@ -230,22 +207,9 @@ def resize_positions(pos: Tensor, new: tuple[int, int], prefix: int, old: tuple[
     return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)], dim=1)
 
 
-def relative_index(rows: int, cols: int) -> Tensor:
-    """Row of a position-bias table for every pair of places in a rows x cols window, (rows
-    cols, rows cols).
-
-    The table has one row for each offset (dy, dx), (2 rows - 1)(2 cols - 1) of them,
-    ordered by dy, then dx.
-    """
-    y, x = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
-    # 0 .. 2 rows - 2, 0 .. 2 cols - 2
-    dy, dx = y[:, None] - y + rows - 1, x[:, None] - x + cols - 1
-    return dy * (2 * cols - 1) + dx
-
-
 class Classifier(nn.Module):
-    """A linear head on `pooled(x)` (B, num_features), shared by the encoders that
-    see pictures only."""
+    """A linear head on `pooled(x)` (B, num_features), shared by the
+    encoders that see pictures only."""
 
     head_modules = ("head",)
 
@@ -267,8 +231,8 @@ class Classifier(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal weights with deviation .02 cut at two deviations, zero biases, as ViT,
-    BERT and BEiT begin."""
+    """Normal weights with deviation .02 cut at two deviations, zero biases, as
+    ViT, BERT and BEiT begin."""
     if isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Linear):

@@ -3,22 +3,27 @@
     model = load_pretrained("vit-tiny-patch16-224", "deit_tiny.safetensors", num_classes=10)
     save_pretrained(model, "out", layout="transformers")
 
-A family is a module (vit.py, beit.py, swin.py, bert.py, clip.py, mobilenet.py) that provides
-  build(config)                 the model; config is a frozen dataclass with `name`, `num_classes`, `family`
+The model of a family (vit.py, bert.py) knows nothing of files; it gets its key table, preprocessing
+and labels here. What the files look like its module in files/ says (files/vit.py), which provides
+  build(config)                 the model; config is a frozen dataclass with `name`, `num_classes`,
+                                `family`; for a two-tower model build(config, vision, text)
   names(), config_for(name)     the names that it knows and their configuration
   layouts                       {layout of weight files: prefixes that the names may carry}
-  key_table(config, layout)     rows of names.Entry
+  adapter_layouts               layouts in which the other library can load an adapter
+  key_table(config, layout)     rows of names.Entry; only where there are layouts
   fit_config(config, shapes)    what a file's shapes say of the configuration
   adapt(state, old, new)        interpolation of positions between picture sizes, in place
-  config_from_json(data)        a configuration from another library's config.json; None for other families
+  config_from_json(data)        a configuration from another library's config.json; else None
   config_to_json(config, layout)
-  preprocess                    mean, std, interpolation and resize where the checkpoint says nothing of them
-  file_preprocess(file_name)    what of that only the file's name tells; only where there is such a thing
-  layout_settings               {layout: fields of the configuration} where a file comes without config.json
-  ignored, optional             patterns: keys of a file that mean nothing; our names that it may lack or add
+  preprocess                    mean, std, interpolation, resize where the checkpoint says nothing
+  file_preprocess(file_name)    what only the file's name says of that; only where it says it
+  layout_settings               {layout: fields of the configuration} of a file without config.json
+  ignored, optional             patterns: keys of a file that mean nothing; names of ours that a
+                                file may lack or have in addition
 """
 
 import difflib
+import functools
 import importlib
 import re
 from dataclasses import asdict, fields, replace
@@ -35,18 +40,12 @@ from reference_models.files.safetensors import read_weights, write_model_files
 from reference_models.text.textfiles import read_json
 
 FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "student")
-MODULES = {
-    "vit": "files.vit",
-    "beit": "files.beit",
-    "swin": "files.swin",
-    "swinv2": "files.swinv2",
-    "clip": "files.clip",
-}  # vit.py itself is the model alone, a chapter to read
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
 
 
 def family_module(family: str):
-    return importlib.import_module(f"reference_models.{MODULES.get(family, family)}")
+    """The module of a family's files, by the protocol above."""
+    return importlib.import_module(f"reference_models.files.{family}")
 
 
 def list_models() -> list[str]:
@@ -55,8 +54,8 @@ def list_models() -> list[str]:
 
 
 def config_for(name: str):
-    """The configuration that belongs to a model name; ModelError with the nearest names
-    where there is none."""
+    """The configuration that belongs to a model name; ModelError with the nearest
+    names where there is none."""
     for family in FAMILIES:
         if (config := family_module(family).config_for(name)) is not None:
             return config
@@ -97,16 +96,17 @@ def load_pretrained(
 ) -> nn.Module:
     """A model with the weights of a checkpoint.
 
-    name_or_dir: a model name; or a directory with config.json or "hf:org/name", which then is
-    the checkpoint too.
+    name_or_dir: a model name; or a directory with config.json or "hf:org/name", which then is the
+      checkpoint too
     weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory,
-    "hf:org/name", None for random.
-    num_classes: None keeps the checkpoint's head; another number replaces it (one line is printed).
+      "hf:org/name", None for random
+    num_classes: None keeps the checkpoint's head; another number replaces it
     image_size: side in pixels; position tables are interpolated to it. None keeps that of the
-    name or checkpoint.
+      name or the checkpoint
 
     Every key must find its place and every tensor its weights, with the right shape and finite
-    values; otherwise ModelError names the file and the keys.
+    values; otherwise ModelError names the file and the keys. Nothing is printed: what was assumed
+    stands in `model.notes`, a line each.
     """
     by_name = not (Path(name_or_dir).is_dir() or str(name_or_dir).startswith("hf:"))
     source = weights if by_name else (weights or name_or_dir)
@@ -134,7 +134,11 @@ def load_pretrained(
         defaults = defaults | family.file_preprocess(path.name)
     with readable(folder / "config.json"):
         model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
-        model.labels = _labels(data) if _classes(config) and _classes(config) == _classes(found) else None
+    if _classes(config) and _classes(config) == _classes(found):
+        model.labels = _labels(data)
+    elif _classes(config) and _classes(found):
+        given, wanted_classes = _classes(found), _classes(config)
+        model.notes.append(f"head: the checkpoint has {given} classes; a new one for {wanted_classes} replaces it")
     own = model.state_dict()
     model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
     return model
@@ -165,25 +169,28 @@ def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "mini
 
 
 def _build(config, preprocess: dict) -> nn.Module:
-    model = _make(config)
+    """The model, and what files say of it: key table, preprocessing; labels and notes for later."""
+    model, family = _make(config), family_module(config.family)
+    if family.layouts:
+        model.layouts, model.key_table = family.adapter_layouts, functools.partial(family.key_table, config)
     side = getattr(config, "image_size", None)
     defaults = {"resize": "squash", "resize_to": side, **preprocess, "image_size": side}
     model.preprocess = defaults if preprocess else {}
     if hasattr(model, "vision"):
         model.vision.preprocess = model.preprocess
-    model.labels = None
+    model.labels, model.notes = None, []
     return model
 
 
 def _preprocess(config) -> dict:
     """What the family says of pictures; a two-tower model asks its picture tower's family."""
-    family = family_module(config.family)
-    return family.preprocess_of(config) if hasattr(family, "preprocess_of") else family.preprocess
+    return family_module(getattr(config, "vision", config).family).preprocess
 
 
 def _make(config) -> nn.Module:
+    towers = [_make(getattr(config, tower)) for tower in ("vision", "text") if hasattr(config, tower)]
     try:
-        return family_module(config.family).build(config)
+        return family_module(config.family).build(config, *towers)
     except ValueError as error:  # sizes that do not go together
         raise ModelError(f"{config.name}: {error}") from None
 
@@ -200,15 +207,15 @@ def _resolve(source: str | Path) -> Path:
 
 
 def _config_file(path: Path) -> dict:
-    """config.json of a checkpoint's directory, else open_clip_config.json, else nothing; a
-    lone file has none."""
+    """config.json of a checkpoint's directory, else open_clip_config.json, else
+    nothing; a lone file has none."""
     files = [path / name for name in ("config.json", "open_clip_config.json")] if path.is_dir() else []
     return next((read_json(file) for file in files if file.exists()), {})
 
 
 def _described(data: dict, folder: Path, wanted):
-    """The configuration of a checkpoint: from config.json where there is one, else from
-    the model's name."""
+    """The configuration of a checkpoint: from config.json where there is one,
+    else from the model's name."""
     if "minilora" in data:
         described = saved_config(data["minilora"], folder / "config.json", wanted)
     else:
@@ -227,14 +234,16 @@ def _described(data: dict, folder: Path, wanted):
 
 
 def saved_config(saved: dict, file: Path | str, base=None):
-    """The configuration that `dataclasses.asdict` made `saved` of; what it lacks comes from `base`."""
+    """The configuration that `dataclasses.asdict` made `saved` of; what it
+    lacks comes from `base`."""
     family = saved.get("family")
     if family not in FAMILIES:
         raise ModelError(f"{file}: minilora.family is {family!r}, not one of {', '.join(FAMILIES)}")
     config = base or type(config_for(family_module(family).names()[0]))(name=saved.get("name", family))
     known = {field.name for field in fields(config)}
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in known}
-    return replace(config, **values)
+    towers = {key: saved_config(v, file) for key, v in values.items() if isinstance(v, dict)}
+    return replace(config, **values | towers)
 
 
 def _translate(state: dict[str, Tensor], config, family, files: str):
@@ -304,8 +313,8 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
     """The tensors for the model of `config`, strictly: shapes, missing keys and extra keys in one
     message, by our names and by those of the file.
 
-    Asked of a model without storage: a config.json of somebody else's may describe one that
-    no memory holds.
+    Asked of a model without storage: a config.json of somebody else's may describe
+    one that no memory holds.
     """
     with torch.device("meta"):
         model = _make(config)
@@ -314,8 +323,6 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
     new_head = _classes(config) and _classes(config) != _classes(found)
     if new_head or _classes(config) == 0:
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
-    if new_head and found.num_classes:
-        print(f"head: the checkpoint has {found.num_classes} classes; a new one for {config.num_classes} replaces it")
     extra = [key for key in tensors if key not in own and not re.search(family.optional, key)]
     missing = [key for key in own if key not in tensors and not (new_head and key.startswith(heads))]
     table = [] if layout == "minilora" else family.key_table(found, layout)
@@ -329,8 +336,8 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
     missing = [key + theirs.get(key, "") for key in missing]
     problems = {"missing": missing, "no place for": extra, "wrong shape": wrong}
     if any(problems.values()):
-        told = [f"{what} {len(keys)}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
-        raise ModelError(f"{files} does not fit {config.name}: {'; '.join(told)}")
+        lines = [f"{what} {len(keys)}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
+        raise ModelError(f"{files} does not fit {config.name}: {'; '.join(lines)}")
     return tensors
 
 

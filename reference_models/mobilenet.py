@@ -1,22 +1,16 @@
 """MobileNetV2: torchvision's layers behind this package's interface.
 
-Paper: Sandler et al. 2018, arXiv:1801.04381. Shapes: B pictures, h x w cells (7 x 7 at 224
-pixels), 1280 channels.
+Paper: Sandler et al. 2018, arXiv:1801.04381.
+Shapes: B pictures, h x w cells (7 x 7 at 224 pixels), 1280 channels.
 """
 
-import re
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import MobileNetV2
 
-from reference_models.files.names import Entry, linear, rename
 from reference_models.layers import init_weights
-
-# layers of each stage, its stride and where its blocks widen first: the order of timm's
-# blocks.{stage}.{block}
-STAGES = (1, 2, 3, 4, 3, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -31,8 +25,8 @@ class MobileNetConfig:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose statistics move only while its own weights are trained: a frozen one
-    stays in eval mode."""
+    """BatchNorm whose statistics move only while its own weights are trained: a
+    frozen one stays in eval mode."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -52,7 +46,6 @@ class MobileNet(nn.Module):
     """Pictures (B, 3, H, W) -> logits (B, num_classes); H and W are multiples of 32."""
 
     head_modules = ("head",)
-    layouts = ("torchvision", "timm")
 
     def __init__(self, config: MobileNetConfig):
         super().__init__()
@@ -90,88 +83,3 @@ class MobileNet(nn.Module):
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """[]: a convolutional network has no attention."""
         return []
-
-    def key_table(self, layout: str) -> list[Entry]:
-        return key_table(self.config, layout)
-
-
-# ---- what load.py asks of a family: names, key tables, sizes, configuration files
-
-build = MobileNet
-layouts = {"torchvision": ("",), "timm": ("",)}
-ignored = r"num_batches_tracked$"
-optional = r"^head"
-layout_settings = {}
-preprocess = {
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "interpolation": "bilinear",
-    "resize": "shortest",
-    "scale": (224, 256),  # crop 224 of 256, and in proportion at other sizes
-}
-
-
-def names() -> list[str]:
-    return ["mobilenet-v2"]
-
-
-def config_for(name: str) -> MobileNetConfig | None:
-    """mobilenet-v2, or mobilenet-v2-{width in percent} such as mobilenet-v2-50; None for other
-    families' names."""
-    match = re.fullmatch(r"mobilenet-v2(?:-(\d+))?", name)
-    return MobileNetConfig(name, width=int(match[1] or 100) / 100) if match else None
-
-
-def key_table(config: MobileNetConfig, layout: str) -> list[Entry]:
-    """Our names are torchvision's but for the head; timm counts stages and blocks where
-    those count layers."""
-    table = linear("head", "classifier.1" if layout == "torchvision" else "classifier")
-    theirs = _timm_names()
-    for ours, kind in _layers():
-        other = ours if layout == "torchvision" else theirs[ours]
-        parts = ("weight",) if kind == "conv" else ("weight", "bias", "running_mean", "running_var")
-        table += [rename(f"{ours}.{part}", f"{other}.{part}") for part in parts]
-    return table
-
-
-def _layers() -> list[tuple[str, str]]:
-    """(our name, "conv" or "norm") of every layer: stem, seventeen blocks, last layer."""
-    layers = [("features.0.0", "conv"), ("features.0.1", "norm")]
-    for i in range(1, sum(STAGES) + 1):
-        pairs = [("0.0", "0.1"), ("1", "2")] if i == 1 else [("0.0", "0.1"), ("1.0", "1.1"), ("2", "3")]
-        for conv, norm in pairs:  # the first block does not widen its input
-            layers += [(f"features.{i}.conv.{conv}", "conv"), (f"features.{i}.conv.{norm}", "norm")]
-    return [*layers, ("features.18.0", "conv"), ("features.18.1", "norm")]
-
-
-def _timm_names() -> dict[str, str]:
-    names = {"features.0.0": "conv_stem", "features.0.1": "bn1"}
-    names |= {"features.18.0": "conv_head", "features.18.1": "bn2"}
-    places = [f"blocks.{stage}.{i}" for stage, count in enumerate(STAGES) for i in range(count)]
-    for i, place in enumerate(places, start=1):
-        ours = ("0.0", "0.1", "1", "2") if i == 1 else ("0.0", "0.1", "1.0", "1.1", "2", "3")
-        theirs = ("conv_dw", "bn1", "conv_pw", "bn2")
-        if i > 1:
-            theirs = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
-        for our_part, their_part in zip(ours, theirs, strict=True):
-            names[f"features.{i}.conv.{our_part}"] = f"{place}.{their_part}"
-    return names
-
-
-def fit_config(config: MobileNetConfig, shapes: dict[str, tuple]) -> MobileNetConfig:
-    return replace(config, num_classes=shapes["head.weight"][0] if "head.weight" in shapes else 0)
-
-
-def adapt(state: dict[str, Tensor], old: MobileNetConfig, new: MobileNetConfig) -> None:
-    """Convolutions fit every picture size."""
-
-
-def config_from_json(data: dict) -> MobileNetConfig | None:
-    """Read timm's config.json; None where it is of another family."""
-    match = re.match(r"mobilenetv2_(\d+)(\.|$)", data.get("architecture", ""))
-    return config_for("mobilenet-v2" + ("" if match[1] == "100" else f"-{int(match[1])}")) if match else None
-
-
-def config_to_json(config: MobileNetConfig, layout: str) -> dict:
-    """config.json as timm reads it; torchvision has none."""
-    return {"architecture": f"mobilenetv2_{round(config.width * 100):03d}", "num_features": 1280}

@@ -1,9 +1,9 @@
-"""The small student that a two-tower teacher is distilled into: a convolutional and a
-recurrent encoder.
+"""The small student that a two-tower teacher is distilled into: a convolutional
+and a recurrent encoder.
 
 Convolutions 3 -> 16 (stride 2, LeakyReLU) and 16 -> 32 (stride 2), max-pooling, one linear layer;
-an embedding and an LSTM; product of both -> Linear(32) -> Linear(classes). LSTM: Hochreiter and
-Schmidhuber 1997.
+an embedding and an LSTM; product of both -> Linear(32) -> Linear(classes).
+LSTM: Hochreiter and Schmidhuber 1997.
 Shapes: B questions and pictures, T tokens, d width of both encoders.
 """
 
@@ -18,8 +18,8 @@ from reference_models.fusion import TwoTower
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """single_bias: the LSTM has one bias vector, as Keras', instead of torch's two that are
-    only ever added."""
+    """single_bias: the LSTM has one bias vector, as Keras', instead of torch's two
+    that are only ever added."""
 
     name: str = "student"
     image_size: int = 224
@@ -56,8 +56,8 @@ class ConvEncoder(nn.Module):
 
 
 class LSTMEncoder(nn.Module):
-    """Token ids (B, T) -> the LSTM's output at the last token (B, d); without a mask padding
-    counts as tokens."""
+    """Token ids (B, T) -> the LSTM's output at the last token (B, d); without a mask
+    padding counts as tokens."""
 
     head_modules = ()
 
@@ -91,36 +91,3 @@ class Student(TwoTower):
         sizes = {"fusion": "product", "hidden": config.hidden, "inner": 0, "dropout": 0.0}
         super().__init__(ConvEncoder(config), LSTMEncoder(config), config.num_classes, **sizes)
         self.config = config
-
-
-# ---- what load.py asks of a family
-
-build = Student
-layouts = {}
-ignored = r"^$"
-optional = r"^$"
-layout_settings = {}
-preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize": "squash"}
-
-
-def names() -> list[str]:
-    return ["student", "student-nano"]
-
-
-def config_for(name: str) -> StudentConfig | None:
-    """student (report R5's sizes) or student-nano; None where the name is of another family."""
-    if name == "student-nano":
-        return StudentConfig(name, image_size=48, vocab_size=4000, dim=64)
-    return StudentConfig(name) if name == "student" else None
-
-
-def fit_config(config: StudentConfig, shapes: dict[str, tuple]) -> StudentConfig:
-    return config
-
-
-def adapt(state: dict[str, Tensor], old: StudentConfig, new: StudentConfig) -> None:
-    """A student is made for one picture size."""
-
-
-def config_from_json(data: dict) -> None:
-    """No other library writes such models."""

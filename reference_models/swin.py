@@ -3,13 +3,15 @@ window, and four neighbours merged into one token of twice the width between sta
 
     grid 56 x 56, d --[blocks]--> merge --> 28 x 28, 2 d --[blocks]--> merge --> 14 x 14, 4 d ...
 
-Paper: Liu et al. 2021, arXiv:2103.14030. swinv2.py changes the attention and the
-place of the norms.
+Paper: Liu et al. 2021, arXiv:2103.14030. swinv2.py changes the attention
+and the place of the norms.
+
 Shapes: B pictures, H x W grid of tokens, d width (of the stage), h heads, w window side, n windows
 of a picture, N = w w tokens of a window. Where H or W is no multiple of w, zeros are appended right
 and below, as transformers does; they take part in the attention.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from reference_models.files.names import Entry
-from reference_models.layers import MLP, Attention, Classifier, PatchEmbed, init_weights, relative_index
+from reference_models.beit import relative_index
+from reference_models.layers import MLP, Attention, Classifier, PatchEmbed, PatchGrid, init_weights
 
 
 @dataclass(frozen=True)
-class SwinConfig:
-    """Sizes of a Swin. dim is the width of the first stage; window a side, or one for each stage."""
+class SwinConfig(PatchGrid):
+    """Sizes of a Swin. dim is the width of the first stage; window a
+    side, or one for each stage."""
 
     name: str = "swin-tiny-patch4-window7-224"
     image_size: int | tuple[int, int] = 224
@@ -40,21 +43,13 @@ class SwinConfig:
     absolute_positions: bool = False
     family: str = "swin"
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return height // self.patch_size, width // self.patch_size
-
     def window_of(self, stage: int) -> int:
         return self.window if isinstance(self.window, int) else self.window[stage]
 
 
 class WindowAttention(Attention):
     """Attention among the N = w w tokens of each window, with a learned bias for every offset
-    between two of them.
-
-    relative_position_bias_table ((2 w - 1)(2 w - 1), h).
-    """
+    between two of them: relative_position_bias_table ((2 w - 1)(2 w - 1), h)."""
 
     def __init__(self, dim: int, heads: int, window: int, qkv_bias: bool = True):
         super().__init__(dim, heads, qkv_bias)
@@ -120,22 +115,19 @@ def from_windows(x: Tensor, w: int, H: int, W: int) -> Tensor:
 
 
 def shift_mask(H: int, W: int, w: int, shift: int, device) -> Tensor:
-    """After the shift the last windows hold tokens of opposite edges: -100 between those that
-    were not neighbours.
-
-    (n, 1, N, N), added to the scores.
-    """
+    """After the shift the last windows hold tokens of opposite edges: -100 between those that were
+    not neighbours, (n, 1, N, N), added to the scores."""
     y, x = torch.arange(H, device=device), torch.arange(W, device=device)
     region_y = (y >= H - w).int() + (y >= H - shift).int()  # 0, 1, 2 from top to bottom
     region_x = (x >= W - w).int() + (x >= W - shift).int()
-    # (n, N)
-    region = to_windows((3 * region_y[:, None] + region_x)[None, :, :, None], w).squeeze(-1)
+    region = 3 * region_y[:, None] + region_x  # (H, W)
+    region = to_windows(region[None, :, :, None], w).squeeze(-1)  # (n, N)
     return (region[:, None, :, None] != region[:, None, None, :]) * -100.0
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token of twice the width, (B, H, W, d) -> (B, H/2, W/2,
-    2 d), rounded up."""
+    """Four neighbours become one token of twice the width, (B, H, W, d) ->
+    (B, H/2, W/2, 2 d), rounded up."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -147,8 +139,8 @@ class PatchMerging(nn.Module):
 
     @staticmethod
     def gather(x: Tensor) -> Tensor:
-        """(B, H, W, d) -> (B, H/2, W/2, 4 d), in the order top left, bottom left, top
-        right, bottom right."""
+        """(B, H, W, d) -> (B, H/2, W/2, 4 d), in the order top left, bottom left,
+        top right, bottom right."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         corners = [x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
         return torch.cat(corners, dim=-1)
@@ -158,18 +150,16 @@ class SwinTransformer(Classifier):
     """Images (B, 3, H, W) of any size -> logits (B, num_classes). Blocks are numbered through all
     stages; downsample.{s} stands behind stage s."""
 
-    layouts = ("transformers5", "transformers4", "timm")
     block, merging = SwinBlock, PatchMerging
 
     def __init__(self, config: SwinConfig):
         super().__init__()
         stages = len(config.depths)
         self.config, self.num_features = config, config.dim * 2 ** (stages - 1)
-        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.patch_embed = PatchEmbed(config, config.dim, any_size=True)
         self.patch_norm = nn.LayerNorm(config.dim)
-        rows, cols = config.grid
         absolute = config.absolute_positions
-        self.pos_embed = nn.Parameter(torch.zeros(1, rows * cols, config.dim)) if absolute else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.dim)) if absolute else None
         places = [(stage, i) for stage in range(stages) for i in range(config.depths[stage])]
         self.blocks = nn.ModuleList(self.block(config, stage, shifted=i % 2 == 1) for stage, i in places)
         self.downsample = nn.ModuleList(self.merging(config.dim * 2**stage) for stage in range(stages - 1))
@@ -180,7 +170,7 @@ class SwinTransformer(Classifier):
         self.reset_classifier(config.num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, rows, cols, d); a picture that is no multiple of the patch
+        """(B, 3, H, W) -> (B, H/p, W/p, d), rounded up: a picture that is no multiple of the patch
         gets zeros appended."""
         p = self.config.patch_size
         x = F.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
@@ -193,8 +183,8 @@ class SwinTransformer(Classifier):
         return x.unflatten(1, grid)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> tokens of the last stage after the final norm (B,
-        T, num_features)."""
+        """Images (B, 3, H, W) -> tokens of the last stage after the final norm,
+        (B, T, num_features)."""
         x = self.embed(x)  # (B, H, W, d)
         blocks = iter(self.blocks)
         for stage, depth in enumerate(self.config.depths):
@@ -211,8 +201,3 @@ class SwinTransformer(Classifier):
     def pooled(self, x: Tensor) -> Tensor:
         """The mean of all tokens, (B, num_features)."""
         return self.forward_features(x).mean(1)
-
-    def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.files.swin import key_table
-
-        return key_table(self.config, layout)

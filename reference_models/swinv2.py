@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference_models.files.names import Entry
-from reference_models.layers import Attention, relative_index
+from reference_models.beit import relative_index
+from reference_models.layers import Attention
 from reference_models.swin import PatchMerging, SwinBlock, SwinConfig, SwinTransformer
 
 
 @dataclass(frozen=True)
 class SwinV2Config(SwinConfig):
-    """Sizes of a Swin V2. pretrained_windows: the window of each stage in pretraining, 0 for
-    the present one."""
+    """Sizes of a Swin V2. pretrained_windows: the window of each stage in
+    pretraining, 0 for the present one."""
 
     name: str = "swinv2-tiny-patch4-window8-256"
     image_size: int | tuple[int, int] = 256
@@ -33,13 +33,13 @@ class SwinV2Config(SwinConfig):
     family: str = "swinv2"
 
     def window_of(self, stage: int) -> int:
-        """The window is cut to the grid: weights do not hang on its size."""
+        """The window is cut to the grid: weights do not depend on its size."""
         return min(super().window_of(stage), max(self.grid[0] >> stage, 1))
 
 
 class PositionLinear(nn.Linear):
-    """A layer of the position network; a class of its own so that "all-linear" means the
-    layers of the blocks."""
+    """A layer of the position network; a class of its own so that "all-linear" means
+    the layers of the blocks."""
 
 
 class CosineAttention(Attention):
@@ -58,16 +58,16 @@ class CosineAttention(Attention):
         table = self.cpb_mlp(self.offsets.to(self.logit_scale.dtype))  # ((2 w - 1)^2, h)
         return 16 * torch.sigmoid(table.T[:, self.index])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Scaled so that the division by sqrt(d/h) in the common form leaves t cos(q, k)."""
-        # (h, 1, 1)
-        scale = self.logit_scale.clamp(max=math.log(100)).exp() * math.sqrt(q.shape[-1])
-        q = (F.normalize(q, dim=-1) * scale).to(v.dtype)
-        return super().attend(q, F.normalize(k, dim=-1).to(v.dtype), v, mask, causal)
+        t = self.logit_scale.clamp(max=math.log(100)).exp()  # (h, 1, 1)
+        q = (F.normalize(q, dim=-1) * (t * math.sqrt(q.shape[-1]))).to(v.dtype)
+        return super().attend(q, F.normalize(k, dim=-1).to(v.dtype), v, mask)
 
 
 def log_offsets(window: int, pretrained: int = 0) -> Tensor:
-    """sign(o) log2(1 + 8 |o| / (pretrained - 1)) / 3 for every offset (dy, dx), ((2 w - 1)^2, 2)."""
+    """sign(o) log2(1 + 8 |o| / (pretrained - 1)) / 3 for every offset
+    (dy, dx), ((2 w - 1)^2, 2)."""
     steps = torch.arange(1 - window, window, dtype=torch.float32) * 8 / max((pretrained or window) - 1, 1)
     steps = steps.sign() * torch.log2(1 + steps.abs()) / 3
     return torch.cartesian_prod(steps, steps)
@@ -78,8 +78,7 @@ class SwinV2Block(SwinBlock):
 
     def __init__(self, config: SwinV2Config, stage: int, shifted: bool):
         super().__init__(config, stage, shifted)
-        # one window holds the stage of the configured size
-        if config.grid[0] >> stage <= self.window:
+        if config.grid[0] >> stage <= self.window:  # one window holds the whole stage
             self.shift = 0
 
     def make_attention(self, config: SwinV2Config, stage: int, dim: int) -> Attention:
@@ -108,12 +107,4 @@ class PatchMergingV2(PatchMerging):
 class SwinTransformerV2(SwinTransformer):
     """Images (B, 3, H, W) of any size -> logits (B, num_classes)."""
 
-    # of adapters; timm's Swin V2 reads qkv.weight instead of calling qkv, so an adapter would
-    # do nothing there
-    layouts = ("transformers5", "transformers4")
     block, merging = SwinV2Block, PatchMergingV2
-
-    def key_table(self, layout: str) -> list[Entry]:
-        from reference_models.files.swinv2 import key_table
-
-        return key_table(self.config, layout)

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from reference_models import ModelError
-from reference_models.files.rename_adapter import LAYOUTS, convert, families
+from reference_models.files.rename_adapter import FAMILIES, LAYOUTS, convert
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", metavar="SRC", help="directory of the adapter")
     parser.add_argument("target", metavar="DST", help="directory to write")
     parser.add_argument("--layout", required=True, help=" or ".join(LAYOUTS))
-    parser.add_argument("--family", choices=families(), help="where the names fit several families")
+    parser.add_argument("--family", choices=list(FAMILIES), help="where the names fit several families")
     args = parser.parse_args(arguments)
     try:
         count = convert(args.source, args.target, args.layout, args.family)

@@ -4,6 +4,7 @@
 SIGTERM); 141 the reader of the output has gone.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from minilora.errors import RunError
 
 def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exception], ...]) -> int:
     """`main`'s exit code; errors that people can act on become one line on stderr."""
+    progress = logging.getLogger("reference_models")  # downloads
+    progress.addHandler(logging.StreamHandler())
+    progress.setLevel(logging.INFO)
     try:
         return main(None)
     except user_errors as error:

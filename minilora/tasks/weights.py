@@ -44,6 +44,8 @@ def load_base(
         built = create_model(model, num_classes, **sizes, **({"image_size": image_size} if image_size else {}))
     else:
         built = load_pretrained(model, source, num_classes=num_classes, image_size=image_size, **sizes)
+        for note in built.notes:
+            print(note)
     patch = getattr(built.config, "patch_size", None)
     if image_size and isinstance(patch, int) and image_size % patch:
         raise UserError(f"--image-size {image_size}: {model} cuts pictures into patches of {patch}; take a multiple")

@@ -27,6 +27,8 @@ from reference_models.files.shared import (
 
 build = Beit
 layouts = {"transformers4": ("beit.",), "transformers5": ("beit.",), "timm": ("",)}
+# timm's BEiT reads qkv.weight instead of calling qkv: an adapter would do nothing there
+adapter_layouts = ("transformers5", "transformers4")
 # the index is computed from the picture's size; the rest belongs to masked-image pretraining
 ignored = r"relative_position_index|mask_token$|^lm_head\."
 optional = r"^head"

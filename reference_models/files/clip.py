@@ -12,6 +12,8 @@ from reference_models.files.shared import adapt_positions
 
 build = CLIP
 layouts = {"transformers4": ("",), "transformers5": ("",), "open_clip": ("",)}
+# open_clip reads the weights of its projections and never calls them
+adapter_layouts = ("transformers5", "transformers4")
 # position_ids: a buffer of old transformers; the three numbers: OpenAI's own files
 ignored = r"position_ids$|^(input_resolution|context_length|vocab_size)$"
 optional = r"^$"
@@ -129,7 +131,8 @@ def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:
 
 
 def adapt(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> None:
-    """Interpolate the vision tower's positions from the old picture size to the new one, in place."""
+    """Interpolate the vision tower's positions from the old picture size
+    to the new one, in place."""
     adapt_positions(state, old, new, prefix=1, key="vision.pos_embed")
 
 
@@ -145,7 +148,8 @@ FIELDS = {
 
 
 def config_from_json(data: dict) -> CLIPConfig | None:
-    """Read transformers' config.json or open_clip_config.json; None where it is of another family."""
+    """Read transformers' config.json or open_clip_config.json; None where
+    it is of another family."""
     if isinstance(data.get("model_cfg"), dict):
         return _from_open_clip(data["model_cfg"])
     if data.get("model_type") != "clip":

@@ -1,4 +1,5 @@
-"""config.json comes from strangers: every value must be of the kind and size that a model can have."""
+"""config.json comes from strangers: every value must be of the kind and
+size that a model can have."""
 
 import math
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ def readable(file: Path | str):
     except ModelError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise ModelError(f"{file}: its values cannot be read ({type(error).__name__}: {told})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{file}: its values cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def check_config(config, file: Path | str) -> None:

@@ -50,7 +50,7 @@ class Declared:
 
 
 def download(url: str, target: Path, token: str | None = None) -> Declared:
-    """Fetch `url` into `target`, going on from what an earlier call left behind.
+    """Fetch `url` into `target`, resuming what an earlier call left unfinished.
 
     The declared size and digest are the hub's X-Linked-Size and X-Linked-ETag (large files), else
     ETag and Content-Length. `token` goes to the host of `url` alone, never to one that it redirects

@@ -10,9 +10,9 @@ used without asking the server again. Delete the folder to fetch it anew, or nam
 
 import contextlib
 import json
+import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -21,6 +21,7 @@ from reference_models.errors import ModelError
 from reference_models.files.download import Declared, NotFound, download
 from reference_models.text.textfiles import read_json, write_atomic
 
+LOG = logging.getLogger("reference_models")  # silent in a library; programs show it on stderr
 PREFIX = "hf:"
 MANIFEST = ".minilora.json"
 CONFIGS = ("config.json", "open_clip_config.json")  # one of them must exist
@@ -162,13 +163,14 @@ class _Snapshot:
                 return
         url = f"{self.endpoint}/{self.name}/resolve/{quote(self.pinned, safe='')}/{name}"
         if name.endswith((".safetensors", ".bin")):
-            print(f"downloading {url}", file=sys.stderr, flush=True)
+            LOG.info("downloading %s", url)
         self.pin(download(url, self.folder / name, self.token))
         self.files[name] = (self.folder / name).stat().st_size
         self.write_manifest(complete=False)
 
     def pin(self, declared: Declared) -> None:
-        """Ask for the commit of the first answer from here on: a branch may move between two files."""
+        """Ask for the commit of the first answer from here on: a branch
+        may move between two files."""
         if self.commit is None and declared.commit and re.fullmatch(r"[0-9a-f]{40}", declared.commit):
             self.commit = self.pinned = declared.commit
 

@@ -35,10 +35,8 @@ FORMS = {
     "same": (lambda t: t, lambda t: t),
     # a bare matrix used as x @ P beside an nn.Linear's weight
     "transpose": (lambda t: t.T, lambda t: t.T),
-    "kernel": (
-        _kernel,
-        lambda t: t.flatten(1),
-    ),  # the patch embedding: a convolution's kernel beside our Linear's weight
+    # the patch embedding: a convolution's kernel beside our Linear's weight
+    "kernel": (_kernel, lambda t: t.flatten(1)),
     "batch": (lambda t: t.squeeze(0), lambda t: t.unsqueeze(0)),  # (T, d) beside our (1, T, d)
     "vector": (lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, -1)),  # (d,) beside our (1, 1, d)
     "cat": (None, None),  # these two join several of ours, see `_split` and `_join`

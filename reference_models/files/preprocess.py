@@ -1,10 +1,11 @@
 """How a checkpoint wants its pictures: size, resize, interpolation, mean and standard deviation.
 
-Read from preprocessor_config.json (transformers), pretrained_cfg (timm's config.json) or preprocess_cfg
-(open_clip), and written back in the same forms. Here it is one dictionary:
+Read from preprocessor_config.json (transformers), pretrained_cfg (timm's config.json) or
+preprocess_cfg (open_clip), and written back in the same forms. Here it is one dictionary:
   image_size     side of the square input, pixels
-  resize         "squash": straight to image_size x image_size; "shortest": shortest edge to resize_to, centre
-  crop resize_to      pixels
+  resize         "squash": straight to image_size x image_size;
+                 "shortest": shortest edge to resize_to, then a centre crop
+  resize_to      pixels
   interpolation  "nearest", "lanczos", "bilinear", "bicubic", "box" or "hamming"
   mean, std      three numbers each, for pixel values in 0..1
 """

@@ -1,12 +1,12 @@
-"""Rename an adapter between the module names of transformers 4 and 5, which PEFT itself
-refuses to load.
+"""Rename an adapter between the module names of transformers 4 and 5, which
+PEFT itself refuses to load.
 
     python -m minilora.commands.rename_adapter SRC DST --layout transformers5
 
 SRC and DST are directories with adapter_config.json and adapter_model.safetensors. Only names
 change: the tensors keep their bits. The names come from the families' key tables; which family an
-adapter belongs to is read from its
-tensors' names. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+adapter belongs to is read from its tensors' names.
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import functools
@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reference_models.errors import ModelError
+from reference_models.files import beit, bert, clip, swin, swinv2, vit
 from reference_models.files.safetensors import read_safetensors, write_safetensors
 from reference_models.text.textfiles import read_json, write_atomic
 
+FAMILIES = {"vit": vit, "beit": beit, "swin": swin, "swinv2": swinv2, "bert": bert, "clip": clip}
 LAYOUTS = ("transformers4", "transformers5")
 PREFIX = "base_model.model."
-# what an adapter adds to a module's name: lora_A.weight, lora_magnitude_vector, the trained bias
-# of its base layer
+# what an adapter adds to a module's name: lora_A.weight, lora_magnitude_vector, the bias of the
+# adapted layer where that is trained
 ADDED = re.compile(r"^(?P<module>.*?)(?P<added>\.(?:lora_|base_layer\.).*)$")
 
 
 class Rule(NamedTuple):
-    """Names that match `source` become `target`, its "{}" filled with the layers' numbers in order."""
+    """Names that match `source` become `target`, its "{}" filled with the
+    layers' numbers in order."""
 
     source: re.Pattern
     target: str
@@ -38,10 +41,8 @@ class Rule(NamedTuple):
 def rules_for(family: str, source: str, target: str) -> list[Rule]:
     """One rule for every module and parameter of a family, for any number of layers, without the
     family's prefix."""
-    from reference_models.load import config_for, family_module
-
-    module = family_module(family)
-    config, prefix = config_for(module.names()[0]), module.layouts[source][0]
+    module = FAMILIES[family]
+    config, prefix = module.config_for(module.names()[0]), module.layouts[source][0]
     new = {entry.ours: entry.theirs for entry in module.key_table(config, target)}
     pairs = {}
     for entry in module.key_table(config, source):
@@ -63,8 +64,8 @@ def _folded(name: str) -> str:
 
 
 def renamer(family: str, source: str, target: str) -> Callable[[str], str | None]:
-    """A function from a module's or tensor's name to its new name, or None where the family
-    has no such name."""
+    """A function from a module's or tensor's name to its new name, or None where the
+    family has no such name."""
     rules = rules_for(family, source, target)
 
     def rename(name: str) -> str | None:
@@ -79,19 +80,13 @@ def renamer(family: str, source: str, target: str) -> Callable[[str], str | None
     return rename
 
 
-def families() -> list[str]:
-    from reference_models.load import FAMILIES, family_module
-
-    return [name for name in FAMILIES if set(LAYOUTS) <= set(family_module(name).layouts)]
-
-
 def find_names(tensors: list[str], config: dict, layout: str, family: str | None = None) -> dict[str, str]:
-    """{old name: new name} for the tensors of an adapter. ModelError where no family fits,
-    or several differ."""
+    """{old name: new name} for the tensors of an adapter. ModelError where no family
+    fits, or several differ."""
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
     hint = ((config.get("auto_mapping") or {}).get("base_model_class") or "").lower()
     found, named = {}, {}
-    for candidate in [family] if family else families():
+    for candidate in [family] if family else FAMILIES:
         for source in (other, layout):  # an adapter that already has the names keeps them
             rename = renamer(candidate, source, layout)
             names = {name: rename(name) for name in tensors}
@@ -103,7 +98,7 @@ def find_names(tensors: list[str], config: dict, layout: str, family: str | None
     if not answers:
         raise ModelError(
             f"{tensors[0]}: no {family or 'model'} of transformers has such names; the families are "
-            f"{', '.join(families())}"
+            f"{', '.join(FAMILIES)}"
         )
     if any(answer != answers[0] for answer in answers):
         raise ModelError(f"the names fit {' and '.join(named or found)}; say which with --family")
@@ -111,8 +106,8 @@ def find_names(tensors: list[str], config: dict, layout: str, family: str | None
 
 
 def convert(source: str | Path, target: str | Path, layout: str, family: str | None = None) -> int:
-    """Write the adapter of `source` under the names of `layout` to `target`; how many
-    tensors were renamed.
+    """Write the adapter of `source` under the names of `layout` to `target`; how
+    many tensors were renamed.
 
     layout: "transformers4" or "transformers5". Raises ModelError for other layouts, unreadable
     files and names that belong to no family.
@@ -138,8 +133,8 @@ def convert(source: str | Path, target: str | Path, layout: str, family: str | N
 
 
 def _renamed_config(config: dict, names: dict[str, str]) -> dict:
-    """adapter_config.json for the new names. Layers are told by their full names, which every
-    rule of PEFT takes."""
+    """adapter_config.json for the new names. Layers are named in full, which every
+    rule of PEFT understands."""
     modules = {}  # adapted layers, old name: new name
     for old, new in names.items():
         if ".lora_" in old:

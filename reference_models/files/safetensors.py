@@ -1,4 +1,5 @@
-"""Read and write the files of a checkpoint: safetensors (sharded or not), pytorch_model.bin, json."""
+"""Read and write the files of a checkpoint: safetensors (sharded or not),
+pytorch_model.bin, json."""
 
 import json
 from pathlib import Path

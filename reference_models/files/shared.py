@@ -70,7 +70,8 @@ def read_fields(data: dict, known: dict[str, tuple[str, Any]]) -> dict[str, Any]
 
 
 def write_fields(config, known: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-    """The same fields for config.json, and the number of colours, which all these families share."""
+    """The same fields for config.json, and the number of colours, which
+    all these families share."""
     return {theirs: getattr(config, ours) for ours, (theirs, _) in known.items()} | {"num_channels": 3}
 
 

@@ -32,10 +32,9 @@ layouts = {
     "torchvision": ("",),
     "original": ("",),
 }
-ignored = (
-    # computed, or of pretraining
-    r"relative_position_index|attn_mask|relative_coords_table|mask_token$"
-)
+adapter_layouts = ("transformers5", "transformers4", "timm")
+# computed, or of pretraining
+ignored = r"relative_position_index|attn_mask|relative_coords_table|mask_token$"
 optional = r"^head"
 layout_settings: dict[str, dict] = {}
 preprocess = {

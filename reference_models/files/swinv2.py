@@ -1,4 +1,5 @@
-"""The files of Swin V2 checkpoints: names, key tables, config.json. See load.py for the protocol."""
+"""The files of Swin V2 checkpoints: names, key tables, config.json. See
+load.py for the protocol."""
 
 import re
 from dataclasses import replace
@@ -19,6 +20,8 @@ layouts = {
     "torchvision": ("",),
     "original": ("",),
 }
+# timm's Swin V2 reads qkv.weight instead of calling qkv: an adapter would do nothing there
+adapter_layouts = ("transformers5", "transformers4")
 ignored, optional = swin_files.ignored + r"|\.k_bias$", swin_files.optional
 layout_settings: dict[str, dict] = {}
 preprocess = swin_files.preprocess

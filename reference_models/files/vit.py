@@ -22,15 +22,25 @@ from reference_models.files.shared import (
     with_timm_arguments,
     write_fields,
 )
-from reference_models.vit import SIZES, VisionTransformer, ViTConfig
+from reference_models.vit import VisionTransformer, ViTConfig
 
 build = VisionTransformer
 # of weight files, with the prefixes that their names may carry; the first is the table's own
 layouts = {"transformers4": ("vit.", "deit."), "transformers5": ("vit.", "deit."), "timm": ("",), "torchvision": ("",)}
+adapter_layouts = ("transformers5", "transformers4", "timm", "torchvision")
 ignored = r"^$"  # keys of a file that mean nothing to the model
 optional = r"^(pooler|head|dist_token)"  # our names that a file may lack or have in addition
 layout_settings = {"transformers4": {"eps": 1e-12}, "transformers5": {"eps": 1e-12}}
 preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize": "squash"}
+
+#             width depth heads hidden
+SIZES = {
+    "nano": (128, 4, 4, 512),
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+}
 
 FIELDS = {**ENCODER_FIELDS, "qkv_bias": ("qkv_bias", True)}
 PARTS = BLOCK | {

@@ -1,4 +1,5 @@
-"""What both tokenizers share: special tokens inside a text, truncation, padding, counting, saving."""
+"""What both tokenizers share: special tokens inside a text, truncation,
+padding, counting, saving."""
 
 import json
 import re
@@ -132,7 +133,8 @@ class Tokenizer(ABC):
         max_length: int | None = None,
         padding: bool | int = True,
     ) -> dict[str, torch.Tensor]:
-        """A batch: int64 tensors `input_ids`, `attention_mask` and, for WordPiece, `token_type_ids`.   (B, T)
+        """A batch: int64 tensors `input_ids`, `attention_mask` and, for WordPiece,
+        `token_type_ids`. (B, T)
 
         max_length: rows are cut to it (None = the model's own: 77 for CLIP, 512 for BERT), keeping
         the special tokens; of a pair the longer text is cut first. padding: True pads to the

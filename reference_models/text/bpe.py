@@ -1,9 +1,10 @@
 """CLIP's byte-pair encoding.
 
-Radford et al. 2021, "Learning Transferable Visual Models" (simple_tokenizer.py of openai/CLIP); Sennrich et al. 2016.
-A text is brought to NFC, its white space made single, its letters lowered; it is cut into words, single digits,
-runs of other signs and English endings ('s 't 're 've 'm 'll 'd). The UTF-8 bytes of a piece are written with 256
-printable stand-ins, the last one marked "</w>", and neighbours are joined in the order of the merge list:
+Radford et al. 2021, "Learning Transferable Visual Models" (simple_tokenizer.py of openai/CLIP);
+Sennrich et al. 2016. A text is brought to NFC, its white space made single, its letters lowered; it
+is cut into words, single digits, runs of other signs and English endings ('s 't 're 've 'm 'll 'd).
+The UTF-8 bytes of a piece are written with 256 printable stand-ins, the last one marked "</w>", and
+neighbours are joined in the order of the merge list:
     l o w e r</w> -> lo w e r</w> -> low e r</w> -> low er</w> -> lower</w>
 """
 
@@ -113,7 +114,8 @@ class ClipTokenizer(Tokenizer):
             yield from self._pieces(word)
 
     def words(self, chunk: str) -> list[str]:
-        """A chunk without white space -> what the merges work on.  "It's 42!" gives it, 's and 4, 2, !"""
+        """A chunk without white space -> what the merges work on. "It's 42!"
+        gives it, 's and 4, 2, !"""
         chunk = unicodedata.normalize("NFC", chunk)
         chunk = "".join(char.lower() for char in chunk)  # letter by letter: no final sigma
         words: list[str] = []

@@ -1,9 +1,10 @@
 """WordPiece as BERT uses it, and a small trainer for its vocabulary.
 
-Devlin et al. 2018, "BERT" (tokenization.py of google-research/bert). A text is cleaned of control characters, CJK
-ideographs are set apart, accents are stripped (NFD without its nonspacing marks), letters lowered, punctuation
-set apart; each word is then cut greedily into the longest pieces of the vocabulary, "##" marking a continuation:
-    unaffable -> un ##aff ##able          a word that cannot be cut, or of more than 100 characters -> [UNK]
+Devlin et al. 2018, "BERT" (tokenization.py of google-research/bert). A text is cleaned of control
+characters, CJK ideographs are set apart, accents are stripped (NFD without its nonspacing marks),
+letters lowered, punctuation set apart; each word is then cut greedily into the longest pieces of
+the vocabulary, "##" marking a continuation:
+    unaffable -> un ##aff ##able      a word that cannot be cut, or has over 100 characters -> [UNK]
 """
 
 import heapq
@@ -84,7 +85,8 @@ class WordPieceTokenizer(Tokenizer):
             yield from self._pieces(word)
 
     def words(self, chunk: str) -> list[str]:
-        """A chunk without separators -> its words after cleaning.  "Tōkyō's" -> ["tokyo", "'", "s"]"""
+        """A chunk without separators -> its words after cleaning.
+        "Tōkyō's" -> ["tokyo", "'", "s"]"""
         if not chunk.isascii():
             chunk = "".join(char for char in chunk if not is_dropped(char))
             if self.split_cjk:

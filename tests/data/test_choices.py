@@ -14,7 +14,7 @@ from minilora.data.questions.choice_batches import ChoiceDataset, Tokens, choice
 from minilora.data.questions.choices import LETTERS
 from minilora.data.questions.visual7w import results
 from minilora.errors import UserError
-from reference_models.clip import pack_choices
+from reference_models.text_layers import pack_choices
 from tests.support.choice_data import (
     HEADER,
     scpc_rows,

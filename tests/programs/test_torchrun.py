@@ -73,7 +73,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(task, tmp_path):
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-6
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert one["step"] == two["step"] and one["accuracy"] == two["accuracy"]
-        assert abs(one["val_loss"] - two["val_loss"]) < 1e-6 and abs(one["train_loss"] - two["train_loss"]) < 1e-6
+        assert abs(one["val_loss"] - two["val_loss"]) < 2e-6 and abs(one["train_loss"] - two["train_loss"]) < 2e-6
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert names[0] == names[1]
 

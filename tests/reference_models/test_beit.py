@@ -182,7 +182,7 @@ def test_the_files_size_is_found_in_its_tables(tmp_path):
     "name, classes, key",
     [("beit-large-patch16-384", 200, "beit_large_384_200"), ("beit-large-patch16-384", 1000, "beit_large_384_1000")],
 )
-def test_parameter_counts_of_the_report(name, classes, key, shared):
+def test_parameter_counts_equal_those_of_the_report(name, classes, key, shared):
     counts = json.loads((shared / "param_counts.json").read_text())
     with torch.device("meta"):
         model = create_model(name, classes)
@@ -195,7 +195,7 @@ def test_parameter_counts_of_the_report(name, classes, key, shared):
             assert counts["beit_lora_r16_qv"] + counts["beit_head_200"] == counts["beit_lora_trainable"]
 
 
-def test_parameter_count_of_the_base_model():
+def test_beit_base_has_86_530_984_parameters():
     with torch.device("meta"):
         assert count_parameters(create_model("beit-base-patch16-224")).total == 86_530_984
 
@@ -232,15 +232,15 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert_checkpointing_is_exact(adapted(small("shared bias", tmp_path)), pictures(32))
 
 
-def test_a_new_head_and_no_head(tmp_path, capsys):
+def test_a_new_head_is_noted_and_without_one_the_pooled_features_come_out(tmp_path):
     small("own bias", tmp_path)
     model = load_pretrained(tmp_path / "source", num_classes=3)
-    assert "5 classes" in capsys.readouterr().out and model.head.weight.shape == (3, 32)
+    assert "5 classes" in model.notes[0] and model.head.weight.shape == (3, 32)
     model.reset_classifier(0)
     assert torch.equal(model(pictures(32)), model.pooled(pictures(32)))
 
 
-def test_wrong_family_and_wrong_sizes_are_told(tmp_path):
+def test_wrong_families_and_wrong_sizes_are_named(tmp_path):
     small("own bias", tmp_path)
     with pytest.raises(ModelError, match="checkpoint of the family beit, but vit-tiny"):
         load_pretrained("vit-tiny-patch16-224", tmp_path / "source")

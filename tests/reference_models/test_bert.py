@@ -152,7 +152,7 @@ def test_round_trip_is_bit_equal_and_loads_in_transformers(layout, batch, tmp_pa
         assert_parity(model, theirs.eval(), ask=lambda model: model(**batch)[:1])
 
 
-def test_parameter_counts(shared):
+def test_parameter_counts_equal_the_listed_ones(shared):
     counts = json.loads((shared / "param_counts.json").read_text())
     with torch.device("meta"):
         assert count_parameters(create_model("bert-base")).total == counts["bert_base_with_pooler"]
@@ -178,7 +178,7 @@ def test_bert_nano_is_small_enough_to_be_bundled():
     assert 2 * count_parameters(create_model("bert-nano")).total <= 4e6
 
 
-def test_bad_input_is_named(tmp_path, batch):
+def test_bad_checkpoints_and_too_long_texts_are_named(tmp_path, batch):
     theirs = oracle()
     good, config = theirs.state_dict(), theirs.config.to_dict()
     cases = {

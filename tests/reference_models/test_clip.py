@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from minilora import LoRAConfig, count_parameters, inject_lora
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
-from reference_models.clip import pack_choices
 from reference_models.files.clip import FIELDS, config_for, config_from_json
 from reference_models.files.names import to_ours
+from reference_models.text_layers import pack_choices
 from tests.support.parity import BOUNDS, assert_parity, distance
 from tests.support.text_parity import (
     adapted_pairs,
@@ -282,7 +282,7 @@ def test_another_picture_size_interpolates_the_positions(tmp_path):
         larger.encode_image(torch.randn(1, 3, 24, 24))
 
 
-def test_parameter_counts(shared):
+def test_parameter_counts_equal_the_listed_ones(shared):
     counts = json.loads((shared / "param_counts.json").read_text())
     with torch.device("meta"):
         model = create_model("clip-vit-l-14")
@@ -336,7 +336,7 @@ def test_attention_maps_are_of_the_vision_tower_and_rows_sum_to_one():
     assert all(one.triu(1).abs().max() == 0 for one in maps[2:])
 
 
-def test_bad_input_is_named(tmp_path):
+def test_bad_checkpoints_are_named_with_what_is_wrong_in_them(tmp_path):
     theirs = hf_oracle()
     good, config = theirs.state_dict(), theirs.config.to_dict()
     config = json.loads(json.dumps(config, default=str))

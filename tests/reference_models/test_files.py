@@ -83,7 +83,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, words",
     [
         ('{"a": 1,\n "b" 2}', "line 2: not valid JSON"),
         ("[1]", "expected a JSON object, found a list"),
@@ -92,10 +92,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         ('{"a": 1, "a": 2}', "key 'a': occurs twice"),
     ],
 )
-def test_bad_json_names_the_file_and_the_place(text, told, tmp_path):
+def test_bad_json_names_the_file_and_the_place(text, words, tmp_path):
     file = tmp_path / "vocab.json"
     file.write_text(text)
-    with pytest.raises(ModelError, match=f"vocab.json.*{told}"):
+    with pytest.raises(ModelError, match=f"vocab.json.*{words}"):
         read_json(file, unique=True)
 
 

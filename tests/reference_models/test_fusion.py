@@ -40,7 +40,7 @@ def batch():
     }
 
 
-def test_counts_of_report_1(counts):
+def test_counts_equal_those_of_report_1(counts):
     with torch.device("meta"):
         model = create_model("vqa-vit-bert")
         assert count_parameters(model).total == counts["vqa_vit_bert_total"]
@@ -58,7 +58,7 @@ def test_counts_of_report_1(counts):
         assert count_parameters(model).trainable == counts["vqa_lora_r8_trainable_with_head"]
 
 
-def test_counts_of_report_5s_teacher(counts):
+def test_counts_equal_those_of_report_5s_teacher(counts):
     with torch.device("meta"):
         model = create_model("vqa-mobilenet-bert", num_classes=10)
     parts = {
@@ -77,7 +77,7 @@ def test_counts_of_report_5s_teacher(counts):
     assert count_parameters(model).trainable == counts["teacher_trainable"]
 
 
-def test_counts_of_report_5s_student_with_one_and_two_biases(counts):
+def test_counts_equal_those_of_report_5s_student_with_one_and_two_biases(counts):
     with torch.device("meta"):
         model = create_model("student")
         assert count_parameters(model).total == counts["student_total"]
@@ -116,7 +116,7 @@ def test_precomputed_features_replace_their_inputs_bit_for_bit(fusion, batch):
         assert torch.equal(model(image_features=image, image_index=index, **words), expected)
 
 
-def test_formulas_of_both_fusions():
+def test_both_fusions_compute_their_formulas():
     image, text = torch.randn(3, 32), torch.randn(3, 24)
     model = tiny(fusion="concat")
     f = model.fusion
@@ -182,10 +182,8 @@ def test_student_reads_the_last_real_token_and_one_bias_is_not_trained():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_bad_settings_are_named():
+def test_unknown_fusions_and_unequal_widths_are_named():
     with pytest.raises(ModelError, match="concat, product"):
         tiny(fusion="sum")
     with pytest.raises(ValueError, match="equal widths, not 32 and 24"):
         tiny(fusion="product", inner=0)
-    with pytest.raises(ModelError, match="no counterpart"):
-        tiny().key_table("timm")

@@ -99,7 +99,7 @@ def test_the_crop_keeps_its_proportion_at_other_sizes():
         assert (preprocess["image_size"], preprocess["resize_to"], preprocess["resize"]) == (side, edge, "shortest")
 
 
-def test_parameter_counts(shared):
+def test_parameter_counts_equal_the_listed_ones(shared):
     counts = json.loads((shared / "param_counts.json").read_text())
     with torch.device("meta"):
         model = create_model("mobilenet-v2")

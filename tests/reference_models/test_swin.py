@@ -239,7 +239,7 @@ def test_every_adapter_gets_a_gradient(version, tmp_path):
         ("swinv2-large-patch4-window12to24-192to384", 200, "swinv2_large_384_200"),
     ],
 )
-def test_parameter_counts_of_the_report(name, classes, key, shared):
+def test_parameter_counts_equal_those_of_the_report(name, classes, key, shared):
     counts = json.loads((shared / "param_counts.json").read_text())
     with torch.device("meta"):
         assert count_parameters(create_model(name, classes)).total == counts[key]
@@ -326,7 +326,7 @@ def test_gradient_checkpointing_changes_nothing(version, tmp_path):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_features_pooling_and_heads(version, tmp_path):
+def test_pooled_is_the_mean_of_the_features_and_a_head_can_be_replaced(version, tmp_path):
     model, x = small(version, tmp_path), pictures(32)
     assert model.num_features == 32 and model.forward_features(x).shape == (2, 64, 32)
     assert model.forward_features(x).mean(1).allclose(model.pooled(x))
@@ -334,7 +334,7 @@ def test_features_pooling_and_heads(version, tmp_path):
     assert model(x).shape == (2, 3) and model.config.num_classes == 3
 
 
-def test_wrong_family_and_wrong_files_are_told(tmp_path):
+def test_wrong_families_wrong_shapes_and_windows_without_a_place_are_named(tmp_path):
     folder = save_pretrained(small(1, tmp_path), tmp_path / "out")
     with pytest.raises(ModelError, match="family swin, but swinv2-nano"):
         load_pretrained("swinv2-nano-patch4-window6-48", folder)

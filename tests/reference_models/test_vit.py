@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora import LoRAConfig, count_parameters, inject_lora
+from minilora.tasks.weights import load_base
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.layers import resize_positions
 from tests.support.parity import (
@@ -236,7 +237,7 @@ def test_prefixes_are_understood(kind, tmp_path):
     assert torch.equal(logits_of(load_pretrained(folder).eval(), pictures(32)), expected)
 
 
-def test_encoder_without_prefix_with_pooler_and_without_head(tmp_path):
+def test_an_encoder_without_prefix_and_head_loads_and_its_pooler_on_request(tmp_path):
     from transformers import ViTConfig, ViTModel
 
     oracle = fill(ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=8)))
@@ -285,7 +286,7 @@ def shard(folder):
     return folder / names[1]
 
 
-def test_sharded_checkpoints_and_a_missing_shard(tmp_path):
+def test_sharded_checkpoints_load_and_a_missing_shard_is_named(tmp_path):
     expected = logits_of(small(tmp_path), pictures(32))
     second = shard(tmp_path / "source")
     assert torch.equal(logits_of(load_pretrained(tmp_path / "source").eval(), pictures(32)), expected)
@@ -295,7 +296,7 @@ def test_sharded_checkpoints_and_a_missing_shard(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
-def test_pytorch_model_bin(wrap, tmp_path):
+def test_pytorch_model_bin_loads_bare_and_wrapped(wrap, tmp_path):
     expected, folder = logits_of(small(tmp_path), pictures(32)), tmp_path / "source"
     torch.save(wrap(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -328,12 +329,14 @@ def test_prefix_tokens_keep_their_positions_when_the_grid_changes():
     assert new.shape == (1, 2 + 48, 8) and torch.equal(new[:, :2], pos[:, :2])
 
 
-def test_another_number_of_classes_replaces_the_head_with_one_line(tmp_path, capsys):
+def test_another_number_of_classes_replaces_the_head_which_is_noted_and_printed_by_programs_only(tmp_path, capsys):
     model = small(tmp_path)
     capsys.readouterr()
     other = load_pretrained(tmp_path / "source", num_classes=3)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["head: the checkpoint has 5 classes; a new one for 3 replaces it"]
+    assert other.notes == ["head: the checkpoint has 5 classes; a new one for 3 replaces it"] and model.notes == []
+    assert capsys.readouterr().out == ""
+    load_base(str(tmp_path / "source"), None, seed=0, num_classes=3)
+    assert capsys.readouterr().out.splitlines() == other.notes
     assert other.head.weight.shape == (3, 32) and torch.equal(other.norm.weight, model.norm.weight)
     assert load_pretrained(tmp_path / "source", num_classes=5).labels and other.labels is None
 
@@ -347,7 +350,7 @@ def refused(source, *words, name=None):
     assert all(word in str(error.value) for word in (*words, str(source))), error.value
 
 
-def test_wrong_family(tmp_path):
+def test_a_checkpoint_of_another_family_is_refused_and_both_are_named(tmp_path):
     from transformers import BertConfig, BertModel
 
     small(tmp_path)
@@ -358,15 +361,15 @@ def test_wrong_family(tmp_path):
     refused(file, "keys have no place in vit-tiny", ": embeddings.", name="vit-tiny-patch16-224")
 
 
-def test_unknown_family_and_unknown_activation(tmp_path):
+def test_a_family_or_activation_that_is_not_known_is_named(tmp_path):
     small(tmp_path)
     config = json.loads((tmp_path / "source" / "config.json").read_text())
-    for field, value, told in (("hidden_act", "silu", "'silu'"), ("model_type", "gpt2", "gpt2: not one of")):
+    for field, value, words in (("hidden_act", "silu", "'silu'"), ("model_type", "gpt2", "gpt2: not one of")):
         (tmp_path / "source" / "config.json").write_text(json.dumps({**config, field: value}))
-        refused(tmp_path / "source", "config.json", told)
+        refused(tmp_path / "source", "config.json", words)
 
 
-def test_wrong_size(tmp_path):
+def test_a_wrong_shape_is_named_by_our_name_and_by_that_of_the_file(tmp_path):
     small(tmp_path)
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
@@ -377,7 +380,7 @@ def test_wrong_size(tmp_path):
     )
 
 
-def test_extra_and_missing_keys(tmp_path):
+def test_extra_and_missing_keys_are_counted_and_named(tmp_path):
     folder, _ = rewritten(tmp_path, lambda state: {**state, "vit.surprise.weight": torch.zeros(2)})
     refused(folder, "1 keys have no place", "vit.surprise.weight", "model.safetensors")
     folder, _ = rewritten(tmp_path, lambda state: {k: t for k, t in state.items() if "layer.1" not in k})
@@ -386,7 +389,7 @@ def test_extra_and_missing_keys(tmp_path):
     )
 
 
-def test_nan_weights(tmp_path):
+def test_a_nan_names_its_tensor_and_the_file(tmp_path):
     def change(state):
         state["vit.layernorm.bias"][3] = float("nan")
         return state
@@ -404,7 +407,7 @@ def test_nan_in_a_shard_names_the_shard(tmp_path):
     refused(tmp_path, f"{shard}: {key} holds NaN or infinite values")
 
 
-def test_truncated_and_empty_files(tmp_path):
+def test_truncated_empty_and_missing_files_are_refused(tmp_path):
     small(tmp_path)
     file = tmp_path / "source" / "model.safetensors"
     data = file.read_bytes()
@@ -440,7 +443,7 @@ def test_a_field_that_config_json_lacks_has_transformers_default(tmp_path):
         ("vit-base-patch16-224", 0, "vit_base_no_pooler"),
     ],
 )
-def test_parameter_counts(name, classes, key, shared):
+def test_parameter_counts_equal_the_listed_ones(name, classes, key, shared):
     counts = json.loads((shared / "param_counts.json").read_text())
     with torch.device("meta"):
         assert count_parameters(create_model(name, classes)).total == counts[key]
@@ -448,7 +451,7 @@ def test_parameter_counts(name, classes, key, shared):
             assert count_parameters(create_model(name, 0, pooler=True)).total == counts["vit_base_with_pooler"]
 
 
-def test_counts_of_the_report_on_imagewoof(shared):
+def test_counts_equal_those_of_the_report_on_imagewoof(shared):
     counts = json.loads((shared / "param_counts.json").read_text())
     with torch.device("meta"):
         model = create_model("vit-tiny-patch16-224", 10)

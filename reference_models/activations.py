@@ -1,0 +1,23 @@
+"""The functions between the two layers of an MLP, by the names that
+configuration files give them."""
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU.
+
+    Written as silu(1.702 x) / 1.702, which is the same and keeps one tensor for backward, not two.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(1.702 * x) / 1.702
+
+
+# three names that files have for one function
+TANH_GELU = dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_pytorch_tanh"), partial(nn.GELU, "tanh"))
+# "gelu" is the exact one, with erf
+ACTIVATIONS = {"gelu": nn.GELU, **TANH_GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU}

@@ -1,0 +1,100 @@
+"""The files of BERT checkpoints: names, key table, config.json. See load.py for the protocol."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from reference_models.bert import Bert, BertConfig
+from reference_models.errors import ModelError
+from reference_models.files.names import Entry, linear, rename
+
+build = Bert
+layouts = {"transformers4": ("", "bert."), "transformers5": ("", "bert.")}
+adapter_layouts = ("transformers5", "transformers4")
+# heads of the pre-training and fine-tuned models; a buffer
+ignored = r"^cls\.|^classifier\.|position_ids$"
+optional = r"^pooler"
+layout_settings = {}
+preprocess = {}
+
+#             vocabulary positions width depth heads hidden
+SIZES = {
+    "bert-nano": (4000, 128, 128, 3, 4, 512),
+    "bert-tiny": (30522, 512, 128, 2, 2, 512),
+    "bert-base": (30522, 512, 768, 12, 12, 3072),
+}
+
+PARTS = {
+    "attn.q_proj": "attention.self.query",
+    "attn.k_proj": "attention.self.key",
+    "attn.v_proj": "attention.self.value",
+    "attn.out_proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+
+FIELDS = {  # ours: (transformers' name in config.json, its default)
+    "vocab_size": ("vocab_size", 30522),
+    "max_positions": ("max_position_embeddings", 512),
+    "dim": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "hidden": ("intermediate_size", 3072),
+    "type_vocab": ("type_vocab_size", 2),
+    "eps": ("layer_norm_eps", 1e-12),
+    "act": ("hidden_act", "gelu"),
+}
+
+
+def names() -> list[str]:
+    return list(SIZES)
+
+
+def config_for(name: str) -> BertConfig | None:
+    """bert-nano, bert-tiny or bert-base; None where the name is of another family."""
+    if name not in SIZES:
+        return None
+    vocabulary, positions, dim, depth, heads, hidden = SIZES[name]
+    return BertConfig(name, vocabulary, positions, dim, depth, heads, hidden)
+
+
+def key_table(config: BertConfig, layout: str) -> list[Entry]:
+    """Our names beside those of transformers' BertModel, versions 4 and 5 alike."""
+    table = [
+        rename(f"embeddings.{ours}.weight", f"embeddings.{ours}_embeddings.weight")
+        for ours in ("word", "position", "token_type")
+    ]
+    table += linear("embeddings.norm", "embeddings.LayerNorm")
+    table += linear("pooler.dense", "pooler.dense")
+    for i in range(config.depth):
+        for ours, theirs in PARTS.items():
+            table += linear(f"blocks.{i}.{ours}", f"encoder.layer.{i}.{theirs}")
+    return table
+
+
+def fit_config(config: BertConfig, shapes: dict[str, tuple]) -> BertConfig:
+    """A file without pooler (masked language models have none) makes a model without one."""
+    return replace(config, pooler="pooler.dense.weight" in shapes)
+
+
+def adapt(state: dict[str, Tensor], old: BertConfig, new: BertConfig) -> None:
+    """Positions of text are not interpolated."""
+
+
+def config_from_json(data: dict) -> BertConfig | None:
+    """Read transformers' config.json; None where it is of another family."""
+    if data.get("model_type") != "bert":
+        return None
+    if (kind := data.get("position_embedding_type", "absolute")) != "absolute":
+        raise ModelError(f"config.json: position_embedding_type {kind!r} is not supported, only 'absolute'")
+    values = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
+    return BertConfig(name=f"bert-{values['dim']}-{values['depth']}", **values)
+
+
+def config_to_json(config: BertConfig, layout: str) -> dict:
+    """config.json as transformers reads it."""
+    values = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()}
+    fixed = {"architectures": ["BertModel"], "model_type": "bert", "pad_token_id": 0}
+    return {**fixed, "position_embedding_type": "absolute", **values}
