@@ -1,11 +1,13 @@
 """The house stays in order: who imports whom, nothing but the five dependencies, and a core of an hour's reading."""
 
 import ast
+import re
+import subprocess
 import sys
 
 import pytest
 
-from tests.support.layout import MODULES, PROGRAMS, ROOT, below, circles, imports, of_project
+from tests.support.layout import LAZY, MODULES, PROGRAMS, ROOT, below, circles, import_graph, imports, of_project
 
 DEPENDENCIES = {"torch", "torchvision", "numpy", "PIL", "safetensors"}
 EXTRAS = {"matplotlib", "tqdm"}  # only inside functions, where their absence can be told
@@ -14,51 +16,44 @@ READING_PATH = [
     *CORE,
     "reference_models/layers.py",
     "reference_models/vit.py",
+    "minilora/tasks/method.py",
     "minilora/training/trainer.py",
     "train.py",
 ]
 
-# a module or package of minilora: what it may import of the project, besides itself
+GROUND = {"minilora.errors", "minilora.atomic", "minilora.version"}
+CORE_ROOMS = {"minilora.speed", "minilora.lora", "minilora.lora_config", "minilora.targets", "minilora.inject"}
+BELOW_TASKS = {"adapter", "compress", "data", "report", "settings", "training"}
+# every room of the house: what it may import of the project, besides itself
 MAY_IMPORT = {
     "minilora.errors": set(),
+    "minilora.version": set(),
+    "minilora.atomic": {"minilora.errors"},
     "minilora.speed": set(),
-    "minilora.fused": {"minilora.speed", "minilora.speed.gemm"},
-    "minilora.lora": {"minilora.fused", "minilora.speed.dropout"},
-    "minilora.dora": {"minilora.lora"},
+    "minilora.fused": {"minilora.speed"},
+    "minilora.lora": {"minilora.fused", "minilora.speed", "minilora.errors"},
+    "minilora.dora": {"minilora.lora", "minilora.speed"},
     "minilora.lora_config": {"minilora.errors"},
     "minilora.targets": {"minilora.errors", "minilora.lora_config"},
-    "minilora.inject": {
-        "minilora.errors",
-        "minilora.lora_config",
-        "minilora.targets",
-        "minilora.dora",
-        "minilora.lora",
-        "minilora.speed.dropout",
-    },
-    "minilora.formats": {
-        "minilora.errors",
-        "minilora.atomic",
-        "minilora.lora_config",
-        "minilora.targets",
-        "minilora.dora",
-        "minilora.lora",
-        "minilora.inject",
-    },
-    "minilora.adapter": {
-        "minilora.errors",
-        "minilora.atomic",
-        "minilora.inject",
-        "minilora.formats",
-        "minilora.formats.checks",
-        "minilora.formats.foreign",
-        "minilora.formats.peft",
-    },
-    "minilora.data": {"minilora.errors", "minilora.atomic"},
-    "minilora.report": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject", "minilora.lora"},
-    "minilora.compress": {"minilora.errors", "minilora.inject"},
-    "minilora.training": {"minilora.errors", "minilora.adapter", "minilora.atomic", "minilora.inject"},
-    "minilora.settings.parse": {"minilora.errors", "minilora.settings.flags", "minilora.settings.values"},
+    "minilora.inject": GROUND | CORE_ROOMS | {"minilora.dora"},
+    "minilora.formats": GROUND | CORE_ROOMS | {"minilora.dora"},
+    "minilora.adapter": GROUND | CORE_ROOMS | {"minilora.formats"},
+    "minilora.settings": GROUND,
+    "minilora.data": GROUND,
+    "minilora.compress": GROUND | CORE_ROOMS,
+    "minilora.report": GROUND | CORE_ROOMS,
+    "minilora.training": GROUND | CORE_ROOMS | {"minilora.adapter"},
+    "minilora.tasks": GROUND | CORE_ROOMS | {f"minilora.{room}" for room in BELOW_TASKS} | {"reference_models"},
+    "minilora.commands": GROUND
+    | CORE_ROOMS
+    | {f"minilora.{room}" for room in BELOW_TASKS}
+    | {"minilora.tasks", "reference_models"},
+    "minilora.lessons": GROUND | CORE_ROOMS | {"minilora.adapter", "minilora.data.generated", "reference_models"},
+    "reference_models.errors": set(),
+    "reference_models.layers": {"reference_models.errors", "reference_models.activations"},
+    "reference_models.text": {"reference_models.errors"},
 }
+STUBS = {"minilora.pretrain", "minilora.data.download", "minilora.tasks.backbones", "reference_models.names"}
 
 
 def test_reference_models_never_import_minilora():
@@ -67,19 +62,41 @@ def test_reference_models_never_import_minilora():
             assert not [module for module in imports(name) if below(module, "minilora")], name
 
 
-def test_in_minilora_only_tasks_and_commands_import_reference_models():
-    rooms = ("minilora.tasks", "minilora.commands")
+def test_in_minilora_only_tasks_commands_and_lessons_import_reference_models():
+    rooms = ("minilora.tasks", "minilora.commands", "minilora.lessons")
     for name in MODULES:
         if below(name, "minilora") and not any(below(name, room) for room in rooms):
             assert not [module for module in imports(name) if below(module, "reference_models")], name
 
 
 @pytest.mark.parametrize("package", sorted(MAY_IMPORT))
-def test_a_package_imports_only_what_lies_below_it(package):
+def test_a_room_imports_only_what_lies_below_it(package):
     for name in MODULES:
-        if below(name, package):
+        if below(name, package) and name not in LAZY:
             others = {module for module in of_project(name) if not below(module, package)}
-            assert others <= MAY_IMPORT[package] | {"minilora"}, name
+            above = [m for m in others if m not in LAZY and not any(below(m, room) for room in MAY_IMPORT[package])]
+            assert not above, name
+
+
+def test_every_room_of_minilora_has_its_arrows():
+    rooms = {".".join(name.split(".")[:2]) for name in MODULES if below(name, "minilora") and name not in STUBS}
+    assert rooms - {"minilora"} <= MAY_IMPORT.keys()
+
+
+def test_no_model_imports_the_files_that_it_is_loaded_from():
+    above = ("reference_models.files", "reference_models.load", "reference_models.text")
+    for name in MODULES:
+        if below(name, "reference_models") and name not in (*LAZY, *above) and not below(name, above[0]):
+            met = {module for module in of_project(name) for room in above if below(module, room)}
+            assert not met or below(name, "reference_models.text"), f"{name}: {met}"
+
+
+@pytest.mark.parametrize("old", sorted(STUBS | {"minilora.data.shards", "minilora.lora"}))
+def test_an_old_command_names_the_new_one_and_exits_with_2(old):
+    done = subprocess.run([sys.executable, "-m", old], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert re.search(r"now: python -m (minilora\.(?:commands|lessons)\.\w+)", line)[1] in MODULES
 
 
 def test_nobody_imports_the_programs_or_the_tests():
@@ -89,8 +106,8 @@ def test_nobody_imports_the_programs_or_the_tests():
 
 
 def test_there_is_no_circle_of_imports():
-    at_top = {name: of_project(name, inside_functions=False) for name in MODULES}
-    assert circles(at_top) == []
+    """Imports inside functions, under __main__ and by importlib count; `python -m tests.support.layout` lists them."""
+    assert circles(import_graph()) == []
 
 
 def test_circles_are_found_where_there_are_some():
