@@ -84,12 +84,8 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
 
     Raises UserError for what can be known before the first run: flags, models, weights, data.
     """
-    parser = Parser(
-        Sweep,
-        "python -m minilora.commands.backbones",
-        "--models NAME ... --output DIR [flags of train.py]",
-        __doc__.partition("\n")[0],
-    )
+    usage, title = "--models NAME ... --output DIR [flags of train.py]", __doc__.partition("\n")[0]
+    parser = Parser(Sweep, "python -m minilora.commands.backbones", usage, title)
     typed, _ = parser.read(argv)
     for name in (*INSTEAD, *NOT_HERE):
         if name in typed:

@@ -27,6 +27,7 @@ from urllib.error import URLError
 from torchvision.datasets.utils import calculate_md5, download_url
 
 from minilora.errors import RunError, UserError
+from minilora.settings import exit_codes as cli
 
 # environment variable: take every archive from this base address instead
 MIRROR = "MINILORA_MIRROR"
@@ -208,16 +209,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", metavar="DIR", help="folder to unpack into; it is made if it is missing")
     parser.add_argument("--mirror", metavar="URL", help=f"base address of a mirror (default: ${MIRROR})")
     options = parser.parse_args(argv)
-    try:
+
+    def download(_: object) -> int:
         folder = fetch(options.name, options.directory, options.mirror)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"next: python train.py --recipe {SETS[options.name].recipe} --data-dir {folder}")
-    return 0
+        print(f"next: python train.py --recipe {SETS[options.name].recipe} --data-dir {folder}")
+        return 0
+
+    return cli.run(download, (UserError,))
 
 
 if __name__ == "__main__":

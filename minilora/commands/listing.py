@@ -31,14 +31,9 @@ def print_lists(args: argparse.Namespace) -> bool:
 
 def use_of(model: str) -> str:
     """The tasks, or the part of one, that a model is made for."""
-    family = config_for(model).family
-    known = {
-        "clip": "choice, zero-shot",
-        "bert": "vqa: text=",
-        "fusion": "vqa",
-        "student": "vqa: learns from --teacher",
-    }
-    return known.get(family, "classify; vqa: vision=")
+    known = {"clip": "choice, zero-shot", "bert": "vqa: text=", "fusion": "vqa"}
+    known |= {"student": "vqa: learns from --teacher"}
+    return known.get(config_for(model).family, "classify; vqa: vision=")
 
 
 def target_rows(model: nn.Module) -> list[list]:

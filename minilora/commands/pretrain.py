@@ -183,7 +183,7 @@ def clip_nano(plan: Plan) -> tuple[nn.Module, dict]:
     tokenizer = WordPieceTokenizer(build_wordpiece_vocab(caption_vocabulary(), 4000), max_length=77)
     sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
     model = create_model("clip-nano", **sizes)
-    normalise, scenes = (Normalise(model.preprocess), Captions("train", plan.steps * plan.batch_size, plan.seed))
+    normalise, scenes = Normalise(model.preprocess), Captions("train", plan.steps * plan.batch_size, plan.seed)
 
     def batch(source: Captions, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
         numbers = list(numbers)
@@ -208,10 +208,8 @@ def clip_nano(plan: Plan) -> tuple[nn.Module, dict]:
         found = [model(*batch(val, rows))[0].argmax(1) for rows in in_order(500, 50)]
     right = torch.cat(found).view(10, 50) == torch.arange(50)
     model.tokenizer = tokenizer
-    return model.half(), {
-        "task": "pictures and captions, 1 of 50",
-        "accuracy": round(100 * right.float().mean().item(), 2),
-    }
+    score = round(100 * right.float().mean().item(), 2)
+    return model.half(), {"task": "pictures and captions, 1 of 50", "accuracy": score}
 
 
 RECIPES: dict[str, tuple[Callable[[Plan], tuple[nn.Module, dict]], Plan, str]] = {

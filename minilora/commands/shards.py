@@ -1,10 +1,8 @@
-"""The command `python -m minilora.commands.shards SRC DST`: pictures (and questions) for a
-model, prepared once.
-"""
+"""python -m minilora.commands.shards SRC DST: pictures and questions for a model, prepared once."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import field, fields, make_dataclass
 from typing import Any
 
 from minilora.data.questions.vqa2 import has_questions
@@ -18,41 +16,21 @@ from reference_models import ModelError
 
 USED = ("task", "model", "weights", "tokenizer", "data_format", "val_split", "split_by", "subset", "seed")
 USED += ("bad_data", "image_size", "max_length")  # the flags of train.py that shards depend on
-ShardConfig = dataclasses.make_dataclass(
-    "ShardConfig",
-    [
-        *(
-            (f.name, f.type, flag_of)
-            for f in dataclasses.fields(Config)
-            if f.name in USED
-            for flag_of in [dataclasses.field(default=f.default, metadata=f.metadata)]
-        ),
-        ("shard_mb", float, flag("output", 256.0, "size of a shard in MiB", float, above=0)),
-        (
-            "wide",
-            int,
-            flag(
-                "output",
-                None,
-                "side of the training pictures that --augment crops; 0: none",
-                int,
-                low=0,
-                high=4096,
-                tasks=("classify",),
-                shown="8/7 of the model's",
-            ),
-        ),
-    ],
-)
+SHARED = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(Config) if f.name in USED]
+# fmt: off
+OWN = [
+    ("shard_mb", float, flag("output", 256.0, "size of a shard in MiB", float, above=0)),
+    ("wide", int, flag("output", None, "side of the training pictures that --augment crops; 0: none", int,
+        low=0, high=4096, tasks=("classify",), shown="8/7 of the model's")),
+]
+# fmt: on
+ShardConfig = make_dataclass("ShardConfig", SHARED + OWN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(ShardConfig, "python -m minilora.commands.shards", "SRC DST [flags]", __doc__)
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        help="class folders, a table, or VQA v2 questions; shapes: the generated ones (of --task)",
-    )
+    what = "class folders, a table, or VQA v2 questions; shapes: the generated ones (of --task)"
+    parser.add_argument("source", metavar="SRC", help=what)
     parser.add_argument("target", metavar="DST", help="the folder for the shards")
     typed, args = parser.read(argv)
     if "task" not in typed and has_questions(args.source):

@@ -1,40 +1,18 @@
-"""The small files of a run: labels.json, preprocess.json, the tokenizer and summary.json. They are
-read as data from a stranger, checked before use.
-"""
+"""The small files of a run, read as data from a stranger and checked before use: labels.json,
+preprocess.json and summary.json."""
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from minilora.atomic import write_json
 from minilora.errors import UserError
 from minilora.tasks.weights import weights_sha256
-from reference_models.text.tokenizers import Tokenizer
 
 RESIZES = ("squash", "shortest")
 NUMBERS = ("best", "test", "parameters")  # parts of summary.json that hold numbers
-
-
-def write_run_files(
-    run_dir: Path,
-    labels: list[str],
-    keys: list[str],
-    preprocess: dict[str, Any],
-    tokenizer: Tokenizer | None,
-    model: nn.Module | None,
-) -> None:
-    """What a run needs beside its weights. `model`: one that is stored whole; with config.json
-    beside the weights the run directory is a checkpoint by itself."""
-    write_json(run_dir / "labels.json", {"labels": labels, "keys": keys})
-    write_json(run_dir / "preprocess.json", preprocess)
-    if tokenizer is not None:
-        tokenizer.save(run_dir)
-    if model is not None:
-        write_json(run_dir / "config.json", {"minilora": asdict(model.config), "label_names": labels})
 
 
 def read_json(path: Path) -> Any:

@@ -3,15 +3,16 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from minilora.atomic import write_json
 from minilora.settings.flags import Config
 from minilora.tasks.predictor import Predictor
-from minilora.tasks.runfiles import write_run_files
 from minilora.tasks.teacher import Teacher
 from minilora.training.device import autocast
 from minilora.training.distributed import gathered
@@ -119,8 +120,12 @@ class DataTask(ABC):
         return ", ".join(files[:8]) + f" and {len(files) - 8} more" * (len(files) > 8)
 
     def write_files(self, run_dir: Path) -> None:
-        model = self.model if self.mode == "full" else None
-        write_run_files(run_dir, self.labels, self.keys, self.preprocess, self.tokenizer, model)
+        write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.keys})
+        write_json(run_dir / "preprocess.json", self.preprocess)
+        if self.tokenizer is not None:
+            self.tokenizer.save(run_dir)
+        if self.mode == "full":  # the run directory is then a checkpoint by itself
+            write_json(run_dir / "config.json", {"minilora": asdict(self.model.config), "label_names": self.labels})
 
 
 def choose_amp(config: Config, device: torch.device) -> str:

@@ -79,7 +79,7 @@ def test_visual7w_lands_where_the_reader_wants_it(server, tmp_path, capsys):
     assert len(Quiet.asked) == 2 * asked
 
 
-def test_mirror_from_the_environment_and_picture_count(server, tmp_path, monkeypatch):
+def test_a_mirror_of_the_environment_is_used_and_pictures_are_counted(server, tmp_path, monkeypatch):
     folder, address = server
     make_tar(folder / "a.tgz", {"set/train/n1/1.JPEG": "x", "set/val/n1/2.JPEG": "y"})
     monkeypatch.setenv("MINILORA_MIRROR", address + "/")
@@ -103,7 +103,7 @@ def test_wrong_size_or_checksum_leaves_nothing(server, tmp_path, monkeypatch, wr
     assert (fetch("imagewoof", tmp_path / "d", address) / "1.txt").read_text() == "x"
 
 
-def test_missing_file_server_down_and_unknown_name(server, tmp_path, monkeypatch, capsys):
+def test_a_missing_file_a_dead_server_and_an_unknown_name_are_one_line_each(server, tmp_path, monkeypatch, capsys):
     _, address = server
     for base in (address, "http://127.0.0.1:9"):
         assert main(["visual7w", str(tmp_path / "d"), "--mirror", base]) == 1

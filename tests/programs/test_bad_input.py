@@ -143,28 +143,28 @@ def test_weights_with_nan_name_the_tensor(weights):
     assert "norm.weight holds NaN" in refused(train.main, "--model", "vit-nano-patch8-48", "--weights", weights)
 
 
-def test_weights_with_a_key_too_many_or_too_few(weights):
+def test_weights_without_one_key_are_refused_by_its_name(weights):
     tensors = load_file(weights)
     save_file({key: tensor for key, tensor in tensors.items() if key != "norm.bias"}, weights)
     assert "norm.bias" in refused(train.main, "--model", "vit-nano-patch8-48", "--weights", weights)
 
 
-def test_adapter_of_another_model(run, photos):
+def test_an_adapter_of_another_model_is_refused(run, photos):
     words = ["--model", "vit-tiny-patch16-224", "--weights", "none", "--data-dir", photos, "--adapter", run]
     assert "does not fit this model" in refused(train.main, *words)
 
 
-def test_adapter_of_another_rank_than_asked_for(run, photos):
+def test_an_adapter_of_another_rank_than_asked_for_is_refused(run, photos):
     words = [*NANO, "--data-dir", photos, "--adapter", run, "--lora-r", "4"]
     assert "has r 8; leave the flag out" in refused(train.main, *words)
 
 
-def test_adapter_with_other_classes(run, tmp_path):
+def test_an_adapter_with_other_classes_is_refused(run, tmp_path):
     write_photos(tmp_path, classes=4)
     assert "head.weight" in refused(train.main, *NANO, "--data-dir", tmp_path, "--adapter", run)
 
 
-def test_folder_that_is_no_run(run, tmp_path):
+def test_a_folder_that_is_no_run_is_refused_with_a_hint(run, tmp_path):
     assert "no such run directory" in refused(evaluate.main, tmp_path / "none")
     assert "is a file; name its run directory" in refused(evaluate.main, run / "config.toml")
     assert f"did you mean {run}?" in refused(evaluate.main, run.parent)
@@ -172,20 +172,20 @@ def test_folder_that_is_no_run(run, tmp_path):
     assert "is not a run directory" in refused(train.main, "--resume", tmp_path)
 
 
-def test_run_without_weights_or_labels(run, tmp_path):
+def test_a_run_without_weights_or_labels_is_refused_by_the_files_name(run, tmp_path):
     for name in ("adapter_model.safetensors", "labels.json", "adapter_config.json"):
         copy = shutil.copytree(run, tmp_path / name)
         (copy / name).unlink()
         assert name in refused(evaluate.main, copy)
 
 
-def test_damaged_labels(run, tmp_path):
+def test_damaged_labels_are_named(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "labels.json").write_text('{"labels": ["a"')
     assert "labels.json" in refused(evaluate.main, copy)
 
 
-def test_base_weights_that_are_gone_or_have_changed(weights, photos, tmp_path):
+def test_base_weights_that_are_gone_or_have_changed_are_noticed(weights, photos, tmp_path):
     words = ["--model", "vit-nano-patch8-48", "--weights", weights, "--data-dir", photos, "--max-steps", "1"]
     train.main([str(word) for word in [*words, "--output", tmp_path / "run"]])
     moved = shutil.move(weights, tmp_path / "moved.safetensors")
@@ -198,7 +198,7 @@ def test_base_weights_that_are_gone_or_have_changed(weights, photos, tmp_path):
     assert "sha256 differs" in refused(evaluate.main, tmp_path / "run", "--weights", moved)
 
 
-def test_random_base_of_another_seed_is_noticed(run, tmp_path):
+def test_a_random_base_of_another_seed_is_noticed(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("seed = 0", "seed = 1"))
@@ -206,14 +206,14 @@ def test_random_base_of_another_seed_is_noticed(run, tmp_path):
         load_run(copy)
 
 
-def test_evaluation_on_classes_that_the_run_does_not_know(run, tmp_path):
+def test_classes_that_the_run_does_not_know_are_refused(run, tmp_path):
     folder = write_photos(tmp_path / "photos")
     (folder / "val/class_0").rename(folder / "val/wolf")
     (folder / "train/class_0").rename(folder / "train/wolf")
     assert "'wolf' is not a class of this run" in refused(evaluate.main, run, "--data-dir", folder)
 
 
-def test_flags_that_evaluate_cannot_use(run, photos):
+def test_flags_that_evaluate_cannot_use_are_refused(run, photos):
     assert "name a run directory, or a base model" in refused(evaluate.main)
     assert "the run knows its own" in refused(evaluate.main, run, "--model", "vit-nano-patch8-48")
     assert "have no such part" in refused(evaluate.main, run, "--split", "test")
@@ -235,11 +235,11 @@ def test_flags_that_evaluate_cannot_use(run, photos):
         ("--device mps", "--device must be auto, cpu, cuda or cuda:N"),
     ],
 )
-def test_flags_of_evaluate_that_would_do_nothing(run, words, told):
+def test_flags_of_evaluate_that_would_do_nothing_are_refused(run, words, told):
     assert told in refused(evaluate.main, run, *words.split())
 
 
-def test_flags_of_evaluate_for_one_run_or_for_none(run, tmp_path):
+def test_flags_for_one_run_are_refused_for_two_and_for_none(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     for flag in ("--image", "--predictions", "--merge-to"):
         assert f"{flag} takes one run, but 2 are named" in refused(evaluate.main, run, other, flag, "x")
@@ -248,7 +248,7 @@ def test_flags_of_evaluate_for_one_run_or_for_none(run, tmp_path):
     assert "--report needs a run directory" in refused(evaluate.main, *words)
 
 
-def test_pictures_that_are_none(run, photos, tmp_path):
+def test_files_that_are_no_pictures_are_named(run, photos, tmp_path):
     (tmp_path / "text.png").write_text("no picture at all")
     (tmp_path / "empty.png").write_bytes(b"")
     for name, told in (("text.png", "not a picture"), ("empty.png", "is empty"), ("no.png", "no such file")):
@@ -274,14 +274,14 @@ def test_an_export_replaces_no_run_and_nobodys_files(flag, run, photos, tmp_path
         assert evaluate.main([str(run), flag, str(tmp_path / "out")]) == 0
 
 
-def test_run_whose_config_names_another_task(run, tmp_path):
+def test_a_run_whose_config_names_another_task_is_refused(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace('task = "classify"', 'task = "vqa"'))
     assert "two towers" in refused(evaluate.main, copy)
 
 
-def test_base_model_whose_classes_are_not_those_of_the_folder(weights, photos):
+def test_a_base_model_that_lacks_the_folders_classes_is_refused(weights, photos):
     words = ["--model", "vit-nano-patch8-48", "--weights", weights, "--data-dir", photos]
     told = refused(evaluate.main, *words)
     assert "class 'class_0' is none of the 5 classes" in told and "train a head" in told

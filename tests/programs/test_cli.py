@@ -97,7 +97,7 @@ def test_a_folder_with_other_files_is_refused(photos, tmp_path):
         train.main([*QUICK, "--data-dir", str(photos), "--output", str(tmp_path)])
 
 
-def test_runs_are_numbered(photos, tmp_path, monkeypatch):
+def test_runs_without_output_are_numbered(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         train.main([*QUICK, "--data-dir", str(photos), "--mode", "linear", "--max-steps", "1"])
@@ -190,7 +190,7 @@ def test_several_runs_are_compared_over_their_seeds(run, photos, tmp_path, capsy
     assert "2 seeds" in capsys.readouterr().out and "±" in page.read_text()
 
 
-def test_image_attention_spectrum_and_latency(run, photos, capsys):
+def test_image_attention_spectrum_and_latency_print_what_they_name(run, photos, capsys):
     picture = str(next((photos / "val").rglob("*.png")))
     evaluate.main([str(run), "--image", picture])
     assert capsys.readouterr().out.startswith(f"{picture}: class_")
@@ -274,7 +274,7 @@ def test_without_the_plots_extra_everything_else_works(photos, tmp_path, monkeyp
     assert {p.name for p in path.iterdir()} == FILES - {"curves.png"}
 
 
-def test_lists_print_and_exit(capsys):
+def test_the_lists_are_printed_in_100_columns_and_nothing_is_trained(capsys):
     assert train.main(["--list-models"]) == train.main(["--list-recipes"]) == 0
     assert train.main(["--list-targets", "vit-tiny-patch16-224"]) == 0
     out = capsys.readouterr().out

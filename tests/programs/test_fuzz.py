@@ -193,7 +193,7 @@ def test_undamaged_examples_are_read(whole, tmp_path, example):
 
 @pytest.mark.parametrize("example", HEADERS)
 @pytest.mark.parametrize("cases", [25, pytest.param(400, marks=pytest.mark.slow)])
-def test_damaged_safetensors_headers(whole, tmp_path, example, cases):
+def test_damaged_safetensors_headers_are_read_or_refused_in_one_line(whole, tmp_path, example, cases):
     watch = fuzz(whole, tmp_path, example, *HEADERS[example], seed=1, cases=cases)
     assert not watch.found, watch.report()
     assert watch.refused > cases // 2
@@ -201,7 +201,7 @@ def test_damaged_safetensors_headers(whole, tmp_path, example, cases):
 
 @pytest.mark.parametrize("number", range(len(TEXTS)), ids=[f"{e}-{f.rpartition('/')[2]}" for e, f, _ in TEXTS])
 @pytest.mark.parametrize("cases", [12, pytest.param(100, marks=pytest.mark.slow)])
-def test_damaged_texts(whole, tmp_path, number, cases):
+def test_damaged_texts_are_read_or_refused_in_one_line(whole, tmp_path, number, cases):
     watch = fuzz(whole, tmp_path, *TEXTS[number], seed=number, cases=cases)
     assert not watch.found, watch.report()
     assert watch.accepted + watch.refused == cases

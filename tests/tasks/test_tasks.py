@@ -37,7 +37,7 @@ def trained(words: str) -> tuple[int, int]:
     return tuple(count_parameters(make_trainable(model, config, model.head_modules)))
 
 
-def test_r3_counts_to_the_digit():
+def test_recipes_imagewoof_train_the_reports_counts_to_the_digit():
     """REPORTS R3: 5,526,346 in full; 177,418 with r=4 on all six layers + norms + head."""
     assert trained("--recipe imagewoof-vit-tiny-full") == (5_526_346, 5_526_346)
     assert trained("--recipe imagewoof-vit-tiny")[0] == 177_418

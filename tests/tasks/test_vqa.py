@@ -159,7 +159,7 @@ def test_batches_are_the_same_bits_with_workers_and_after_a_stop(folder, grouped
     assert not torch.equal(whole[0]["image"], moved["image"]), "another epoch, another crop"
 
 
-def test_broken_picture_is_grey_and_not_learned_from(tmp_path):
+def test_a_broken_picture_is_grey_and_not_learned_from(tmp_path):
     write_vqa(tmp_path, 4, 2)
     (tmp_path / "train" / "picture_000000000001.png").write_bytes(b"no picture")
     task = task_of(str(tmp_path), bad_data="skip", batch_size=64)
@@ -187,7 +187,7 @@ def test_wrong_flags_are_explained(folder, flags, message):
         task_of(folder, **flags)
 
 
-def test_ranks_and_targets_of_each_tower(folder):
+def test_each_tower_gets_its_own_ranks_and_targets(folder):
     task = task_of(folder, lora_r={"vision": 2, "text": 6}, target_modules=("vision.q_proj", "text.v_proj"))
     shapes = {name: tuple(p.shape) for name, p in task.model.named_parameters() if "lora_A" in name}
     assert set(shapes.values()) == {(2, 128), (6, 128)}

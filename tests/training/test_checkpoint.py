@@ -23,7 +23,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_round_trip(run):
+def test_what_was_saved_last_is_loaded_with_the_same_tensors_and_values(run):
     newest = checkpoint.latest_checkpoint(run)
     assert newest == run / "checkpoints" / "step-8"
     assert sorted(p.name for p in newest.iterdir()) == ["manifest.json", "state.json", "state.safetensors"]
@@ -163,6 +163,6 @@ def test_digest_tells_names_and_bits_apart(tmp_path):
         state.refuse_nonfinite({"x": torch.tensor([float("nan")])}, "the adapter")
 
 
-def test_state_json_is_readable_by_people(run):
+def test_state_json_is_plain_json_with_the_step(run):
     values = json.loads((run / "checkpoints" / "step-8" / "state.json").read_text())
     assert values["step"] == 8

@@ -51,7 +51,7 @@ def test_shares_cover_the_epoch_once_and_weigh_every_item_equally(monkeypatch, w
     assert sorted(seen) == order
 
 
-def test_what_is_left_of_an_epoch():
+def test_what_is_left_of_an_epoch_are_its_last_items_in_order():
     batches = [[5, 1, 4], [2, 0, 3], [6]]
     for done in range(8):
         left = distributed.skip_items(batches, done)

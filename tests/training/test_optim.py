@@ -11,7 +11,7 @@ from minilora.training import optim
 from tests.support.toy_task import ToyModel
 
 
-def test_schedule_points():
+def test_every_schedule_passes_through_its_closed_forms_points():
     def points(sched, steps):
         return [optim.schedule_factor(sched, s, total=110, warmup=10) for s in steps]
 
@@ -25,7 +25,7 @@ def test_schedule_points():
         optim.schedule_factor("cosin", 0, 10, 0)
 
 
-def test_plateau_is_torchs_reduce_on_plateau():
+def test_plateau_gives_the_rates_of_torchs_reduce_on_plateau():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
     ours = optim.Plateau()

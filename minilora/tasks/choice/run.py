@@ -153,15 +153,14 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Seque
         cells += [f"{p:.6f}" for p in found.probabilities[i]]
         rows.append([question.id, split.path(i), *(cells if found.valid[i] else [""] * len(cells))])
     answers = [[question.id, letters[place]] for question, place in zip(split, chosen, strict=True)]
-    files = {"submission": (["ID", "answer"], answers)}
-    if source == "visual7w":
-        files["results"] = results(split, order.tolist())
+    table = header, rows, (["ID", "answer"], answers)
+    files = {"results": results(split, order.tolist())} if source == "visual7w" else {}
     lines, broken = list(notes), int((~found.valid).sum())
     if broken:
         lines.append(f"{broken} of {len(split)} questions have a picture that cannot be read: not scored")
     if not found.scored.any():
         text = "\n".join([f"{len(split)} questions without answers", *lines])
-        return Evaluation(None, text, header, rows, **files)
+        return Evaluation(None, text, *table, **files)
     truth = found.truth
     metrics = classification_metrics(truth, chosen, list(letters), found.probabilities)
     by_type = accuracy_by_type(found, split)
@@ -169,8 +168,7 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Seque
     return Evaluation(
         scores,
         "\n".join([*score_lines(scores, by_type, found, split), *lines]),
-        header,
-        rows,
+        *table,
         **files,
         metrics=metrics,
         vqa=type_scores(scores, by_type, found),

@@ -48,9 +48,8 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
 
 def open_data(config: Config, require_train: bool = True) -> ChoiceSplits:
     """The questions of --data-dir, or the generated ones."""
-    check = config.bad_data == "error"
-    sizes = config.val_split, config.subset, config.seed
-    return load_choices(config.data_dir, config.data_format, *sizes, check, require_train)
+    cut, check = (config.val_split, config.subset, config.seed), config.bad_data == "error"
+    return load_choices(config.data_dir, config.data_format, *cut, check, require_train)
 
 
 class ChoicePredictor(LabelledPredictor):

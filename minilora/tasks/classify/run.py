@@ -156,13 +156,13 @@ def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: i
         [sample.path, *(top_cells(labels, order[i], sure[i]) if found.valid[i] else empty)]
         for i, sample in enumerate(split)
     ]
-    submission = (["file", "label"], [row[:2] for row in rows])
+    table = header, rows, (["file", "label"], [row[:2] for row in rows])
     broken = int((~found.valid).sum())
     lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
     truth = found.truth
     if not found.scored.any():
         lines.insert(0, f"{len(split)} pictures without labels")
-        return Evaluation(None, "\n".join(lines), header, rows, submission)
+        return Evaluation(None, "\n".join(lines), *table)
     metrics = classification_metrics(truth, chosen, labels, found.probabilities)
     lines.insert(0, format_metrics(metrics))
     scores = found.scores() | {key: metrics[key] for key in ("precision", "recall", "f1")}
@@ -177,9 +177,7 @@ def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: i
     return Evaluation(
         scores,
         "\n".join(lines),
-        header,
-        rows,
-        submission,
+        *table,
         metrics=metrics,
         mistakes=examples(most_confident_mistakes(truth, chosen, sure[:, 0], SHOWN)),
         unsure=examples(least_sure(found.probabilities, SHOWN)),

@@ -49,16 +49,8 @@ def open_data(config: Config, classes: Sequence[str] | None = None, require_trai
         raise UserError(f"--data-format {fmt} is not for --task classify; choose from {', '.join(FORMATS)}")
     if fmt == "shapes" and config.data_dir is not None:
         raise UserError("--data-format shapes generates its pictures; leave --data-dir out")
-    return load_classification(
-        config.data_dir,
-        fmt,
-        config.val_split,
-        config.subset,
-        config.seed,
-        classes=classes,
-        check_files=config.bad_data == "error",
-        require_train=require_train,
-    )
+    cut, check = (config.val_split, config.subset, config.seed), config.bad_data == "error"
+    return load_classification(config.data_dir, fmt, *cut, classes, check, require_train)
 
 
 def replace_foreign_head(model: nn.Module, classes: Sequence[str], seed: int) -> None:

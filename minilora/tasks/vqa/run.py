@@ -143,9 +143,9 @@ def evaluation(
         [part.pictures[q.picture].path, *top_cells(labels, best, sure), q.question_id, q.text]
         for q, best, sure in zip(part.questions, found.classes, found.probabilities, strict=True)
     ]
-    submission = (["question_id", "answer"], [[number, answer] for number, answer in said.items()])
+    table = header, rows, (["question_id", "answer"], [[number, answer] for number, answer in said.items()])
     if classes is None:
-        return Evaluation(None, f"{len(rows)} questions without answers", header, rows, submission, results=said)
+        return Evaluation(None, f"{len(rows)} questions without answers", *table, results=said)
     scores = score(said, part)
     truth = [labels[k] if k >= 0 else q.answer for q, k in zip(part.questions, classes, strict=True)]
     metrics = classification_metrics(truth, [said[q.question_id] for q in part.questions])
@@ -180,9 +180,7 @@ def evaluation(
     return Evaluation(
         summary | {key: metrics[key] for key in ("precision", "recall", "f1")},
         "\n".join(lines),
-        header,
-        rows,
-        submission,
+        *table,
         vqa=scores | {"question_only": {name: one["overall"] for name, one in (baselines or {}).items()}},
         answer_histogram=Counter(truth).most_common(),
         mistakes=examples(wrong[np.argsort(-found.probabilities[wrong, 0], kind="stable")][:SHOWN]),

@@ -60,16 +60,8 @@ def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
 
 def open_data(config: Config, require_train: bool = True) -> VQASplits:
     """The questions of --data-dir, or generated ones."""
-    return load_vqa(
-        config.data_dir,
-        config.data_format,
-        config.val_split,
-        config.subset,
-        config.seed,
-        config.split_by,
-        config.bad_data,
-        require_train,
-    )
+    cut = config.val_split, config.subset, config.seed, config.split_by
+    return load_vqa(config.data_dir, config.data_format, *cut, config.bad_data, require_train)
 
 
 class BestAnswers(NamedTuple):
