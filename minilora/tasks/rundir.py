@@ -37,7 +37,7 @@ def continued(config: Config) -> tuple[Config, Path | None]:
     checkpoint = path if step_of(path) is not None else None
     run_dir = path.parents[1] if checkpoint else path
     if config.output and Path(config.output).resolve() != run_dir.resolve():
-        raise UserError(f"--resume {path} goes on in {run_dir}; leave --output out")
+        raise UserError(f"--resume {path} continues in {run_dir}; leave --output out")
     given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     saved, _ = read_run_config(run_dir)
     return replace(saved, **given | {"output": str(run_dir), "resume": "auto"}), checkpoint

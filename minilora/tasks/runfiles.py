@@ -73,7 +73,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         wrong += [f"{name}.{key}" for key, value in (found.get(name) or {}).items() if not _number(value)]
     wrong += [name for name in ("seconds", "peak_memory_mb") if not _number(found.get(name))]
     if wrong:
-        raise UserError(f"{path}: {wrong[0]} is not what a run writes; the file is damaged, delete it to go on")
+        raise UserError(f"{path}: {wrong[0]} is not what a run writes; the file is damaged, delete it to continue")
     return found
 
 

@@ -63,6 +63,6 @@ def readable_errors(device: torch.device, batch_size: int, where: Callable[[], s
             ) from error
         if world_size() > 1 and any(text in message for text in LOST_PEER):
             raise RunError(
-                f"{where()}: another process of this run died, see its own message; --resume goes on"
+                f"{where()}: another process of this run died, see its own message; --resume continues"
             ) from error
         raise

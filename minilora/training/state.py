@@ -52,9 +52,9 @@ class TrainState:
         numbers = (now.lr, now.seconds, now.plateau.factor, now.plateau.best or 0.0, *now.sums, *counts)
         rows = [*now.history, *([now.best] if now.best is not None else [])]
         if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts) or len(now.sums) != 4:
-            raise ValueError("a count is no count")
+            raise ValueError("a count is not a whole number")
         if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
-            raise ValueError("a number is no number")
+            raise ValueError("a value is not a number")
         if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
             raise ValueError("the epochs have no rows")
         if not all(isinstance(row[name], (int, float)) for row in rows for name in SHOWN):
@@ -182,7 +182,7 @@ def unpack(
         scaler.load_state_dict(values["scaler"])
         return TrainState.from_json(values), without_prefix("best", tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{where} holds what this run cannot have written ({type(error).__name__}: {told}); use --resume never"
+            f"{where} holds what this run cannot have written ({type(error).__name__}: {reason}); use --resume never"
         ) from None

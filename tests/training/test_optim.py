@@ -7,8 +7,14 @@ import torch
 from torch import nn
 
 from minilora.errors import UserError
+from minilora.settings.flags import Config, rules
 from minilora.training import optim
 from tests.support.toy_task import ToyModel
+
+
+def test_the_flags_name_exactly_the_optimizers_and_schedules_that_there_are():
+    table = rules(Config)
+    assert set(table["opt"].choices) == set(optim.OPTIMIZERS) and set(table["sched"].choices) == set(optim.SCHEDULES)
 
 
 def test_every_schedule_passes_through_its_closed_forms_points():

@@ -224,7 +224,7 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
 
 
 def head_columns(model, splits: Splits, name: str) -> list[int]:
-    """The head's class for each class of the data; UserError where one cannot be told."""
+    """The head's class for each class of the data; UserError where one cannot be found."""
     size = model.config.num_classes
     if not size:
         raise UserError(f"{name}: these weights have no classifier to score; train one")
