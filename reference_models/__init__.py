@@ -34,7 +34,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-# looked up at first use, so that `python -m reference_models.files.names` imports once
+# looked up at first use: who wants ModelError alone waits for no torch
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'reference_models' has no attribute {name!r}")

@@ -14,9 +14,9 @@ from minilora.errors import RunError
 
 def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exception], ...]) -> int:
     """`main`'s exit code; errors that people can act on become one line on stderr."""
-    progress = logging.getLogger("reference_models")  # downloads
-    progress.addHandler(logging.StreamHandler())
-    progress.setLevel(logging.INFO)
+    downloads, shown = logging.getLogger("reference_models"), logging.StreamHandler()
+    downloads.addHandler(shown)
+    downloads.setLevel(logging.INFO)
     try:
         return main(None)
     except user_errors as error:
@@ -34,6 +34,8 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
         return _complain("out of memory; try a smaller --batch-size, --amp bf16, or another --device", 1)
     except OSError as error:
         return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+    finally:
+        downloads.removeHandler(shown)
 
 
 def _complain(message: str, code: int) -> int:

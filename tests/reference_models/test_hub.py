@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from minilora.settings.exit_codes import run
 from reference_models.errors import ModelError
 from reference_models.files import download as download_module
 from reference_models.files.download import download
@@ -25,6 +26,15 @@ def test_downloads_once_and_is_then_used_from_the_cache(hub):
     assert leftovers(folder) == []
     asked = len(hub.seen)
     assert resolve("hf:org/name") == folder and len(hub.seen) == asked
+
+
+def test_a_download_is_silent_in_a_library_and_a_line_on_stderr_in_a_program(hub, monkeypatch, tmp_path, capsys):
+    resolve("hf:org/name")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "another home"))
+    assert run(lambda _: resolve("hf:org/name") and 0, (ModelError,)) == 0
+    url = f"{hub.url}/org/name/resolve/{COMMIT}/model.safetensors"
+    assert capsys.readouterr() == ("", f"downloading {url}\n")
 
 
 def test_a_path_is_returned_as_it_is(tmp_path):
