@@ -62,6 +62,8 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     except Interrupted:
         trainer.progress.log(f"go on with: python train.py --resume {run_dir}")
         raise
+    if trainer.cut_short:
+        trainer.progress.log(f"resume with: python train.py --resume {run_dir}")
     test = task.test(task.model)
     trainer.progress.log(result_line(result, test, task.metric))
     if distributed.is_main():

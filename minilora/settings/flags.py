@@ -144,6 +144,8 @@ class Config:
     resume: str = flag(R, "auto", "auto: resume --output; never: start anew; or the run to resume",
         meta="auto|never|DIR")
     save_every: int = flag(R, 0, "steps between checkpoints; 0: one per epoch", int, low=0)
+    time_limit: float = flag(R, None, "minutes after which training ends, to be resumed", float, above=0,
+        meta="MINUTES", shown="none")
     early_stop: int = flag(R, 0, "end after N epochs without a better one; 0: never", int, low=0)
     log_interval: int = flag(R, 10, "steps between lines of the log", int, low=1)
     nan_policy: str = flag(R, "stop", "a loss that is no number ends the run, or the step", choices=("stop",

@@ -21,6 +21,7 @@ changes, and random numbers are drawn from (seed, step, rank).
 import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from minilora.training.progress import Progress
 from minilora.training.signals import Interrupted, StopSignals
 
 # what a step adds up over its microbatches, then over the processes, in this order
-LOSS, CORRECT, COUNTED, STOP = range(4)
+LOSS, CORRECT, COUNTED, STOP, LATE = range(5)
 
 
 @dataclass
@@ -62,6 +63,7 @@ class TrainOptions:
     save_every: int = 0
     log_interval: int = 20
     nan_policy: str = "stop"
+    time_limit: float | None = None  # minutes
     seed: int = 0
     resume: str = "auto"  # "auto", "never", or a run or checkpoint directory
     keep_last: int = 2
@@ -92,6 +94,7 @@ class Trainer:
         self.state = state.TrainState()
         self.best_tensors: dict[str, Tensor] = {}  # of epoch self.state.best, on the CPU
         self.saved: Path | None = None  # the newest checkpoint
+        self.deadline, self.late = math.inf, False  # --time-limit, and whether it is reached
 
         first = self.steps_of(0)
         if not first:
@@ -105,10 +108,15 @@ class Trainer:
     def fit(self) -> dict:
         """Trains to the end, leaves the best epoch's weights in the model, returns how it went."""
         self.load_checkpoint()
+        self.deadline = time.monotonic() + 60 * (self.options.time_limit or math.inf)
         with self.signals, self.progress, readable_errors(self.device, self.batch_size, self.where):
             while self.unfinished():
-                self.train_one_epoch()
-                self.end_epoch()
+                # an epoch that the time limit cuts is scored only where there is no other score
+                if self.train_one_epoch() or self.state.best is None:
+                    self.end_epoch()
+        if self.cut_short:
+            minutes, step = self.options.time_limit, self.state.step
+            self.progress.log(f"time limit of {minutes:g} minutes reached after step {step}; checkpoint {self.saved}")
         if self.state.best is None:
             raise RunError(
                 f"no epoch gave a finite {self.task.metric} in validation: nothing to keep; try a smaller --lr"
@@ -133,26 +141,36 @@ class Trainer:
         now, o = self.state, self.options
         waited = now.epoch - (now.best["epoch"] if now.best else 0)
         left = now.epoch < o.epochs and now.step < self.last_step and not 0 < o.early_stop <= waited
-        return now.position > 0 or left
+        return not self.late and (now.position > 0 or left)
 
-    def train_one_epoch(self) -> None:
-        """Optimizer steps from state.position to the end of the epoch, or to the last
-        step of the run."""
+    @property
+    def cut_short(self) -> bool:
+        """Whether the time limit has left steps to a later session."""
+        return self.late and self.state.step < self.total_steps
+
+    def train_one_epoch(self) -> bool:
+        """Optimizer steps from state.position to the end of the epoch, or to the last step of the
+        run; False where the time limit has cut them short."""
         now, every = self.state, self.options.save_every
         steps = self.steps_of(now.epoch, now.position)[: self.last_step - now.step]
         loader = iter(self.task.train_loader(now.epoch, [batch for step in steps for batch in step.batches]))
         self.progress.start_epoch(now, self.options.epochs, len(steps))
         self.model.train()
+        whole = True
         for number, step in enumerate(steps, start=1):
             stop = self.train_step(step, loader)
             now.step += 1
             now.position += step.items
             self.progress.step(now, self.total_steps)
-            if stop or (every and now.step % every == 0 and number < len(steps)):
+            whole = number == len(steps)
+            if stop or (not whole and (self.late or (every and now.step % every == 0))):
                 self.save_checkpoint()
             if stop:
                 self.leave()
+            if self.late:
+                break
         self.progress.end_epoch()
+        return whole
 
     def steps_of(self, epoch: int, done: int = 0) -> list[distributed.Step]:
         """This process's share of an epoch without its first `done` items."""
@@ -175,7 +193,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = optim.gradient_norm(self.parameters)
         sums = torch.cat((distributed.all_sum(sums), norm.double()[None]))
-        loss, correct, counted, stop, norm = sums.tolist()
+        loss, correct, counted, stop, late, norm = sums.tolist()
+        self.late = late > 0
 
         # fp16 ends at 65504: a gradient that the scaler made too large is left out and the scale
         # halved; at scale 1 there is nothing left to halve, and the gradient itself is at fault
@@ -190,9 +209,9 @@ class Trainer:
         return stop > 0
 
     def accumulate(self, step: distributed.Step, loader: Iterator[dict]) -> tuple[Tensor, list[tuple]]:
-        """Adds up the gradients of a step's microbatches; returns its sums (4,), and each
+        """Adds up the gradients of a step's microbatches; returns its sums (5,), and each
         microbatch with its loss and counts, from which a loss that is not finite is explained."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         seen = []
         for weight in step.weights:
             batch = next(loader)
@@ -206,6 +225,7 @@ class Trainer:
                 sums[CORRECT] += stats["correct"]
                 sums[COUNTED] += stats["count"]
         sums[STOP] = self.signals.signum is not None
+        sums[LATE] = time.monotonic() >= self.deadline
         return sums, seen
 
     def refuse_step(self, reason: str) -> None:

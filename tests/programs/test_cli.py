@@ -325,3 +325,15 @@ def test_two_processes_give_the_weights_of_one_with_the_doubled_batch(photos, tm
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=5e-6, rtol=1e-5)
     assert (summary(tmp_path / "one")["best"]["accuracy"]) == summary(tmp_path / "two")["best"]["accuracy"]
+
+
+def test_a_run_that_its_time_limit_ends_is_whole_and_names_the_command_that_resumes_it(photos, tmp_path, capsys):
+    run, words = str(tmp_path / "run"), ["--data-dir", str(photos), *QUICK]
+    assert train.main([*words, "--output", run, "--time-limit", "1e-9"]) == 0
+    said = capsys.readouterr().out
+    assert "time limit of 1e-09 minutes reached after step 1" in said and f"python train.py --resume {run}" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert train.main(["--resume", run, "--time-limit", "60"]) == 0
+    assert "time limit" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * 3

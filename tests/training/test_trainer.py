@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import types
 
 import pytest
 import torch
@@ -92,6 +93,29 @@ def test_resume_with_workers_is_bit_equal_to_none(tmp_path):
         options = TrainOptions(epochs=3, log_interval=0)
         interrupt_after(k, Trainer(ToyTask(workers=2), options, folder, "cpu"))
         assert everything(*train(folder, {"workers": 2 if k == 6 else 0})) == whole
+
+
+def late_after(steps, monkeypatch):
+    """The clock of the trainer passes every time limit once it was asked after `steps` steps."""
+    asked = iter([0.0] * steps)
+    clock = types.SimpleNamespace(monotonic=lambda: next(asked, 1e9), perf_counter=time.perf_counter)
+    monkeypatch.setattr("minilora.training.trainer.time", clock)
+
+
+@pytest.mark.parametrize("step, scored", [(1, [1]), (3, [1]), (4, [1]), (6, [1]), (8, [1, 2]), (12, [1, 2, 3])])
+def test_time_limit_ends_after_its_step_and_resumes_to_the_same_bits(tmp_path, monkeypatch, step, scored):
+    """Steps 4, 8 and 12 end an epoch, which is scored; 1 and 3 cut the first, which is scored as it is."""
+    whole = everything(*train(tmp_path / "whole", {"n": 14}))
+    with monkeypatch.context() as patch:
+        late_after(step, patch)  # the first question sets the deadline
+        trainer, result = train(tmp_path / "run", {"n": 14}, time_limit=0.5)
+    assert trainer.state.step == result["steps"] == step
+    assert trainer.cut_short == (step < 12)
+    assert [row["epoch"] for row in result["history"]] == scored
+    assert result["best"] in result["history"]
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.best_tensors.items())
+    assert everything(*train(tmp_path / "run", {"n": 14}, time_limit=60.0)) == whole
 
 
 def test_equal_seeds_give_equal_bits_and_others_do_not(tmp_path):
