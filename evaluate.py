@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from minilora import ticker
 from minilora.adapter import export_adapter
 from minilora.atomic import atomic_write, write_json, write_png
 from minilora.commands.compression import check_pruning, compression_report, latency
@@ -116,7 +117,7 @@ def extras(runs: list[Run], options: EvalConfig) -> None:
             write_png(runs[0].path / "attention.png", figure.image)
             print(f"wrote {runs[0].path / 'attention.png'}")
     if options.spectrum:
-        layers = {run.name: spectrum(updates(run, options)) for run in runs}
+        layers = {run.name: spectrum(ticker.through(updates(run, options), "spectrum, layers")) for run in runs}
         print(format_spectrum(layers))
         if spectrum_figure(layers, runs[0].path / "spectrum.png"):
             print(f"wrote {runs[0].path / 'spectrum.png'}")

@@ -21,13 +21,14 @@ READING_PATH = [
     "train.py",
 ]
 
-GROUND = {"minilora.errors", "minilora.atomic", "minilora.version"}
+GROUND = {"minilora.errors", "minilora.atomic", "minilora.ticker", "minilora.version"}
 CORE_ROOMS = {"minilora.speed", "minilora.lora", "minilora.lora_config", "minilora.targets", "minilora.inject"}
 BELOW_TASKS = {"adapter", "compress", "data", "report", "settings", "training"}
 # every room of the house: what it may import of the project, besides itself
 MAY_IMPORT = {
     "minilora.errors": set(),
     "minilora.version": set(),
+    "minilora.ticker": set(),
     "minilora.atomic": {"minilora.errors"},
     "minilora.speed": set(),
     "minilora.fused": {"minilora.speed"},

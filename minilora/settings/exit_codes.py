@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from minilora import ticker
 from minilora.errors import RunError
 
 
@@ -17,6 +18,7 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
     downloads, shown = logging.getLogger("reference_models"), logging.StreamHandler()
     downloads.addHandler(shown)
     downloads.setLevel(logging.INFO)
+    ticker.visible = True
     try:
         return main(None)
     except user_errors as error:

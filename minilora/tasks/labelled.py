@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minilora import ticker
 from minilora.data.pictures.loader import epoch_order, in_order, train_keys
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.task import DataTask
@@ -110,7 +111,8 @@ class Labelled(DataTask):
         label, index, valid."""
         training, rows = self.model.training, []
         self.model.to(self.device).eval()
-        for batch in self.read(part, self.eval_batches(part)):
+        batches = self.eval_batches(part)
+        for batch in ticker.through(self.read(part, batches), f"encoding {part}, batches", len(batches)):
             with autocast(self.device, self.amp):
                 features = {name: column.float().cpu() for name, column in self.encoded(batch).items()}
             rows.append(features | {key: batch[key] for key in ("label", "index", "valid")})

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minilora import ticker
 from minilora.adapter import load_adapter
 from minilora.errors import UserError
 from minilora.report.samples import Example
@@ -118,10 +119,10 @@ class Run(ABC):
         """The model's answer to such a batch, (n, K)."""
         return self.predictor.logits(self.model, batch)
 
-    def answers(self, loader: Iterable[dict], amp: str) -> NamedTuple:
-        """The model's answers to all rows of `loader`."""
+    def answers(self, loader: Iterable[dict], amp: str, total: int) -> NamedTuple:
+        """The model's answers to all rows of `loader`, which has `total` batches."""
         with autocast(self.device, amp):
-            return self.predictor.predict(self.model, loader)
+            return self.predictor.predict(self.model, ticker.through(loader, "evaluation, batches", total))
 
     def base_model(self, weights: str | dict | None = None) -> nn.Module:
         """The model before training, with a random head."""

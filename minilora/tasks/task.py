@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from minilora import ticker
 from minilora.atomic import write_json
 from minilora.settings.flags import Config
 from minilora.tasks.predictor import Predictor
@@ -103,8 +104,12 @@ class DataTask(ABC):
 
     def predictions(self, model: nn.Module, part: str) -> NamedTuple:
         """The model's answers to every row of a part; several processes share the work."""
-        columns = gathered(self.eval_batches(part), lambda mine: self.predictor.predict(model, self.loader(part, mine)))
-        return self.predictor.kind(*columns)
+
+        def answer(mine: list[list[int]]) -> NamedTuple:
+            batches = ticker.through(self.loader(part, mine), f"{part}, batches", len(mine))
+            return self.predictor.predict(model, batches)
+
+        return self.predictor.kind(*gathered(self.eval_batches(part), answer))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.scores(self.predictions(model, "val"), "val")

@@ -14,6 +14,7 @@ import torch
 
 from minilora.atomic import atomic_write
 from minilora.errors import RunError
+from minilora.ticker import clock, terminal_bar
 from minilora.training.distributed import is_main
 from minilora.training.state import TrainState
 
@@ -25,12 +26,6 @@ def peak_memory_mb(device: torch.device) -> float:
     # ru_maxrss is in bytes on macOS, in KiB elsewhere
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss"""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def finite_or_none(value: object) -> object:
@@ -73,12 +68,7 @@ class Progress:
         """Starts the epoch's clock, and the bar where there is one."""
         self.title, self.steps = f"epoch {state.epoch + 1}/{epochs}", 0
         self.started, self.before = time.perf_counter(), state.seconds
-        if is_main() and sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=steps, desc=self.title, leave=False, dynamic_ncols=True)
+        self.bar = terminal_bar(self.title, steps) if is_main() else None
 
     def step(self, state: TrainState, total_steps: int) -> None:
         """After an optimizer step: takes the time; every log_interval-th time logs

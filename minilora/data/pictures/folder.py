@@ -9,13 +9,14 @@ Listing opens no picture, so that a folder of 100,000 files is there in a second
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
+from minilora import ticker
 from minilora.data.json_file import read_json
 from minilora.data.pictures.images import inside, is_picture, open_image
 from minilora.errors import UserError
@@ -93,7 +94,10 @@ def list_pictures(folder: str | os.PathLike, root: str | os.PathLike | None = No
     """Paths of the pictures below `folder`, relative to it, sorted. Links that leave `root`
     raise UserError."""
     folder, root = os.fspath(folder), os.fspath(root or folder)
-    found: list[str] = []
+    return sorted(ticker.through(_pictures_below(folder, root), f"listing {folder}, pictures"))
+
+
+def _pictures_below(folder: str, root: str) -> Iterator[str]:
     # a folder and the real paths above it, to notice loops
     queue = [("", (os.path.realpath(folder),))]
     while queue:
@@ -112,8 +116,7 @@ def list_pictures(folder: str | os.PathLike, root: str | os.PathLike | None = No
                 if real not in above:
                     queue.append((f"{prefix}{entry.name}/", (*above, real)))
             elif is_picture(entry.name):
-                found.append(prefix + entry.name)
-    return sorted(found)
+                yield prefix + entry.name
 
 
 def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict[str, dict]]:
@@ -182,7 +185,8 @@ def has_class_folders(root: Path) -> bool:
 def _class_folders(folder: Path, root: Path) -> dict[str, list[str]]:
     """class folder -> its pictures; an empty class is an error."""
     found = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in ticker.through(entries, f"listing {folder}, classes"):
         if entry.is_symlink() and not inside(entry.path, root):
             raise UserError(f"{entry.path}: link to outside the data folder {root}; copy the files into it")
         if entry.is_dir() and not entry.name.startswith((".", "__")):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
 
+from minilora import ticker
 from minilora.data.json_file import read_json
 from minilora.data.pictures.folder import Sample, Split, existing_path, list_pictures
 from minilora.errors import UserError
@@ -162,7 +163,7 @@ def read_part(
     asked = records(questions, "questions", {"question_id": int, "image_id": int, "question": str})
     known = {} if annotations is None else by_id(annotations)
     faults, kept = Faults(bad_data), []
-    for record in asked:
+    for record in ticker.through(asked, f"reading {questions}, questions"):
         number = record["question_id"]
         if not record["question"].strip():
             faults.add(f"{questions}: question {number} is empty", "empty questions")

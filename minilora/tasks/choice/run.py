@@ -89,8 +89,9 @@ class ChoiceRun(TextRun):
         (split, source), prompt = self.split(options), self.prompt
         dataset = ChoiceDataset(split, prompt.of_split(split), self.preprocess, bad_data=options.bad_data)
         collate = choice_collate(self.tokenizer.pad_id)
-        loader = make_loader(dataset, in_order(len(split), options.batch_size), options.workers, collate_fn=collate)
-        return evaluation(self.answers(loader, options.amp), split, source, prompt.note())
+        batches = in_order(len(split), options.batch_size)
+        loader = make_loader(dataset, batches, options.workers, collate_fn=collate)
+        return evaluation(self.answers(loader, options.amp, len(batches)), split, source, prompt.note())
 
     def split(self, options: Any) -> tuple[ChoiceSplit, str]:
         """--data-dir and --split as questions, with their format; the data of the training where

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minilora import ticker
 from minilora.data.pictures.folder import Sample, Split, Splits
 from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
@@ -141,7 +142,8 @@ def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> Spli
 def predict_split(model: nn.Module, split: Split, preprocess: dict, options: Any, device: torch.device) -> Predictions:
     """The model's answers to a split, in its order."""
     dataset = PictureDataset(split, preprocess, bad_data=options.bad_data)
-    loader = make_loader(dataset, in_order(len(split), options.batch_size), options.workers)
+    batches = in_order(len(split), options.batch_size)
+    loader = ticker.through(make_loader(dataset, batches, options.workers), "evaluation, batches", len(batches))
     with autocast(device, options.amp):
         return ClassifyPredictor(device).predict(model, loader)
 

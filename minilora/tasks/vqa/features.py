@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora import ticker
 from minilora.data.pictures.loader import in_order
 from minilora.data.questions.vqa_batches import VQADataset, distinct, vqa_loader
 from minilora.errors import UserError
@@ -66,7 +67,8 @@ class FeatureCache:
         first = np.unique(data.picture, return_index=True)[1]
         batches = [first[rows].tolist() for rows in in_order(len(first), 2 * task.config.batch_size)]
         place, parts, valid = [], [], []
-        for batch in vqa_loader(data, batches, None, task.workers):
+        loader = vqa_loader(data, batches, None, task.workers)
+        for batch in ticker.through(loader, "encoding pictures, batches", len(batches)):
             parts.append(task.model.encode_image(batch["image"].to(task.device)).float().cpu())
             place.append(batch["picture"])
             valid.append(batch["valid"])
@@ -81,7 +83,8 @@ class FeatureCache:
         task, texts = self.task, data.texts
         order = np.argsort([len(ids) for ids in texts.ids], kind="stable")
         parts = []
-        for rows in in_order(len(order), 4 * task.config.batch_size):
+        batches = in_order(len(order), 4 * task.config.batch_size)
+        for rows in ticker.through(batches, "encoding texts, batches"):
             inputs = to_device(texts.padded(order[rows].tolist()), task.device)
             parts.append(task.model.encode_text(**inputs).float().cpu())
         return torch.cat(parts)[torch.from_numpy(np.argsort(order))]

@@ -98,7 +98,7 @@ class VQARun(TextRun):
 
     def in_order(self, loader: Iterable[dict], batches: list[list[int]], amp: str) -> BestAnswers:
         """The answers in the order of the questions."""
-        return BestAnswers(*in_item_order(batches, self.answers(loader, amp)))
+        return BestAnswers(*in_item_order(batches, self.answers(loader, amp, len(batches))))
 
     def dataset(self, part: VQAPart, bad_data: str) -> VQADataset:
         texts = Texts(part.questions, self.tokenizer, self.limit)
