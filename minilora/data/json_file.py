@@ -15,13 +15,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
+        where = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise UserError(f"{path}: cannot be read: not UTF-8: {where}") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: broken json at {where}: {error.msg}") from None
+        raise UserError(f"{path}: cannot be read: broken json at {where}: {error.msg}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:
-        raise UserError(f"{path}: broken json: nested too deep") from None
+        raise UserError(f"{path}: cannot be read: broken json: nested too deep") from None
     except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: broken json: {error}") from None
+        raise UserError(f"{path}: cannot be read: broken json: {error}") from None

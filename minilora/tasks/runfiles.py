@@ -1,26 +1,18 @@
 """The small files of a run, read as data from a stranger and checked before use: labels.json,
 preprocess.json and summary.json."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from minilora.data.json_file import read_json
 from minilora.errors import UserError
 from minilora.tasks.weights import weights_sha256
 
 RESIZES = ("squash", "shortest")
 NUMBERS = ("best", "test", "parameters")  # parts of summary.json that hold numbers
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of a run; UserError names a file that is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def read_labels(run_dir: Path) -> tuple[list[str], list[str]]:
