@@ -21,7 +21,7 @@ from minilora import ticker
 from minilora.adapter import export_adapter
 from minilora.atomic import atomic_write, write_json, write_png
 from minilora.commands.compression import check_pruning, compression_report, latency
-from minilora.commands.results import attention_figures, report_data, run_row
+from minilora.commands.results import attention_figures, report_data, run_row, zero_shot_row
 from minilora.errors import UserError
 from minilora.inject import merge_lora
 from minilora.report.page import write_report
@@ -32,7 +32,7 @@ from minilora.settings import exit_codes as cli
 from minilora.settings.checks_evaluate import check
 from minilora.settings.flags import Config
 from minilora.settings.flags_evaluate import EvalConfig
-from minilora.settings.parse import Parser
+from minilora.settings.parse import Parser, check_prompt
 from minilora.tasks.load import load_run, task_module
 from minilora.tasks.run import Evaluation, Run
 from minilora.training.device import choose_device
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"the runs are of different tasks ({', '.join(f'{r.name} {r.task}' for r in runs)}); compare those of one"
         )
+    for run in runs if options.classes else ():
+        run.name_classes(options.classes)
     if options.image:
         return answer(runs[0], options)
     check_pruning(runs, options, typed)
@@ -74,6 +76,7 @@ def score_base_model(options: EvalConfig, device: torch.device) -> int:
         raise UserError("name a run directory, or a base model with --model, --weights and --data-dir")
     names = ("task", "model", "weights", "tokenizer", "data_dir", "data_format", "image_size", "prompt", "bad_data")
     config = Config(**{name: getattr(options, name) for name in names})
+    check_prompt(config.task, config.prompt)
     print(task_module(config.task, "run").zero_shot(config, options, device))
     return 0
 
@@ -95,15 +98,18 @@ def score(runs: list[Run], options: EvalConfig) -> None:
     evaluations = [run.evaluate(options) for run in runs]
     for run, evaluation in zip(runs, evaluations, strict=True):
         print(f"{run.path} ({run.config.mode}, {run.config.model})\n{evaluation.text}")
-    if len(runs) > 1:
-        print(comparison_table([run_row(run, e) for run, e in zip(runs, evaluations, strict=True)]))
+    rows = [run_row(run, e) for run, e in zip(runs, evaluations, strict=True)]
+    if base := runs[0].untrained(options):
+        rows.insert(0, zero_shot_row(runs[0], base))
+    if len(rows) > 1:
+        print(comparison_table(rows))
     first = evaluations[0]
     if options.predictions:
         write_csv(options.predictions, first.header, first.rows)
     if options.submission:
         write_submission(options.submission, first)
     if options.report:
-        write_report(report_data(runs, evaluations, options), options.report)
+        write_report(report_data(runs, evaluations, options, rows), options.report)
         print(f"wrote {options.report}")
 
 
@@ -146,7 +152,7 @@ def export(run: Run, options: EvalConfig) -> None:
     if options.merge_to:
         run.model.labels = run.labels
         save_pretrained(merge_lora(run.model), options.merge_to, layout=options.layout)
-        if run.task == "choice":
+        if getattr(run, "tokenizer", None) and run.task != "vqa":
             run.tokenizer.save(options.merge_to)
         print(f"wrote {options.merge_to}")
 

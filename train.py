@@ -16,7 +16,7 @@ import torch
 
 from minilora.commands.dryrun import describe_plan
 from minilora.commands.listing import print_lists
-from minilora.commands.results import method_line, next_commands, result_line, write_results
+from minilora.commands.results import method_line, next_commands, result_line, write_results, zero_shot_line
 from minilora.errors import UserError
 from minilora.inject import count_parameters
 from minilora.settings import exit_codes as cli
@@ -57,6 +57,8 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     trainer = Trainer(task, options, run_dir, device)
     for line in (*task.data_lines(), str(count_parameters(task.model)), method_line(config, options, device)):
         trainer.progress.log(line)
+    if zero_shot := task.zero_shot():
+        trainer.progress.log(zero_shot_line(zero_shot, len(task.labels)))
     try:
         result = trainer.fit()
     except Interrupted:
@@ -67,7 +69,7 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     test = task.test(task.model)
     trainer.progress.log(result_line(result, test, task.metric))
     if distributed.is_main():
-        write_results(task, run_dir, result, test, device)
+        write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)
         print(*next_commands(run_dir, config), sep="\n")
     return 0
 

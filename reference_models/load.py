@@ -54,8 +54,7 @@ def list_models() -> list[str]:
 
 
 def config_for(name: str):
-    """The configuration that belongs to a model name; ModelError with the nearest
-    names where there is none."""
+    """The configuration of a model name; ModelError with the nearest names where there is none."""
     for family in FAMILIES:
         if (config := family_module(family).config_for(name)) is not None:
             return config
@@ -63,6 +62,12 @@ def config_for(name: str):
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     hint = "no such folder, and a name has no slash (weights of the hub are hf:org/name); " if "/" in name else hint
     raise ModelError(f"unknown model {name!r}; {hint}list_models(), train.py --list-models name them all")
+
+
+def config_of(name_or_dir: str | Path):
+    """The configuration of a model name or of a checkpoint's directory; ModelError for neither."""
+    path = Path(name_or_dir)
+    return _described(_config_file(path), path, None) if path.is_dir() else config_for(str(name_or_dir))
 
 
 def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.Module:
@@ -207,15 +212,13 @@ def _resolve(source: str | Path) -> Path:
 
 
 def _config_file(path: Path) -> dict:
-    """config.json of a checkpoint's directory, else open_clip_config.json, else
-    nothing; a lone file has none."""
+    """config.json of a checkpoint's directory, else open_clip_config.json; a lone file has none."""
     files = [path / name for name in ("config.json", "open_clip_config.json")] if path.is_dir() else []
     return next((read_json(file) for file in files if file.exists()), {})
 
 
 def _described(data: dict, folder: Path, wanted):
-    """The configuration of a checkpoint: from config.json where there is one,
-    else from the model's name."""
+    """The configuration of a checkpoint: from its config.json, else from the model's name."""
     if "minilora" in data:
         described = saved_config(data["minilora"], folder / "config.json", wanted)
     else:
@@ -234,8 +237,7 @@ def _described(data: dict, folder: Path, wanted):
 
 
 def saved_config(saved: dict, file: Path | str, base=None):
-    """The configuration that `dataclasses.asdict` made `saved` of; what it
-    lacks comes from `base`."""
+    """The configuration that asdict made `saved` of; what it lacks comes from `base`."""
     family = saved.get("family")
     if family not in FAMILIES:
         raise ModelError(f"{file}: minilora.family is {family!r}, not one of {', '.join(FAMILIES)}")

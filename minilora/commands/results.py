@@ -41,6 +41,12 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
     return line
 
 
+def zero_shot_line(scores: dict[str, float], classes: int) -> str:
+    """What the model knew before the first step, in one line."""
+    test = f", test {scores['test_accuracy']:.4f}" * ("test_accuracy" in scores)
+    return f"zero-shot, before the first step: accuracy {scores['accuracy']:.4f}{test} (chance {1 / classes:.4f})"
+
+
 def result_line(result: dict, test: dict | None, metric: str) -> str:
     """What came out, in one line."""
     line = f"result: {metric} {result['best'][metric]:.4f} (epoch {result['best']['epoch']})"
@@ -73,6 +79,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "metric": task.metric,
         "best": result["best"],
         "final": result["final"],
+        "zero_shot": result.get("zero_shot"),
         "test": test and {key: finite_or_none(value) for key, value in test.items()},
         "parameters": {"trainable": counts.trainable, "total": counts.total},
         **{key: result[key] for key in ("steps", "seconds", "images_per_second", "peak_memory_mb")},
@@ -99,6 +106,14 @@ def run_row(run: Run, evaluation: Evaluation | None = None) -> RunRow:
     return summary_row(run.path, run.config, run.summary, scores)
 
 
+def zero_shot_row(run: Run, evaluation: Evaluation) -> RunRow:
+    """The line of a run's base model, of which nothing is trained."""
+    scores = evaluation.scores or {}
+    kept = {key: scores.get(key) for key in ("accuracy", "precision", "recall", "f1")}
+    total = count_parameters(run.model).total - count_parameters(run.model).trainable * (run.config.mode == "lora")
+    return RunRow("zero-shot", "none", model=str(run.config.model), trainable=0, total=total, **kept)
+
+
 def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dict | None = None) -> RunRow:
     """The same line from the files of a run alone; `scores` win over those of its best epoch."""
     best, counts, scores = summary.get("best") or {}, summary.get("parameters") or {}, scores or {}
@@ -120,8 +135,11 @@ def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dic
     )
 
 
-def report_data(runs: list[Run], evaluations: list[Evaluation], options: Any) -> ReportData:
-    """Everything the page shows of one run, or of several side by side (pictures: of the first)."""
+def report_data(
+    runs: list[Run], evaluations: list[Evaluation], options: Any, rows: list[RunRow] | None = None
+) -> ReportData:
+    """Everything the page shows of one run, or of several side by side (pictures: of the first).
+    rows: the lines of the comparison, where there are more than one for each run."""
     run, first = runs[0], evaluations[0]
     counts = count_parameters(run.model)
     facts = {}
@@ -134,7 +152,7 @@ def report_data(runs: list[Run], evaluations: list[Evaluation], options: Any) ->
         title=" and ".join(r.name for r in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
         subtitle=f"{run.config.task}, {run.config.model}, mode {run.config.mode}",
         facts=facts,
-        runs=[run_row(r, e) for r, e in zip(runs, evaluations, strict=True)],
+        runs=rows or [run_row(r, e) for r, e in zip(runs, evaluations, strict=True)],
         curves={r.name: r.path / "metrics.jsonl" for r in runs},
         metrics=first.metrics,
         vqa=first.vqa,

@@ -99,8 +99,9 @@ def _read(path: Path, fmt: str, check_files: bool) -> Splits:
 
 def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
     """The same pictures with labels numbered as in `classes` (of an earlier run)."""
-    number = {name: i for i, name in enumerate(classes)}
-    new = [number.get(name, number.get(key)) for name, key in zip(splits.classes, splits.keys, strict=True)]
+    number = {spelled(name): i for i, name in enumerate(classes)} | {name: i for i, name in enumerate(classes)}
+    names = zip(splits.classes, splits.keys, strict=True)
+    new = [next((number[one] for one in (name, key, spelled(name)) if one in number), None) for name, key in names]
     if None in new:
         unknown = splits.keys[new.index(None)]
         raise UserError(f"{data_dir}: class {unknown!r} is not a class of this run ({', '.join(classes[:8])} ...)")
@@ -111,6 +112,11 @@ def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
         return split
 
     return Splits(again(splits.train), again(splits.val), again(splits.test), classes, list(classes), splits.info)
+
+
+def spelled(name: str) -> str:
+    """A class name as words in small letters, so that Border_terrier is "border terrier"."""
+    return " ".join(name.replace("_", " ").split()).casefold()
 
 
 def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir) -> tuple[Split, Split]:

@@ -14,10 +14,12 @@ from minilora.settings.values import option
 MACHINE = {"device", "amp", "batch_size", "workers"}  # how it is computed, not what
 # of a base model: a run knows its own
 BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt"}
-ZERO_SHOT = BASE_MODEL | MACHINE | {"weights", "data_dir", "data_format", "split", "bad_data"}
-PICTURES = MACHINE | {"image", "question", "choices", "weights"}  # what `--image` is answered with
+ZERO_SHOT = BASE_MODEL | MACHINE | {"classes", "weights", "data_dir", "data_format", "split", "bad_data"}
+# what `--image` is answered with
+PICTURES = MACHINE | {"image", "question", "choices", "classes", "weights"}
 OF_ONE_RUN = ("image", "predictions", "submission", "merge_to", "export_adapter")
 NEEDS = {"question": ("image",), "choices": ("image",), "per_head": ("attention",)}
+NEEDS |= {"classes": ("image", "data_dir")}
 NEEDS |= {"layout": ("merge_to", "export_adapter")}
 
 

@@ -13,6 +13,7 @@ FORMATS = ("auto", "folder", "csv", "vqa2", "visual7w", "scpc", "shapes", "shard
 MODES = ("lora", "full", "linear")
 AMP = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "plateau", "constant")
+HEADS = ("names", "linear")
 BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
 DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 1e-2}  # where --lr is not given, by --mode
@@ -57,7 +58,7 @@ def rules(table: type) -> dict[str, Rule]:
 
 
 W, M, O, I, S, C, R = "what", "method", "optimiser", "input", "speed", "compression", "run"
-T = "text, for --task vqa and --task choice"
+T = "text: questions, choices, class names"
 
 
 # fmt: off
@@ -71,7 +72,7 @@ class Config:
     model: Any = flag(W, None, "see --list-models", towers=True, meta="NAME", shown="a bundled nano model")
     weights: Any = flag(W, None, "file, folder, hf:org/name, or none (random)", towers=True, meta="PATH",
         shown="bundled")
-    tokenizer: str = flag(W, None, "vocabulary", tasks=TEXT, meta="PATH",
+    tokenizer: str = flag(W, None, "vocabulary; classify: of the class names", meta="PATH",
         shown="what lies beside the weights")
     adapter: str = flag(W, None, "start from this adapter: a run's, or one of PEFT's", meta="DIR")
     data_dir: str = flag(W, None, "the data set: folder or table", meta="DIR", shown="generated shapes")
@@ -80,6 +81,8 @@ class Config:
     dry_run: bool = flag(W, False, "say what would be trained, on what, for how long; train nothing", bool)
 
     mode: str = flag(M, "lora", "train adapters and head, everything, or the head alone", choices=MODES)
+    head: str = flag(M, None, "class names as sentences, or a new linear layer", choices=HEADS, tasks=("classify",),
+        shown="names for a CLIP, else linear")
     lora_r: Any = flag(M, 8, "rank of the update", int, low=1, high=65536, towers=True)
     lora_alpha: Any = flag(M, 16.0, "the update is scaled by alpha / r", float, above=0, towers=True)
     lora_dropout: float = flag(M, 0.0, "dropout of the update's input", float, low=0, below=1)
@@ -125,8 +128,9 @@ class Config:
         tasks=("vqa",))
     soft_targets: bool = flag(T, False, "vqa: learn from all ten people's answers, one by one", bool,
         tasks=("vqa",))
-    prompt: str = flag(T, None, "choice: how a choice becomes a sentence", tasks=("choice",), meta="TEXT",
-        shown="Question: {question} Answer: {choice}")
+    prompt: Any = flag(T, None, "how a choice or class becomes a sentence; for classes several", many=True,
+        tasks=("classify", "choice"), meta="TEXT",
+        shown="Question: {question} Answer: {choice}, or: a photo of a {}.")
 
     amp: str = flag(S, "auto", "precision; auto: bf16 or fp16 on a GPU, fp32 on a CPU", choices=AMP)
     base_dtype: str = flag(S, "fp32", "how frozen weights are stored", choices=AMP[1:])

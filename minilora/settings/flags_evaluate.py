@@ -23,6 +23,9 @@ class EvalConfig:
     amp: str = flag(D, "fp32", "precision", choices=AMP[1:])
     weights: Any = flag(D, None, "where the base weights are now", towers=True, meta="PATH", shown="as in the run")
 
+    classes: Any = flag(D, None, "other class names, for --head names and zero-shot", many=True, tasks=("classify",),
+        meta="TEXT", shown="the run's")
+
     predictions: str = flag(O, None, "a row per picture: file,label,probability and the next four", meta="FILE.csv")
     submission: str = flag(O, None, "answers alone, as a competition wants them", meta="FILE.csv")
     report: str = flag(O, None, "one self-contained page; several runs: side by side", meta="FILE.html")
@@ -46,7 +49,8 @@ class EvalConfig:
 
     task: str = flag(B, "classify", "what to score", choices=TASKS)
     model: Any = flag(B, None, "a name of train.py --list-models, or a folder", towers=True, meta="NAME")
-    tokenizer: str = flag(B, None, "vocabulary", tasks=("vqa", "choice"), meta="PATH")
+    tokenizer: str = flag(B, None, "vocabulary", meta="PATH")
     image_size: int = flag(B, None, "side in pixels", int, low=8, high=2048, shown="as the model was trained")
-    prompt: str = flag(B, None, "how a choice or class becomes a sentence", tasks=("classify", "choice"), meta="TEXT")
+    prompt: Any = flag(B, None, "how a choice or class becomes a sentence", many=True, tasks=("classify", "choice"),
+        meta="TEXT")
 # fmt: on

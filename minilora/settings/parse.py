@@ -176,8 +176,7 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         raise UserError("--base-dtype is for frozen weights, but --mode full trains all of them; use --amp alone")
     if config.base_dtype != "fp32" and config.amp not in ("auto", config.base_dtype):
         raise UserError(f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}")
-    if config.prompt and not ("{question}" in config.prompt and "{choice}" in config.prompt):
-        raise UserError(f"--prompt must contain {{question}} and {{choice}}, got {config.prompt!r}")
+    check_prompt(config.task, config.prompt)
     if config.cache_features and config.mode != "linear" and config.task != "vqa":
         raise UserError(
             f"--cache-features keeps what a frozen encoder says of each picture, but --mode {config.mode} changes the "
@@ -188,6 +187,18 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
             f"--cache-features encodes each picture once, but --augment {config.augment} changes it in every epoch; "
             "use --augment none"
         )
+
+
+def check_prompt(task: str, prompt: str | tuple[str, ...] | None) -> None:
+    """UserError for a --prompt without the places that the task fills in."""
+    templates = (prompt,) if isinstance(prompt, str) else prompt or ()
+    if task == "choice" and len(templates) > 1:
+        raise UserError(f"--prompt: --task choice takes one text, got {len(templates)}")
+    for text in templates:
+        if task == "choice" and not ("{question}" in text and "{choice}" in text):
+            raise UserError(f"--prompt must contain {{question}} and {{choice}}, got {text!r}")
+        if task == "classify" and text.count("{}") != 1:
+            raise UserError(f"--prompt {text!r}: for class names it must contain {{}} once, as in 'a photo of a {{}}.'")
 
 
 def check_device(device: str) -> None:

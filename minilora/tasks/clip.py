@@ -1,17 +1,29 @@
-"""A CLIP and its tokenizer: where the tokenizer is, and whether the two belong together."""
+"""A CLIP and its tokenizer: where the tokenizer is, whether the two belong together, and what
+choice and class names share.
+
+logits = exp(logit_scale) * cos(picture, text)
+"""
 
 import os
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.tasks.method import one_value
-from minilora.tasks.weights import RANDOM, find_weights, load_base, named, own_weights, tokenizer_beside
-from reference_models.load import config_for
+from minilora.tasks.weights import RANDOM, find_weights, load_base, named, own_weights, restoring, tokenizer_beside
+from reference_models.load import config_for, config_of
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
-NO_CLIP = "--model {} is no CLIP; --task choice needs one, such as clip-nano or clip-vit-b-32"
+NO_CLIP = "--model {} is no CLIP; {} needs one, such as clip-nano or clip-vit-b-32"
+NEEDS = {"choice": "--task choice", "classify": "--head names"}
+
+
+def is_clip(config: Config) -> bool:
+    """Whether --model compares pictures with texts; ModelError for a name that does not exist."""
+    return hasattr(config_of(one_value(config, "model")), "text_dim")
 
 
 def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
@@ -22,9 +34,16 @@ def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     sizes = text_sizes(name, weights, tokenizer)
     model, record = load_base(name, weights, config.seed, None, config.image_size, **sizes)
     if not hasattr(model, "text_projection"):
-        raise UserError(NO_CLIP.format(name))
+        raise UserError(NO_CLIP.format(name, NEEDS[config.task]))
     check_tokenizer(model, tokenizer)
     return model, record, tokenizer
+
+
+def restore_clip(config: Config, source: str | None, tokenizer: Tokenizer) -> tuple[nn.Module, dict]:
+    """The base model of a run from its weights, and their record."""
+    sizes = text_sizes(config.model, source, tokenizer)
+    with restoring([source]):
+        return load_base(config.model, source, config.seed, None, config.image_size, **sizes)
 
 
 def find_tokenizer(config: Config) -> Tokenizer:
@@ -37,7 +56,7 @@ def find_tokenizer(config: Config) -> Tokenizer:
     if folder is None:
         # nobody should look for the tokenizer of a model that reads no texts
         if not os.path.isdir(name) and config_for(name).family != "clip":
-            raise UserError(NO_CLIP.format(name))
+            raise UserError(NO_CLIP.format(name, NEEDS[config.task]))
         where = f"beside {source}" if source else f"bundled for {name}"
         raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder")
     return load_tokenizer(folder)
@@ -49,6 +68,11 @@ def text_sizes(name: str, weights: str | None, tokenizer: Tokenizer) -> dict[str
     if weights != RANDOM or not name.startswith("clip-"):
         return {}
     return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
+
+
+def text_limit(model: nn.Module, tokenizer: Tokenizer) -> int:
+    """The longest text in tokens."""
+    return min(tokenizer.max_length, model.config.context)
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
@@ -67,3 +91,27 @@ def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
             f"--tokenizer ends texts with token {tokenizer.eos_id}, {config.name} looks for {wanted}; it belongs to "
             "another model"
         )
+
+
+def compile_towers(model: nn.Module) -> None:
+    """--compile: the loss calls the towers, never the whole."""
+    for tower in (model.vision, model.text):
+        tower.pooled = torch.compile(tower.pooled)
+
+
+def frozen(tower: nn.Module) -> bool:
+    """Whether nothing in a tower is trained."""
+    return not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def full(x: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cosine_logits(model: nn.Module, image: Tensor, text: Tensor) -> Tensor:
+    """exp(logit_scale) * cosine of pictures (B, e) with texts (K, e), or (B, K, e) of their own:
+    (B, K). At full precision: 100 times a cosine has no room in half of it."""
+    with torch.autocast(image.device.type, enabled=False):
+        image, text = F.normalize(full(image), dim=-1), F.normalize(full(text), dim=-1)
+        return model.logit_scale.exp() * torch.einsum("be,ke->bk" if text.ndim == 2 else "be,bke->bk", image, text)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -28,11 +29,16 @@ class Predictor(ABC):
     def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
         """The columns of `kind` for the B rows of a batch; logits (B, K) float32."""
 
+    def keeping(self, model: nn.Module) -> AbstractContextManager:
+        """Inside, what does not depend on the batch may be computed once."""
+        return nullcontext()
+
     @torch.no_grad()
     def predict(self, model: nn.Module, loader: Iterable[dict]) -> NamedTuple:
         """The answers to every row of `loader`, in its order."""
         parts = []
-        for batch in loader:
-            logits = self.logits(model, to_device(batch, self.device)).float()
-            parts.append(self.columns(logits, batch))
+        with self.keeping(model):
+            for batch in loader:
+                logits = self.logits(model, to_device(batch, self.device)).float()
+                parts.append(self.columns(logits, batch))
         return self.kind(*(np.concatenate(column) for column in zip(*parts, strict=True)))

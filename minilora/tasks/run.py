@@ -103,6 +103,14 @@ class Run(ABC):
     def evaluate(self, options: Any) -> Evaluation:
         """The answers to the part of the data that the flags of evaluate.py name."""
 
+    def name_classes(self, classes: Sequence[str]) -> None:
+        """Give the classes new names, which are sentences; UserError where they are none."""
+        raise UserError(f"--classes: the classes of {self.name} are no sentences; it needs a run with --head names")
+
+    def untrained(self, options: Any) -> Evaluation | None:
+        """The answers of the base model to the same part; None where it has none to give."""
+        return None
+
     @abstractmethod
     def batch(self, n: int, options: Any) -> dict:
         """n items of that part, of as many kinds as there are, on the run's device."""

@@ -12,7 +12,7 @@ from minilora.errors import UserError
 from minilora.tasks.weights import weights_sha256
 
 RESIZES = ("squash", "shortest")
-NUMBERS = ("best", "test", "parameters")  # parts of summary.json that hold numbers
+NUMBERS = ("best", "test", "zero_shot", "parameters")  # parts of summary.json that hold numbers
 
 
 def read_labels(run_dir: Path) -> tuple[list[str], list[str]]:

@@ -49,6 +49,10 @@ class Task(Protocol):
     def test(self, model: nn.Module) -> dict[str, float] | None:
         """The same on the test data; None where there are none."""
 
+    def zero_shot(self) -> dict[str, float] | None:
+        """{"accuracy", "test_accuracy"} of a model that answers before any training; None for
+        one that cannot."""
+
     def describe(self, batch: dict) -> str:
         """The files in the batch, for messages."""
 
@@ -119,6 +123,9 @@ class DataTask(ABC):
             return None
         with autocast(self.device, self.amp):
             return self.scores(self.predictions(model.eval(), "test"), "test")
+
+    def zero_shot(self) -> dict[str, float] | None:
+        return None
 
     def describe(self, batch: dict) -> str:
         files = list(dict.fromkeys(self.file_of(row) for row in batch["index"].tolist()))

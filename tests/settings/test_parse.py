@@ -91,7 +91,7 @@ def test_a_switch_of_the_recipe_can_be_switched_off():
         ("--epochs", "--epochs needs a value"),
         ("stray", "belongs to no flag"),
         ("--num-answers 10", "does not apply to --task classify; it belongs to --task vqa"),
-        ("--task vqa --prompt {question}{choice}", "it belongs to --task choice"),
+        ("--task vqa --prompt {question}{choice}", "it belongs to --task classify and --task choice"),
         ("--task choice --prompt Hello", "must contain {question} and {choice}"),
         ("--mode linear --lora-r 4", "no effect with --mode linear"),
         ("--mode linear --head-lr 1", "--lr is the head's learning rate"),

@@ -24,11 +24,10 @@ from minilora.report.tables import text_table
 from minilora.settings.flags import Config
 from minilora.tasks.choice.task import ChoicePredictor, accuracy_by_type, open_data
 from minilora.tasks.choice.text import ChoicePrompt
-from minilora.tasks.clip import check_tokenizer, load_clip, text_sizes
+from minilora.tasks.clip import check_tokenizer, load_clip, restore_clip
 from minilora.tasks.labelled import Predictions
 from minilora.tasks.method import resolve
 from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers
-from minilora.tasks.weights import load_base, restoring
 from minilora.training.device import to_device
 
 
@@ -56,10 +55,7 @@ class ChoiceRun(TextRun):
         return ChoicePrompt(self.tokenizer, self.config, self.model.config.context)
 
     def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
-        config, source = self.config, weights or self.base.get("weights") or self.config.weights
-        sizes = text_sizes(config.model, source, self.tokenizer)
-        with restoring([source]):
-            return load_base(config.model, source, config.seed, None, config.image_size, **sizes)
+        return restore_clip(self.config, weights or self.base.get("weights") or self.config.weights, self.tokenizer)
 
     def check(self) -> None:
         check_tokenizer(self.model, self.tokenizer)

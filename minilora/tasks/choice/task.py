@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.loader import make_loader
@@ -19,7 +18,7 @@ from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits
 from minilora.settings.flags import Config
 from minilora.tasks.choice.text import ChoicePrompt
-from minilora.tasks.clip import load_clip
+from minilora.tasks.clip import compile_towers, cosine_logits, load_clip
 from minilora.tasks.labelled import Labelled, LabelledPredictor, Predictions
 from minilora.tasks.method import make_trainable, resolve
 from minilora.tasks.teacher import teacher_names
@@ -40,9 +39,8 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
     teacher_names(config, LETTERS[: len(splits.train[0].choices)])
     model, record, tokenizer = load_clip(config)
     make_trainable(model, config, model.head_modules if config.mode == "linear" else ())
-    if config.compile:  # the loss calls the towers, never the whole
-        model.vision.compile()
-        model.text.compile()
+    if config.compile:
+        compile_towers(model)
     return Choice(config, model, record, tokenizer, splits, torch.device(device))
 
 
@@ -59,13 +57,8 @@ class ChoicePredictor(LabelledPredictor):
         if "text_features" in batch:
             pooled, texts = batch["image_features"], batch["text_features"]
         else:
-            pooled, texts = model.vision(batch["image"])[batch["picture"]], pooled_texts(model, batch)
-        # (B, e), (B, C, e)
-        image, text = model.visual_projection(pooled), model.text_projection(texts)
-        # 100 times a cosine has no room in half precision
-        with torch.autocast(image.device.type, enabled=False):
-            image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-            return model.logit_scale.exp() * torch.einsum("be,bce->bc", image, text)
+            pooled, texts = model.vision.pooled(batch["image"])[batch["picture"]], pooled_texts(model, batch)
+        return cosine_logits(model, model.visual_projection(pooled), model.text_projection(texts))
 
 
 def pooled_texts(model: nn.Module, batch: dict) -> Tensor:
@@ -73,7 +66,7 @@ def pooled_texts(model: nn.Module, batch: dict) -> Tensor:
     ids = batch["input_ids"]
     if batch["share"] if share_prefix is None else share_prefix:
         return model.text.pooled_choices(ids)
-    return model.text(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+    return model.text.pooled(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
 
 
 def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]:
@@ -115,7 +108,7 @@ class Choice(Labelled):
 
     def encoded(self, batch: dict) -> dict[str, Tensor]:
         ids = {"input_ids": batch["input_ids"].to(self.device), "share": batch["share"]}
-        image = self.model.vision(batch["image"].to(self.device))[batch["picture"].to(self.device)]
+        image = self.model.vision.pooled(batch["image"].to(self.device))[batch["picture"].to(self.device)]
         # (B, d), (B, C, d)
         return {"image_features": image, "text_features": pooled_texts(self.model, ids)}
 

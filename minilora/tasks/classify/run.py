@@ -4,6 +4,8 @@ with its own head.
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,22 @@ from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
 from minilora.data.pictures.tables import LABEL_COLUMNS, find_tables, read_rows
 from minilora.data.pictures.transforms import build_transform
-from minilora.data.sets import unlabelled
+from minilora.data.sets import spelled, unlabelled
 from minilora.data.shards.files import check_geometry, is_shards
 from minilora.data.shards.pictures import ShardSplit
 from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics, format_metrics
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.settings.flags import Config
+from minilora.tasks.classify.prompts import NamesPredictor, check_names
 from minilora.tasks.classify.task import ClassifyPredictor, open_data
-from minilora.tasks.labelled import Predictions
+from minilora.tasks.clip import check_tokenizer, is_clip, load_clip, restore_clip
+from minilora.tasks.labelled import LabelledPredictor, Predictions
 from minilora.tasks.method import one_value
 from minilora.tasks.run import SHOWN, Evaluation, Run, choose_part, top_answers, top_cells, top_columns
 from minilora.tasks.weights import load_base, restoring
 from minilora.training.device import autocast, to_device
+from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 PARTS = ("train", "val", "test")
 
@@ -39,12 +44,35 @@ PARTS = ("train", "val", "test")
 class ClassifyRun(Run):
     """A trained classifier."""
 
-    @property
-    def predictor(self) -> ClassifyPredictor:
-        return ClassifyPredictor(self.device)
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the class names; None for a linear head."""
+        return load_tokenizer(self.path) if self.config.head == "names" else None
+
+    @cached_property
+    def predictor(self) -> LabelledPredictor:
+        if self.tokenizer is None:
+            return ClassifyPredictor(self.device)
+        check_tokenizer(self.model, self.tokenizer)
+        return NamesPredictor(self.device, self.model, self.tokenizer, self.labels, self.config.prompt)
+
+    def name_classes(self, classes: Sequence[str]) -> None:
+        if self.tokenizer is None:
+            return super().name_classes(classes)
+        check_names(classes, "--classes")
+        self.labels, self.keys = list(classes), list(classes)
+        self.__dict__.pop("predictor", None)  # that of the old names
+
+    def untrained(self, options: Any) -> Evaluation | None:
+        if self.tokenizer is None or self.config.mode == "full":
+            return None
+        base = replace(self, model=self.base_model(options.weights))
+        return base.evaluate(options)
 
     def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
         source, model = weights or self.base.get("weights") or self.config.weights, one_value(self.config, "model")
+        if self.tokenizer:
+            return restore_clip(self.config, source, self.tokenizer)
         if isinstance(source, dict):
             raise UserError(
                 f"--task {self.task} has one encoder, but its weights are named by tower: {source}; give one path"
@@ -58,22 +86,26 @@ class ClassifyRun(Run):
         """The top_k (label, probability) of each picture, most probable first. Raises BadImage
         for a broken file."""
         transform, answers = build_transform(self.preprocess), []
-        for start in range(0, len(pictures), batch_size):
-            images = [p if isinstance(p, Image.Image) else open_image(p) for p in pictures[start : start + batch_size]]
-            inputs = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
-            answers += [top_answers(self.labels, row, top_k) for row in self.model(inputs).float().softmax(-1)]
+        with self.predictor.keeping(self.model):
+            for start in range(0, len(pictures), batch_size):
+                part = pictures[start : start + batch_size]
+                images = [p if isinstance(p, Image.Image) else open_image(p) for p in part]
+                inputs = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
+                found = self.logits({"image": inputs}).float().softmax(-1)
+                answers += [top_answers(self.labels, row, top_k) for row in found]
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
         split = self.split(options)
-        found = predict_split(self.model, split, self.preprocess, options, self.device)
+        found = predict_split(self.predictor, self.model, split, self.preprocess, options)
         return evaluation(found, split, self.labels)
 
     def split(self, options: Any) -> Split:
         """--data-dir and --split as a Split; the data of the training where they are not given."""
         config = self.data_config(options)
         if options.data_dir is not None:
-            if (loose := loose_pictures(config, options.split, {*self.keys, *self.labels})) is not None:
+            known = {*self.keys, *self.labels, *map(spelled, self.labels)}
+            if (loose := loose_pictures(config, options.split, known)) is not None:
                 return loose
         splits = open_data(config, self.keys, require_train=False)
         part = scored_split(splits, options.split, options.data_dir)
@@ -127,7 +159,7 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
         empty = part and folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir())
         return unlabelled(folder) if empty else None
     folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    return None if folders & known or find_tables(path) else unlabelled(path)
+    return None if {*folders, *map(spelled, folders)} & known or find_tables(path) else unlabelled(path)
 
 
 def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> Split:
@@ -139,13 +171,15 @@ def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> Spli
     return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, part)
 
 
-def predict_split(model: nn.Module, split: Split, preprocess: dict, options: Any, device: torch.device) -> Predictions:
+def predict_split(
+    predictor: LabelledPredictor, model: nn.Module, split: Split, preprocess: dict, options: Any
+) -> Predictions:
     """The model's answers to a split, in its order."""
     dataset = PictureDataset(split, preprocess, bad_data=options.bad_data)
     batches = in_order(len(split), options.batch_size)
     loader = ticker.through(make_loader(dataset, batches, options.workers), "evaluation, batches", len(batches))
-    with autocast(device, options.amp):
-        return ClassifyPredictor(device).predict(model, loader)
+    with autocast(predictor.device, options.amp):
+        return predictor.predict(model, loader)
 
 
 def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: int = 5) -> Evaluation:
@@ -203,18 +237,19 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     Which class of the head a folder means: `imagenet_index` in classes.json, or the checkpoint's
     own class names.
     """
+    if is_clip(config):
+        return zero_shot_names(config, options, device)
+    for flag in ("prompt", "tokenizer", "classes"):
+        if getattr(options, flag):
+            raise UserError(f"--{flag} is for a CLIP; {config.model} has a head with classes of its own")
     name = one_value(config, "model")
     model, _ = load_base(name, one_value(config, "weights"), config.seed, None, config.image_size)
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
     split = scored_split(splits, options.split, config.data_dir)
-    if hasattr(model, "text_projection"):
-        from minilora.tasks.classify.prompts import zero_shot_line
-
-        return zero_shot_line(model, config, split, splits.classes, options, device)
     # (K,): where the folder's classes are in the head
     columns = np.array(head_columns(model, splits, name))
-    found = predict_split(model, split, model.preprocess, options, device)
+    found = predict_split(ClassifyPredictor(device), model, split, model.preprocess, options)
     rows = np.flatnonzero(found.scored)
     labels, probabilities = found.labels[rows], found.probabilities[rows]
     over_all = float((probabilities.argmax(1) == columns[labels]).mean())
@@ -222,6 +257,23 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     return (
         f"{name}, its own head, {len(rows)} pictures: top-1 {100 * over_all:.2f} % over all "
         f"{probabilities.shape[1]} classes, {100 * among:.2f} % among the folder's {len(columns)}"
+    )
+
+
+def zero_shot_names(config: Config, options: Any, device: torch.device) -> str:
+    """The accuracy of a CLIP on a labelled split, in one line."""
+    model, _, tokenizer = load_clip(config)
+    model = model.to(device).eval()
+    splits = open_data(config, options.classes, require_train=False)
+    predictor = NamesPredictor(device, model, tokenizer, splits.classes, config.prompt)
+    split = scored_split(splits, options.split, config.data_dir)
+    found = predict_split(predictor, model, split, model.preprocess, options)
+    if not (count := int(found.scored.sum())):
+        raise UserError(f"{config.data_dir}: no picture with a label to score")
+    prompts = " and ".join(map(repr, predictor.templates))
+    return (
+        f"{config.model}, zero-shot with {prompts}, {count} pictures: top-1 {100 * found.scores()['accuracy']:.2f} % "
+        f"among {len(splits.classes)} classes (chance {100 / len(splits.classes):.2f} %)"
     )
 
 

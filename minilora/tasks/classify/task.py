@@ -1,6 +1,7 @@
 """Picture classification: one encoder, one head, cross entropy.
 
-logits = head(encoder(picture))            (B, 3, S, S) -> (B, K)
+logits = head(encoder(picture))            --head linear, (B, 3, S, S) -> (B, K)
+       = exp(logit_scale) * cos(picture, sentence of class k)      --head names, see prompts.py
 loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + smoothing / K
 """
 
@@ -17,10 +18,14 @@ from minilora.data.shards.files import check_geometry
 from minilora.data.shards.pictures import ShardDataset, ShardSplit
 from minilora.errors import UserError
 from minilora.settings.flags import Config
+from minilora.tasks.classify.prompts import NamesPredictor, check_names
+from minilora.tasks.clip import compile_towers, is_clip, load_clip
 from minilora.tasks.labelled import Labelled, LabelledPredictor
 from minilora.tasks.method import make_trainable, one_value, resolve
 from minilora.tasks.teacher import teacher_names
 from minilora.tasks.weights import load_base
+from minilora.training.device import autocast
+from reference_models.text.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "vit-nano-patch8-48"
 FORMATS = ("auto", "folder", "csv", "shapes", "shards")
@@ -29,16 +34,34 @@ FORMATS = ("auto", "folder", "csv", "shapes", "shards")
 def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
     """The task that `config` describes. The data come first: a wrong folder is reported at once."""
     resolve(config, DEFAULT_MODEL)
+    config.head = config.head or ("names" if is_clip(config) else "linear")
+    names_head = config.head == "names"
+    for flag in () if names_head else ("prompt", "tokenizer"):
+        if getattr(config, flag):
+            raise UserError(f"--{flag} has no effect with --head linear, where classes are not sentences; leave it out")
     splits = open_data(config)
     if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
         splits = open_data(config, names["keys"])
-    name, weights = one_value(config, "model"), one_value(config, "weights")
-    model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size)
-    replace_foreign_head(model, splits.classes, config.seed)
-    for flag in ("lora_r", "lora_alpha"):
-        one_value(config, flag)
-    make_trainable(model, config, model.head_modules)
-    return Classify(config, model, record, splits, torch.device(device))
+    tokenizer = None
+    if names_head:
+        check_names(splits.classes, config.data_dir)
+        model, record, tokenizer = load_clip(config)
+        model.labels = list(splits.classes)
+        if config.compile:
+            compile_towers(model)
+    else:
+        name, weights = one_value(config, "model"), one_value(config, "weights")
+        model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size)
+        replace_foreign_head(model, splits.classes, config.seed)
+        for flag in ("lora_r", "lora_alpha"):
+            one_value(config, flag)
+    make_trainable(model, config, model.head_modules if trains_heads(config) else ())
+    return Classify(config, model, record, splits, torch.device(device), tokenizer)
+
+
+def trains_heads(config: Config) -> bool:
+    """Whether the head is trained: projections and scale of a CLIP only in linear mode."""
+    return config.head == "linear" or config.mode == "linear"
 
 
 def open_data(config: Config, classes: Sequence[str] | None = None, require_train: bool = True) -> Splits:
@@ -71,10 +94,22 @@ class ClassifyPredictor(LabelledPredictor):
 
 
 class Classify(Labelled):
-    """The task that the Trainer trains; task.Task says what each method is for."""
+    """The task that the Trainer trains; task.Task says what each method is for. With a tokenizer
+    the classes are sentences."""
 
-    def __init__(self, config: Config, model: nn.Module, record: dict, splits: Splits, device: torch.device):
-        super().__init__(config, model, record, splits, device, ClassifyPredictor(device))
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        record: dict,
+        splits: Splits,
+        device: torch.device,
+        tokenizer: Tokenizer | None = None,
+    ):
+        self.tokenizer, predictor = tokenizer, ClassifyPredictor(device)
+        if tokenizer:
+            predictor = NamesPredictor(device, model, tokenizer, splits.classes, config.prompt)
+        super().__init__(config, model, record, splits, device, predictor)
         self.labels, self.keys = splits.classes, splits.keys
         parts = {"train": splits.train, "val": splits.val, "test": splits.test}
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
@@ -93,7 +128,16 @@ class Classify(Labelled):
         return self.finish(rows) if self.finish else rows  # shards: the rest happens on the device
 
     def encoded(self, batch: dict) -> dict[str, Tensor]:
-        return {"features": self.model.pooled(batch["image"].to(self.device))}  # (B, d)
+        tower = self.model.vision if self.tokenizer else self.model
+        return {"features": tower.pooled(batch["image"].to(self.device))}  # (B, d)
+
+    def zero_shot(self) -> dict[str, float] | None:
+        if self.tokenizer is None:
+            return None
+        with autocast(self.device, self.amp):
+            scores = self.evaluate(self.model.eval())
+        test = self.test(self.model) or {}
+        return {"accuracy": scores["accuracy"]} | {f"test_{key}": test[key] for key in ("accuracy",) if test}
 
     def file_of(self, row: int) -> str:
         return self.data["train"].split[row].path
