@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reference_models.activations import ACTIVATIONS
+from reference_models.processor import written_out_pays
 
 fused_attention = True  # False: the readable softmax form everywhere
 
@@ -54,6 +55,8 @@ class Attention(nn.Module):
         self.keep_map, self.map = False, None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not in each of q, k and v
         q = self.split_heads(self.q_proj(take_rows(x, rows)))  # (B, h, T, d/h), or fewer with rows
         k = self.split_heads(self.k_proj(x))  # (B, h, T, d/h)
         v = self.split_heads(self.v_proj(x))  # (B, h, T, d/h)
@@ -63,18 +66,17 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, d) -> (B, h, T, d/h)
 
-    @property
-    def fused(self) -> bool:
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether torch's own kernel computes, which keeps no map."""
-        return fused_attention and not self.keep_map
+        return fused_attention and not self.keep_map and not written_out_pays(q, k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(d/h) + mask) v, fused by torch or written out."""
-        if self.fused:
-            if mask is not None and mask.is_floating_point():
-                mask = mask.to(q.dtype)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        if self.fused(q, k, v):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, h, T, T)
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, h, T, T)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(-1)

@@ -30,14 +30,16 @@ class CausalAttention(Attention):
     given at what the mask says."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
-        # the one case that torch's kernels know without a mask: all queries
-        if mask is None and not (self.fused and rows is None):
+        if mask is None and rows is not None:
             mask = causal_mask(x.shape[1], rows, x.device)
         return super().forward(x, mask, rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
+        if mask is None and self.fused(q, k, v):
+            # all queries: the one case that torch's kernels know without a mask
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if mask is None:
+            mask = causal_mask(q.shape[-2], None, q.device)
         return super().attend(q, k, v, mask)
 
 

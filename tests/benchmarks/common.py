@@ -58,16 +58,20 @@ def synchronize(device: str) -> None:
 def interleaved(
     candidates: dict[str, Callable], rounds: int, device: str = "cpu", warmup: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; the order turns by one in every round."""
+    """Seconds of each candidate in each round; the order turns by one in every round.
+
+    With one thread they are that thread's own time, which other work on the machine hardly changes.
+    """
     names, seconds = list(candidates), {name: [] for name in candidates}
+    clock = time.perf_counter if device.startswith("cuda") or torch.get_num_threads() > 1 else time.thread_time
     for index in range(-warmup, rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             candidates[name]()
             synchronize(device)
             if index >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
