@@ -9,11 +9,18 @@ python evaluate.py RUN --prune 0.5 --prune-scope units --merge-to DIR    smaller
 python evaluate.py --model clip-nano --task choice --data-format shapes  a base model, untrained
 """
 
+# ruff: noqa: E402
 import csv
 import io
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+# Read by OpenMP when torch is loaded: threads without work sleep. By default they spin on a core
+# which other work may need, and a step beside it then takes five to ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -33,6 +40,7 @@ from minilora.settings.checks_evaluate import check
 from minilora.settings.flags import Config
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import Parser, check_prompt
+from minilora.speed.threads import set_threads
 from minilora.tasks.load import load_run, task_module
 from minilora.tasks.run import Evaluation, Run
 from minilora.training.device import choose_device
@@ -48,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = EvalConfig(**typed)
     check(options, typed, args.runs)
     device = choose_device(options.device)
+    set_threads(options.threads)
     if not args.runs:
         return score_base_model(options, device)
     runs = [load_run(path, device, options.weights) for path in args.runs]
+    for run in runs:
+        run.amp = options.amp or run.amp
     if len({run.task for run in runs}) > 1:
         raise UserError(
             f"the runs are of different tasks ({', '.join(f'{r.name} {r.task}' for r in runs)}); compare those of one"
@@ -77,6 +88,7 @@ def score_base_model(options: EvalConfig, device: torch.device) -> int:
     names = ("task", "model", "weights", "tokenizer", "data_dir", "data_format", "image_size", "prompt", "bad_data")
     config = Config(**{name: getattr(options, name) for name in names})
     check_prompt(config.task, config.prompt)
+    options = replace(options, amp=options.amp or "fp32", batch_size=options.batch_size or 64)
     print(task_module(config.task, "run").zero_shot(config, options, device))
     return 0
 
@@ -97,7 +109,7 @@ def score(runs: list[Run], options: EvalConfig) -> None:
     and --report name."""
     evaluations = [run.evaluate(options) for run in runs]
     for run, evaluation in zip(runs, evaluations, strict=True):
-        print(f"{run.path} ({run.config.mode}, {run.config.model})\n{evaluation.text}")
+        print(f"{run.path} ({run.config.mode}, {run.config.model}, {run.amp})\n{evaluation.text}")
     rows = [run_row(run, e) for run, e in zip(runs, evaluations, strict=True)]
     if base := runs[0].untrained(options):
         rows.insert(0, zero_shot_row(runs[0], base))
@@ -129,7 +141,7 @@ def extras(runs: list[Run], options: EvalConfig) -> None:
             print(f"wrote {runs[0].path / 'spectrum.png'}")
     for run in runs if options.latency else ():
         times = ", ".join(f"batch {n} {1000 * s:.1f} ms ({n / s:.0f}/s)" for n, s in latency(run, options))
-        print(f"{run.name}: {times}, median of 15 on {run.device}, {torch.get_num_threads()} threads")
+        print(f"{run.name}: {times}, median of 15 in {run.amp} on {run.device}, {torch.get_num_threads()} threads")
 
 
 def updates(run: Run, options: EvalConfig):

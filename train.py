@@ -7,10 +7,16 @@ python train.py --resume runs/classify-lora-000          resume a run that was s
 torchrun --nproc-per-node 2 train.py --data-dir photos   two processes
 """
 
+# ruff: noqa: E402
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+
+# Read by OpenMP when torch is loaded: threads without work sleep. By default they spin on a core
+# which other work may need, and a step beside it then takes five to ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -22,9 +28,11 @@ from minilora.inject import count_parameters
 from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config
 from minilora.settings.parse import parse_args
+from minilora.speed.threads import set_threads
 from minilora.tasks.load import build_task
+from minilora.tasks.precision import choose_amp, settle_precision
 from minilora.tasks.rundir import continued, open_run_dir
-from minilora.tasks.task import Task, choose_amp
+from minilora.tasks.task import Task
 from minilora.training import distributed
 from minilora.training.device import choose_device
 from minilora.training.signals import Interrupted
@@ -37,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if print_lists(args):
         return 0
     config, checkpoint = continued(config)
+    set_threads(config.threads)
     device = distributed.start(choose_device(config.device))
     try:
         return train(config, checkpoint, device)
@@ -46,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     """A whole run: model and data, training, the files that remain, and what to type next."""
+    settle_precision(config, device)
     task = build_task(config, device)
     options = train_options(config, choose_amp(config, device), checkpoint)
     if config.dry_run:

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     | {"minilora.tasks", "reference_models"},
     "minilora.lessons": GROUND | CORE_ROOMS | {"minilora.adapter", "minilora.data.generated", "reference_models"},
     "reference_models.errors": set(),
-    "reference_models.layers": {"reference_models.errors", "reference_models.activations"},
+    "reference_models.layers": {f"reference_models.{name}" for name in ("errors", "activations", "processor")},
     "reference_models.text": {"reference_models.errors"},
 }
 STUBS = {"minilora.pretrain", "minilora.data.download", "minilora.tasks.backbones", "reference_models.names"}

@@ -141,7 +141,8 @@ def forward(run: Run, batch: dict[str, Tensor]):
 
     @torch.inference_mode()
     def call() -> Tensor:
-        return run.logits(batch)
+        with autocast(run.device, run.amp):
+            return run.logits(batch)
 
     return call
 

@@ -34,6 +34,10 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
     line = f"mode {config.mode}: {config.opt} lr {config.lr:g} {config.sched}, batch {config.batch_size}"
     line += f" x {config.grad_accum_steps}" * (config.grad_accum_steps > 1)
     line += f", epochs {config.epochs}, {options.amp} on {device}"
+    if device.type == "cpu":
+        line += f", {torch.get_num_threads()} threads"
+    if config.base_dtype not in (None, "fp32"):
+        line += f", frozen weights in {config.base_dtype}"
     if config.teacher:
         square = f", times {config.distill_temperature**2:g}" * config.distill_t2
         line += f"; labels {config.distill_alpha:g}, the rest from {Path(config.teacher).name} at temperature "
@@ -87,11 +91,13 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "file_sha256": weights_sha256(run_dir / WEIGHT_FILES[config.mode]),
         "seed": config.seed,
         "device": str(device),
+        "amp": task.amp,
+        "threads": torch.get_num_threads(),
         "versions": collect_versions(),
     }
     write_json(run_dir / "summary.json", summary)
     curves_figure({run_dir.name: run_dir / "metrics.jsonl"}, run_dir / "curves.png")
-    options = EvalConfig(batch_size=2 * config.batch_size, workers=task.workers, attention=4)
+    options = EvalConfig(workers=task.workers, attention=4)
     run = load_run(run_dir, device, config.weights if config.mode != "full" else None)
     evaluation = run.evaluate(options)
     data = report_data([run], [evaluation], options)

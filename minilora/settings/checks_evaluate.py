@@ -11,7 +11,7 @@ from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import check_device
 from minilora.settings.values import option
 
-MACHINE = {"device", "amp", "batch_size", "workers"}  # how it is computed, not what
+MACHINE = {"device", "amp", "threads", "batch_size", "workers"}  # how it is computed, not what
 # of a base model: a run knows its own
 BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt"}
 ZERO_SHOT = BASE_MODEL | MACHINE | {"classes", "weights", "data_dir", "data_format", "split", "bad_data"}

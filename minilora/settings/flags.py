@@ -132,11 +132,14 @@ class Config:
         tasks=("classify", "choice"), meta="TEXT",
         shown="Question: {question} Answer: {choice}, or: a photo of a {}.")
 
-    amp: str = flag(S, "auto", "precision; auto: bf16 or fp16 on a GPU, fp32 on a CPU", choices=AMP)
-    base_dtype: str = flag(S, "fp32", "how frozen weights are stored", choices=AMP[1:])
+    amp: str = flag(S, "auto", "precision; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU",
+        choices=AMP)
+    base_dtype: str = flag(S, None, "how frozen weights are stored", choices=AMP[1:], shown="as --amp; DoRA: fp32")
     compile: bool = flag(S, False, "torch.compile the model", bool)
     grad_checkpointing: bool = flag(S, False, "less memory for one more forward pass", bool)
     device: str = flag(S, "auto", "auto, cpu, cuda or cuda:N", meta="NAME")
+    threads: int = flag(S, None, "CPU threads; the same bits need the same number", int, low=1, high=1024,
+        shown="OMP_NUM_THREADS, or the cores there are")
     cache_features: bool = flag(S, False, "encode every picture once, before training; linear mode", bool)
 
     teacher: str = flag(C, None, "run directory of the model to learn from", meta="RUN")

@@ -17,10 +17,11 @@ class EvalConfig:
     data_format: str = flag(D, "auto", "how the data lies on the disk", choices=FORMATS)
     split: str = flag(D, None, "which part", choices=("train", "val", "test"), shown="val")
     bad_data: str = flag(D, "skip", "a broken picture ends the run, or gets an empty row", choices=("error", "skip"))
-    batch_size: int = flag(D, 64, "pictures at once", int, low=1)
+    batch_size: int = flag(D, None, "pictures at once", int, low=1, shown="as in the validation of the run")
     workers: int = flag(D, 0, "processes that read pictures", int, low=0, high=64)
     device: str = flag(D, "auto", "auto, cpu, cuda or cuda:N", meta="NAME")
-    amp: str = flag(D, "fp32", "precision", choices=AMP[1:])
+    amp: str = flag(D, None, "precision", choices=AMP[1:], shown="as in the training")
+    threads: int = flag(D, None, "CPU threads", int, low=1, high=1024, shown="OMP_NUM_THREADS, or the cores there are")
     weights: Any = flag(D, None, "where the base weights are now", towers=True, meta="PATH", shown="as in the run")
 
     classes: Any = flag(D, None, "other class names, for --head names and zero-shot", many=True, tasks=("classify",),

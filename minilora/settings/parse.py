@@ -172,9 +172,10 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
             "--head-lr has no effect with --mode linear, where --lr is the head's learning rate; leave it out"
         )
     check_device(config.device)
-    if config.base_dtype != "fp32" and config.mode == "full":
+    half = config.base_dtype not in (None, "fp32")
+    if half and config.mode == "full":
         raise UserError("--base-dtype is for frozen weights, but --mode full trains all of them; use --amp alone")
-    if config.base_dtype != "fp32" and config.amp not in ("auto", config.base_dtype):
+    if half and config.amp not in ("auto", config.base_dtype):
         raise UserError(f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}")
     check_prompt(config.task, config.prompt)
     if config.cache_features and config.mode != "linear" and config.task != "vqa":

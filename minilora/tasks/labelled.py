@@ -77,7 +77,7 @@ class Labelled(DataTask):
         return epoch_order(len(self.data["train"]), size, self.config.seed, epoch)
 
     def eval_batches(self, part: str) -> list[list[int]]:
-        return in_order(len(self.data[part]), 2 * self.config.batch_size)
+        return in_order(len(self.data[part]), self.predictor.batches * self.config.batch_size)
 
     def loader(self, part: str, batches: Sequence[Sequence[int]], epoch: int | None = None) -> Iterable[dict]:
         if self.config.cache_features:
@@ -85,7 +85,7 @@ class Labelled(DataTask):
         return self.read(part, batches if epoch is None else train_keys(batches, epoch))
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.predictor.logits(model, batch)  # (B, K)
+        logits = self.predictor.logits(model, batch).float()  # (B, K)
         labels = batch["label"].where(batch["valid"], -100)  # cross_entropy leaves -100 out
         count = batch["valid"].sum()
         total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")

@@ -88,7 +88,7 @@ def make_trainable(model: nn.Module, config: Config, heads: tuple[str, ...]) -> 
         merge_lora(model).requires_grad_(True)
     else:
         inject_lora(merge_lora(model), lora_config(config, heads))
-    if config.base_dtype != "fp32":
+    if config.base_dtype not in (None, "fp32"):
         cast_frozen(model, DTYPES[config.base_dtype])
     if config.grad_checkpointing:
         set_grad_checkpointing(model)

@@ -17,6 +17,7 @@ class Predictor(ABC):
     can be asked in turn; `device` is where they are."""
 
     kind: type[NamedTuple]  # what `predict` returns: columns of N rows
+    batches = 2  # of training go into one of validation
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)

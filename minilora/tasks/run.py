@@ -20,6 +20,7 @@ from minilora.adapter import load_adapter
 from minilora.errors import UserError
 from minilora.report.samples import Example
 from minilora.settings.flags import Config
+from minilora.tasks.precision import choose_amp
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
 from minilora.tasks.weights import check_base
@@ -71,6 +72,7 @@ class Run(ABC):
     model: nn.Module | None = None  # None only while it is being loaded
     preprocess: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
+    amp: str = "fp32"  # the precision of the answers; as loaded, that of the training
 
     @classmethod
     def load(
@@ -78,6 +80,7 @@ class Run(ABC):
     ) -> "Run":
         """The run in `path`: base weights + adapter, or the run's own weights."""
         run = cls(path, config, recorded, *read_labels(path), device)
+        run.amp = choose_amp(config, device)
         if config.mode == "full":
             model = load_pretrained(path)
         else:
@@ -131,6 +134,12 @@ class Run(ABC):
         """The model's answers to all rows of `loader`, which has `total` batches."""
         with autocast(self.device, amp):
             return self.predictor.predict(self.model, ticker.through(loader, "evaluation, batches", total))
+
+    def settled(self, options: Any) -> Any:
+        """The flags of evaluate.py, with --amp and --batch-size of validation where they are left
+        open: the same batches in the same precision have the same bits."""
+        size = options.batch_size or self.predictor.batches * self.config.batch_size
+        return replace(options, amp=options.amp or self.amp, batch_size=size)
 
     def base_model(self, weights: str | dict | None = None) -> nn.Module:
         """The model before training, with a random head."""

@@ -21,7 +21,7 @@ from minilora.training.checkpoint import step_of
 
 ROOT = Path("runs")
 # may differ on resume
-FREE = {*NOT_SAVED, "recipe", "workers", "device", "log_interval", "save_every", "time_limit", "compile"}
+FREE = {*NOT_SAVED, "recipe", "workers", "device", "log_interval", "save_every", "time_limit", "compile", "threads"}
 # may be another path where the old one is gone
 PLACES = ("data_dir", "weights", "tokenizer", "teacher")
 

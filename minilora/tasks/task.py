@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minilora import ticker
 from minilora.atomic import write_json
 from minilora.settings.flags import Config
+from minilora.tasks.precision import choose_amp
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.teacher import Teacher
 from minilora.training.device import autocast
@@ -138,16 +139,6 @@ class DataTask(ABC):
             self.tokenizer.save(run_dir)
         if self.mode == "full":  # the run directory is then a checkpoint by itself
             write_json(run_dir / "config.json", {"minilora": asdict(self.model.config), "label_names": self.labels})
-
-
-def choose_amp(config: Config, device: torch.device) -> str:
-    """The precision of the arithmetic: fp32, bf16 or fp16. Half-precision frozen weights need
-    the same autocast."""
-    if config.amp == "auto" and config.base_dtype != "fp32":
-        return config.base_dtype
-    if config.amp == "auto":
-        return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return config.amp
 
 
 def choose_workers(config: Config, device: torch.device) -> int:

@@ -13,7 +13,7 @@ from minilora.settings.parse import parse_args
 from minilora.tasks import build_task
 from minilora.tasks.labelled import Predictions
 from minilora.tasks.method import lora_config, make_trainable
-from minilora.tasks.task import choose_amp
+from minilora.tasks.precision import choose_amp
 from minilora.tasks.weights import load_base
 from minilora.training.device import choose_device, to_device
 from tests.support.cli_data import QUICK, write_photos

@@ -28,7 +28,7 @@ from minilora.tasks.clip import check_tokenizer, load_clip, restore_clip
 from minilora.tasks.labelled import Predictions
 from minilora.tasks.method import resolve
 from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers
-from minilora.training.device import to_device
+from minilora.training.device import autocast, to_device
 
 
 class OnePicture(Split):
@@ -78,10 +78,13 @@ class ChoiceRun(TextRun):
             asked = ChoiceSplit([Question(0, 0, question, tuple(choices))], OnePicture(image))
             dataset = ChoiceDataset(asked, prompt.of_split(asked), self.preprocess)
             batch = to_device(choice_collate(self.tokenizer.pad_id)([dataset[0]]), self.device)
-            answers.append(top_answers(choices, self.logits(batch)[0].softmax(-1), len(choices)))
+            with autocast(self.device, self.amp):
+                logits = self.logits(batch).float()
+            answers.append(top_answers(choices, logits[0].softmax(-1), len(choices)))
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
+        options = self.settled(options)
         (split, source), prompt = self.split(options), self.prompt
         dataset = ChoiceDataset(split, prompt.of_split(split), self.preprocess, bad_data=options.bad_data)
         collate = choice_collate(self.tokenizer.pad_id)

@@ -86,7 +86,7 @@ class ClassifyRun(Run):
         """The top_k (label, probability) of each picture, most probable first. Raises BadImage
         for a broken file."""
         transform, answers = build_transform(self.preprocess), []
-        with self.predictor.keeping(self.model):
+        with autocast(self.device, self.amp), self.predictor.keeping(self.model):
             for start in range(0, len(pictures), batch_size):
                 part = pictures[start : start + batch_size]
                 images = [p if isinstance(p, Image.Image) else open_image(p) for p in part]
@@ -96,6 +96,7 @@ class ClassifyRun(Run):
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
+        options = self.settled(options)
         split = self.split(options)
         found = predict_split(self.predictor, self.model, split, self.preprocess, options)
         return evaluation(found, split, self.labels)

@@ -27,7 +27,7 @@ from minilora.tasks.vqa.features import grey_batches
 from minilora.tasks.vqa.model import load_towers, text_limit, tower_weights
 from minilora.tasks.vqa.task import BestAnswers, VQAPredictor, open_data, score
 from minilora.tasks.weights import restoring
-from minilora.training.device import to_device
+from minilora.training.device import autocast, to_device
 from minilora.training.distributed import in_item_order
 
 
@@ -74,11 +74,13 @@ class VQARun(TextRun):
             image = picture if isinstance(picture, Image.Image) else open_image(picture)
             inputs = self.tokenizer([clean_question(text)], max_length=limit)
             images = transform(image.convert("RGB"))[None].to(self.device)
-            logits = self.model(images, inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device))
-            answers.append(top_answers(self.labels, self.predictor.probabilities(logits)[0], top_k))
+            with autocast(self.device, self.amp):
+                logits = self.model(images, *(inputs[name].to(self.device) for name in ("input_ids", "attention_mask")))
+            answers.append(top_answers(self.labels, self.predictor.probabilities(logits.float())[0], top_k))
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
+        options = self.settled(options)
         splits = self.splits(options)
         part = choose_part(splits.parts, options.split)
         data = self.dataset(part, options.bad_data)

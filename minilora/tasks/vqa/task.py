@@ -99,6 +99,7 @@ class VQAPredictor(Predictor):
     """The best answers of K to each question; `soft`: each answer is right or wrong for itself."""
 
     kind = BestAnswers
+    batches = 4
 
     def __init__(self, device: str | torch.device = "cpu", soft: bool = False):
         super().__init__(device)
@@ -170,7 +171,7 @@ class VQA(DataTask):
         return self.soft.added(rows, data.part.questions) if self.soft else rows
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.predictor.logits(model, batch)  # (B, K)
+        logits = self.predictor.logits(model, batch).float()  # (B, K)
         counts = batch["valid"] & ((batch["label"] >= 0) | ("target" in batch))
         rows = row_losses(logits, batch, self.config.smoothing).where(counts, 0.0)
         count = counts.sum()
@@ -190,7 +191,7 @@ class VQA(DataTask):
         return {"loss": found.mean_loss(), "accuracy": score(said, self.data[part].part)["accuracy"]}
 
     def eval_batches(self, part: str) -> list[list[int]]:
-        return grouped_batches(self.data[part].picture, 4 * self.config.batch_size)
+        return grouped_batches(self.data[part].picture, self.predictor.batches * self.config.batch_size)
 
     def file_of(self, row: int) -> str:
         question, pictures = self.data["train"].part.questions[row], self.data["train"].part.pictures
