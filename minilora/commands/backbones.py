@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config, flag, rules
 from minilora.settings.parse import Parser, check, read_recipe, read_toml, to_toml
 from minilora.settings.values import convert, option
-from minilora.tasks.classify.task import open_data
+from minilora.tasks.classify.task import default_head, open_data
 from minilora.tasks.method import resolve
+from minilora.tasks.precision import settle_precision
 from minilora.tasks.rundir import differences
 from minilora.tasks.runfiles import read_summary
 from minilora.tasks.weights import find_weights
+from minilora.training.device import choose_device
 from reference_models import ModelError
 from reference_models.load import config_for
 
@@ -59,21 +61,33 @@ class Sweep(Config):
 
 def main(argv: Sequence[str] | None = None) -> int:
     plan, output = read_plan(argv)
-    failed, rows = {}, []
+    rows: list[RunRow] = []
+
+    def finish(path: Path, config: Config) -> None:
+        rows.append(summary_row(path, config, read_summary(path)))
+        write_table(output, rows)
+
+    failed = run_plan(plan, output, finish)
+    if rows:
+        print(comparison_table(rows, columns=BACKBONES))
+    return failed
+
+
+def run_plan(plan: dict[str, Config], output: Path, finish: Callable[[Path, Config], None]) -> int:
+    """Make the runs that are not there yet, call `finish` after each; the exit code. A run that
+    fails is named, and the others continue."""
+    failed = {}
     for number, (name, config) in enumerate(plan.items(), 1):
         path = output / name
         print(f"{number} of {len(plan)}: {name}", file=sys.stderr, flush=True)
         try:
             reason = None if finished(path, config) else train(path, config)
-            rows += [summary_row(path, config, read_summary(path))] if reason is None else []
+            if reason is None:
+                finish(path, config)
         except (UserError, OSError) as error:  # the folder holds something else, or a damaged run
             reason = str(error)
         if reason is not None:
             failed[name] = reason
-        else:
-            write_table(output, rows)
-    if rows:
-        print(comparison_table(rows, columns=BACKBONES))
     for name, reason in failed.items():
         print(f"failed: {name}: {cli.printable(reason)}", file=sys.stderr)
     return 1 if failed else 0
@@ -86,36 +100,49 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
     """
     usage, title = "--models NAME ... --output DIR [flags of train.py]", __doc__.partition("\n")[0]
     parser = Parser(Sweep, "python -m minilora.commands.backbones", usage, title)
-    typed, _ = parser.read(argv)
-    for name in (*INSTEAD, *NOT_HERE):
+    shared, lists, output = read_table(parser, argv, ("models", "modes", "augment", "seeds", "weights"), INSTEAD)
+    if not lists["models"]:
+        raise UserError(f"--models is missing; see {parser.prog} --help")
+    plan = combinations(shared, lists)
+    open_data(next(iter(plan.values())))
+    return plan, make_folder(output)
+
+
+def read_table(
+    parser: Parser, argv: Sequence[str] | None, several: Sequence[str], instead: dict[str, str]
+) -> tuple[Config, dict[str, Any], Path]:
+    """(what all runs of a table share, {flag: its several values or None}, --output)."""
+    (typed, _), table = parser.read(argv), parser.prog.rpartition(".")[2]
+    for name in (*instead, *NOT_HERE):
         if name in typed:
-            hint = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
-            raise UserError(f"{option(name)} is not for a table of backbones{hint}")
-    for name in ("models", "output"):
-        if name not in typed:
-            raise UserError(f"{option(name)} is missing; see {parser.prog} --help")
-    output = Path(typed.pop("output"))
-    lists = {name: typed.pop(name, None) for name in ("models", "modes", "augment", "seeds", "weights")}
+            hint = f"; use {instead[name]}" if name in instead else ""
+            raise UserError(f"{option(name)} is not for a table of {table}{hint}")
+    if "output" not in typed:
+        raise UserError(f"--output is missing; see {parser.prog} --help")
+    output, lists = Path(typed.pop("output")), {name: typed.pop(name, None) for name in several}
     from_file = read_toml(typed.pop("config")) if "config" in typed else {}
     recipe = typed.get("recipe", from_file.get("recipe"))
     shared = (read_recipe(recipe) if recipe else {}) | from_file | typed
     if shared.get("task", "classify") != "classify":
-        raise UserError(f"--task {shared['task']}: a table of backbones is for --task classify")
+        raise UserError(f"--task {shared['task']}: a table of {table} is for --task classify")
     if not TRAIN.is_file():
         raise UserError(f"{TRAIN} is missing: this command needs the project's folder, not the package alone")
-    plan = combinations(Config(**shared), lists)
-    open_data(next(iter(plan.values())))
+    return Config(**shared), lists, output
+
+
+def make_folder(output: Path) -> Path:
+    """The folder of a table, made where it is not there."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made: {error.strerror}") from None
-    return plan, output
+    return output
 
 
 def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
     """One checked configuration for each model, mode, kind of augmentation and seed,
     by the run's name."""
-    values = {key: _values(shared, key, lists[key + "s" * (key != "augment")]) for key in ("mode", "augment", "seed")}
+    values = {key: values_of(shared, key, lists[key + "s" * (key != "augment")]) for key in ("mode", "augment", "seed")}
     models, plan = lists["models"], {}
     places = weights_of(models, lists["weights"] or ())
     for model, mode, augment, seed in itertools.product(models, *values.values()):
@@ -123,6 +150,7 @@ def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
         config = Config(**vars(shared) | own)
         check(config)
         resolve(config, None)
+        config.head = config.head or default_head(config)
         name = f"{Path(model).name}-{mode}-{augment}" + f"-{seed}" * (len(values["seed"]) > 1)
         if name in plan:
             raise UserError(f"two runs would be called {name}; name each model once, folders by different names")
@@ -130,7 +158,7 @@ def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
     return plan
 
 
-def _values(shared: Config, key: str, words: Sequence[str] | None) -> list:
+def values_of(shared: Config, key: str, words: Sequence[str] | None) -> list:
     """The values of one flag, each read by the flag's own rule; without words what
     recipe or default say."""
     words = [words] if isinstance(words, str) else words
@@ -166,7 +194,11 @@ def weights_of(models: Sequence[str], words: Sequence[str]) -> dict[str, str | N
 
 def finished(path: Path, config: Config) -> bool:
     """Whether the run is there, whole, and of this configuration."""
-    return (path / "summary.json").is_file() and (path / "config.toml").is_file() and not differences(path, config)
+    if not ((path / "summary.json").is_file() and (path / "config.toml").is_file()):
+        return False
+    settled = replace(config, output=str(path))
+    settle_precision(settled, choose_device(config.device))
+    return not differences(path, settled)
 
 
 def train(path: Path, config: Config) -> str | None:
@@ -204,10 +236,10 @@ def write_table(output: Path, rows: list[RunRow]) -> None:
     atomic_write(output / "table.md", (comparison_table(rows, markdown=True, columns=BACKBONES) + "\n").encode())
 
 
-def _stop(signum: int, frame: object) -> None:
+def stop(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(cli.run(main, (UserError, ModelError)))

@@ -5,6 +5,7 @@ the same `Splits`.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -137,6 +138,17 @@ def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir)
         kept, _ = stratified(train, lambda n: max(1, round(n * share)), seed)
         train = train.take(kept)
     return train, val
+
+
+def few_shots(splits: Splits, shots: int, seed: int) -> Split:
+    """`shots` training pictures of every class, drawn by the seed; UserError names the classes
+    that have fewer."""
+    have = Counter(sample.label for sample in splits.train)
+    short = [f"{name} {have[i]}" for i, name in enumerate(splits.classes) if have[i] < shots]
+    if short:
+        some = ", ".join(short[:5]) + f" and {len(short) - 5} more" * (len(short) > 5)
+        raise UserError(f"--shots {shots}: these classes have fewer training pictures: {some}")
+    return splits.train.take(stratified(splits.train, lambda n: shots, seed)[0])
 
 
 def stratified(split: Split, share: Callable[[int], int], seed: int) -> tuple[list[int], list[int]]:

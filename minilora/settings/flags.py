@@ -96,6 +96,8 @@ class Config:
 
     epochs: int = flag(O, 8, "passes over the training data", int, low=1)
     max_steps: int = flag(O, 0, "end after N optimizer steps; 0: never", int, low=0)
+    steps_per_shot: int = flag(O, 0, "with --shots K: K * N steps, shared out among the epochs", int, low=0,
+        tasks=("classify",))
     batch_size: int = flag(O, 32, "pictures or questions at once", int, low=1)
     grad_accum_steps: int = flag(O, 1, "batches per optimizer step", int, low=1)
     opt: str = flag(O, "adamw", "optimizer", choices=("adamw", "adam", "sgd"))
@@ -114,6 +116,8 @@ class Config:
     split_by: str = flag(I, "image", "what --val-split holds out: pictures with their questions, or questions",
         choices=("image", "question"), tasks=("vqa",))
     subset: float = flag(I, 1.0, "train on a share, or (above 1) on a number of pictures", float, above=0)
+    shots: int = flag(I, None, "train on K pictures of each class, drawn by the seed", int, low=1, meta="K",
+        tasks=("classify",), shown="all")
     seed: int = flag(I, 0, "for data order, augmentation, new weights, dropout", int, low=0, high=2**31)
     workers: int = flag(I, None, "processes that read pictures", int, low=0, high=64,
         shown="0; 4 beside a GPU")

@@ -178,6 +178,12 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
     if half and config.amp not in ("auto", config.base_dtype):
         raise UserError(f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}")
     check_prompt(config.task, config.prompt)
+    if config.shots and config.subset != 1:
+        raise UserError("--shots and --subset both choose the training pictures; use one of the two")
+    if config.steps_per_shot and not config.shots:
+        raise UserError("--steps-per-shot counts steps for each picture of a class; it needs --shots K")
+    if config.steps_per_shot and "max_steps" in typed:
+        raise UserError("--max-steps and --steps-per-shot both say when to end; use one of the two")
     if config.cache_features and config.mode != "linear" and config.task != "vqa":
         raise UserError(
             f"--cache-features keeps what a frozen encoder says of each picture, but --mode {config.mode} changes the "

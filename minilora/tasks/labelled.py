@@ -6,6 +6,7 @@ loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + 
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora import ticker
-from minilora.data.pictures.loader import epoch_order, in_order, train_keys
+from minilora.data.pictures.loader import epoch_order, in_order
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.task import DataTask
 from minilora.training.device import autocast
@@ -73,16 +74,28 @@ class Labelled(DataTask):
         """What the frozen encoders say of a batch: {name: (B, ...) features}, on any device."""
 
     def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
-        size = times * self.config.batch_size
-        return epoch_order(len(self.data["train"]), size, self.config.seed, epoch)
+        """With --steps-per-shot an epoch passes over the few pictures several times; the numbers of
+        the second pass begin at n, those of the third at 2 n."""
+        n, size, config = len(self.data["train"]), times * self.config.batch_size, self.config
+        steps = config.steps_per_shot * (config.shots or 0) / config.epochs
+        passes = range(ceil(steps / ceil(n / size)) or 1)
+        orders = (epoch_order(n, size, config.seed, self.pass_of(epoch, i)) for i in passes)
+        return [[i * n + row for row in batch] for i, order in enumerate(orders) for batch in order]
+
+    def pass_of(self, epoch: int, i: int) -> int:
+        """A number of its own for pass i of an epoch, by which it is shuffled and augmented."""
+        return epoch + i * self.config.epochs
 
     def eval_batches(self, part: str) -> list[list[int]]:
         return in_order(len(self.data[part]), self.predictor.batches * self.config.batch_size)
 
     def loader(self, part: str, batches: Sequence[Sequence[int]], epoch: int | None = None) -> Iterable[dict]:
+        n = len(self.data[part])
         if self.config.cache_features:
-            return self.cached(part, batches)
-        return self.read(part, batches if epoch is None else train_keys(batches, epoch))
+            return self.cached(part, [[i % n for i in batch] for batch in batches])
+        if epoch is None:
+            return self.read(part, batches)
+        return self.read(part, [[(self.pass_of(epoch, i // n), i % n) for i in batch] for batch in batches])
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self.predictor.logits(model, batch).float()  # (B, K)

@@ -30,6 +30,8 @@ def resolve(config: Config, default_model: Any) -> None:
     config.model = config.model or default_model
     config.target_modules = config.target_modules or DEFAULT_TARGETS[config.task]
     config.lr = config.lr or DEFAULT_LR[config.mode]
+    if config.steps_per_shot:
+        config.max_steps = config.steps_per_shot * config.shots
     for name in ("data_dir", "adapter", "teacher", "tokenizer"):
         if getattr(config, name):
             setattr(config, name, os.path.abspath(getattr(config, name)))

@@ -153,7 +153,7 @@ class Run(ABC):
         config = replace(self.config, bad_data=options.bad_data)
         if options.data_dir is None:
             return config
-        other = {"data_dir": options.data_dir, "data_format": options.data_format, "subset": 1.0}
+        other = {"data_dir": options.data_dir, "data_format": options.data_format, "subset": 1.0, "shots": None}
         return replace(config, **other | changes)
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minilora.data.pictures.batch_augment import Finish
 from minilora.data.pictures.folder import Split, Splits
 from minilora.data.pictures.loader import PictureDataset, make_loader
-from minilora.data.sets import load_classification
+from minilora.data.sets import few_shots, load_classification
 from minilora.data.shards.files import check_geometry
 from minilora.data.shards.pictures import ShardDataset, ShardSplit
 from minilora.errors import UserError
@@ -34,7 +34,7 @@ FORMATS = ("auto", "folder", "csv", "shapes", "shards")
 def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
     """The task that `config` describes. The data come first: a wrong folder is reported at once."""
     resolve(config, DEFAULT_MODEL)
-    config.head = config.head or ("names" if is_clip(config) else "linear")
+    config.head = config.head or default_head(config)
     names_head = config.head == "names"
     for flag in () if names_head else ("prompt", "tokenizer"):
         if getattr(config, flag):
@@ -59,6 +59,11 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
     return Classify(config, model, record, splits, torch.device(device), tokenizer)
 
 
+def default_head(config: Config) -> str:
+    """A model that compares pictures with texts needs no new head."""
+    return "names" if config.model and is_clip(config) else "linear"
+
+
 def trains_heads(config: Config) -> bool:
     """Whether the head is trained: projections and scale of a CLIP only in linear mode."""
     return config.head == "linear" or config.mode == "linear"
@@ -73,7 +78,10 @@ def open_data(config: Config, classes: Sequence[str] | None = None, require_trai
     if fmt == "shapes" and config.data_dir is not None:
         raise UserError("--data-format shapes generates its pictures; leave --data-dir out")
     cut, check = (config.val_split, config.subset, config.seed), config.bad_data == "error"
-    return load_classification(config.data_dir, fmt, *cut, classes, check, require_train)
+    splits = load_classification(config.data_dir, fmt, *cut, classes, check, require_train)
+    if config.shots and splits.train is not None:
+        splits.train = few_shots(splits, config.shots, config.seed)
+    return splits
 
 
 def replace_foreign_head(model: nn.Module, classes: Sequence[str], seed: int) -> None:
