@@ -12,7 +12,6 @@ Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:240
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minilora.lora import LoRALinear
 
@@ -38,16 +37,19 @@ class DoRALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out): the base output plus a correction, which alone meets dropout.
 
-        With d = dropout(x) and gain = m / |V|:  y = W x + b + (gain - 1) W d + gain s B A d
+        With d = dropout(x) and gain = m / |V|:  y = (W x + b + s B A d) + (gain - 1) V d
+
+        The first part is LoRA's y, and without dropout V d is y without b: one product by W is
+        enough. gain - 1 is small, and half precision keeps more of it than of gain.
         """
         if not self.enabled:
             return self.base_layer(x)
-        d = self.lora_dropout(x, self)
+        d, b = self.lora_dropout(x, self), self.base_layer.bias
         gain = self.lora_magnitude_vector / self._row_norms()  # (out,)
-        W, A, B = (layer.weight.to(x.dtype) for layer in (self.base_layer, self.lora_A, self.lora_B))
-        base = F.linear(d, W)  # without bias: DoRA scales W, not b
-        low_rank = F.linear(F.linear(d, A), B) * self.scaling
-        return self.base_layer(x) + (gain - 1).to(x.dtype) * base + gain.to(x.dtype) * low_rank
+        y = self.both_ways(x, d)
+        Vd = y if d is x else self.both_ways(d, d)
+        Vd = Vd if b is None else Vd - b.to(y.dtype)  # DoRA scales W, not b
+        return torch.addcmul(y, Vd, (gain - 1).to(y.dtype))
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -97,8 +97,11 @@ class LoRALinear(nn.Module):
         """x (..., in) -> (..., out)."""
         if not self.enabled:
             return self.base_layer(x)
+        return self.both_ways(x, self.lora_dropout(x, self))
+
+    def both_ways(self, x: Tensor, d: Tensor) -> Tensor:
+        """W x + b + s B A d for x and d = dropout(x), (..., in) -> (..., out)."""
         W, b, A, B = self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight
-        d = self.lora_dropout(x, self)
         if fused.applies(x, W):  # the same sum in fewer passes over memory
             return fused.lora_linear(x, d, W, b, A, B, self.scaling)
         h = F.linear(d, A.to(d.dtype))  # (..., in) -> (..., r)

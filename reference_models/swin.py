@@ -60,6 +60,16 @@ class WindowAttention(Attention):
         """(h, N, N), added to the scores."""
         return self.relative_position_bias_table.T[:, self.index]
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return super().attend(q, k, v, for_all_windows(mask, q))
+
+
+def for_all_windows(mask: Tensor, q: Tensor) -> Tensor:
+    """The mask of a picture's n windows (n, h, N, N), or of one (1, h, N, N), beside the queries
+    (B n, h, N, d/h) of B pictures: in their precision first, then repeated."""
+    mask = mask.to(q.dtype)
+    return mask if len(mask) == 1 else mask.repeat(len(q) // len(mask), 1, 1, 1)
+
 
 class SwinBlock(nn.Module):
     """x = x + attn(norm1(x)) in windows; x = x + mlp(norm2(x)), (B, H, W, d) -> (B, H, W, d)."""
@@ -86,7 +96,7 @@ class SwinBlock(nn.Module):
 
     def windowed(self, x: Tensor) -> Tensor:
         """Attention within windows, (B, H, W, d) -> (B, H, W, d)."""
-        (B, H, W, _), w = x.shape, self.window
+        (_, H, W, _), w = x.shape, self.window
         shift = self.shift_for(H, W)
         x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))  # (B, H', W', d), multiples of w
         padded = x.shape[1:3]
@@ -94,7 +104,7 @@ class SwinBlock(nn.Module):
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
             mask = shift_mask(*padded, w, shift, x.device)  # (n, 1, N, N)
-            bias = (bias + mask).repeat(B, 1, 1, 1)  # (B n, h, N, N)
+            bias = bias + mask  # (n, h, N, N)
         x = self.attn(to_windows(x, w), bias if shift else bias.unsqueeze(0))  # (B n, N, d)
         x = from_windows(x, w, *padded)  # (B, H', W', d)
         if shift:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from reference_models.beit import relative_index
 from reference_models.layers import Attention
-from reference_models.swin import PatchMerging, SwinBlock, SwinConfig, SwinTransformer
+from reference_models.swin import PatchMerging, SwinBlock, SwinConfig, SwinTransformer, for_all_windows
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CosineAttention(Attention):
         """Scaled so that the division by sqrt(d/h) in the common form leaves t cos(q, k)."""
         t = self.logit_scale.clamp(max=math.log(100)).exp()  # (h, 1, 1)
         q = (F.normalize(q, dim=-1) * (t * math.sqrt(q.shape[-1]))).to(v.dtype)
-        return super().attend(q, F.normalize(k, dim=-1).to(v.dtype), v, mask)
+        return super().attend(q, F.normalize(k, dim=-1).to(v.dtype), v, for_all_windows(mask, v))
 
 
 def log_offsets(window: int, pretrained: int = 0) -> Tensor:
