@@ -34,7 +34,7 @@ from minilora.tasks.precision import choose_amp, settle_precision
 from minilora.tasks.rundir import continued, open_run_dir
 from minilora.tasks.task import Task
 from minilora.training import distributed
-from minilora.training.device import choose_device
+from minilora.training.device import choose_device, set_deterministic
 from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import ModelError
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config, checkpoint = continued(config)
     set_threads(config.threads)
+    set_deterministic(config.deterministic)
     device = distributed.start(choose_device(config.device))
     try:
         return train(config, checkpoint, device)

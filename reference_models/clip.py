@@ -158,12 +158,12 @@ class TextTower(nn.Module):
 
     forward = pooled
 
-    def pooled_choices(self, input_ids: Tensor) -> Tensor:
+    def pooled_choices(self, input_ids: Tensor, length: int | None = None) -> Tensor:
         """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as `pooled`
         of each text. The common beginning of a question's texts is computed once, and in the last
-        block only the end tokens.
+        block only the end tokens. length: see pack_choices.
         """
-        packed = pack_choices(input_ids, self.end_positions(input_ids))
+        packed = pack_choices(input_ids, self.end_positions(input_ids), length)
         x = self.token_embed(packed.ids) + self.pos_embed[0, packed.positions]  # (B, L, d)
         return self.run(x, packed.mask, packed.ends)
 

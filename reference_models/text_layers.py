@@ -63,13 +63,14 @@ class Packed(NamedTuple):
     ends: Tensor
 
 
-def pack_choices(input_ids: Tensor, ends: Tensor) -> Packed:
+def pack_choices(input_ids: Tensor, ends: Tensor, length: int | None = None) -> Packed:
     """Token ids (B, C, T) of C texts for each question, which end at `ends` (B, C) ->
     one row for each question.
 
     A token of a causal tower depends only on what stands before it, so the tokens of a common
     beginning are the same in all C texts. They stand once in the row, with the first text; each
-    text sees them and itself.
+    text sees them and itself. length: L, at least the tokens of the largest row; None reads it from
+    the tensors, for which the host waits for a GPU.
     """
     B, C, T = input_ids.shape
     place = torch.arange(T, device=input_ids.device)
@@ -78,8 +79,8 @@ def pack_choices(input_ids: Tensor, ends: Tensor) -> Packed:
     first = torch.arange(C, device=input_ids.device)[:, None] == 0
     kept = (place <= ends[..., None]) & (first | (place >= common[:, None, None]))  # (B, C, T)
     kept = kept.flatten(1)
-    longest = int(kept.sum(1).max())
-    order = kept.long().argsort(dim=1, descending=True, stable=True)[:, :longest]  # (B, L)
+    length = int(kept.sum(1).max()) if length is None else length
+    order = kept.long().argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, L)
     choice, position = order // T, order % T
     before = position[:, None, :] <= position[:, :, None]  # (B, L, L): query, key
     seen = (choice[:, None, :] == choice[:, :, None]) | (position < common[:, None])[:, None, :]

@@ -59,5 +59,5 @@ def _seconds(call: Callable[[], object], repeats: int, device: str) -> float:
 
 def _now(device: str) -> float:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()

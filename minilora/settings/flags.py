@@ -120,7 +120,7 @@ class Config:
         tasks=("classify",), shown="all")
     seed: int = flag(I, 0, "for data order, augmentation, new weights, dropout", int, low=0, high=2**31)
     workers: int = flag(I, None, "processes that read pictures", int, low=0, high=64,
-        shown="0; 4 beside a GPU")
+        shown="0; beside a GPU one per core, at most 16")
     bad_data: str = flag(I, "error", "a broken picture ends the run, or is left out", choices=("error",
         "skip"))
 
@@ -139,7 +139,8 @@ class Config:
     amp: str = flag(S, "auto", "precision; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU",
         choices=AMP)
     base_dtype: str = flag(S, None, "how frozen weights are stored", choices=AMP[1:], shown="as --amp; DoRA: fp32")
-    compile: bool = flag(S, False, "torch.compile the model", bool)
+    compile: bool = flag(S, False, "torch.compile the model, block by block", bool)
+    deterministic: bool = flag(S, False, "on a GPU: a resumed run has the same bits, as on a CPU; slower", bool)
     grad_checkpointing: bool = flag(S, False, "less memory for one more forward pass", bool)
     device: str = flag(S, "auto", "auto, cpu, cuda or cuda:N", meta="NAME")
     threads: int = flag(S, None, "CPU threads; the same bits need the same number", int, low=1, high=1024,

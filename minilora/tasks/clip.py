@@ -93,12 +93,6 @@ def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
         )
 
 
-def compile_towers(model: nn.Module) -> None:
-    """--compile: the loss calls the towers, never the whole."""
-    for tower in (model.vision, model.text):
-        tower.pooled = torch.compile(tower.pooled)
-
-
 def frozen(tower: nn.Module) -> bool:
     """Whether nothing in a tower is trained."""
     return not any(parameter.requires_grad for parameter in tower.parameters())

@@ -21,7 +21,10 @@ from minilora.training.checkpoint import step_of
 
 ROOT = Path("runs")
 # may differ on resume
-FREE = {*NOT_SAVED, "recipe", "workers", "device", "log_interval", "save_every", "time_limit", "compile", "threads"}
+FREE = {
+    *(*NOT_SAVED, "recipe", "workers", "device", "log_interval", "save_every", "time_limit"),
+    *("compile", "threads", "deterministic"),
+}
 # may be another path where the old one is gone
 PLACES = ("data_dir", "weights", "tokenizer", "teacher")
 

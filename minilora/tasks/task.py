@@ -142,7 +142,10 @@ class DataTask(ABC):
 
 
 def choose_workers(config: Config, device: torch.device) -> int:
-    """--workers; else none on a CPU, where the cores have enough to do, and 4 beside a GPU."""
+    """--workers; else none on a CPU, where the cores have enough to do; beside a GPU this process's
+    share of the cores but for one, at most 16."""
     if config.workers is not None:
         return config.workers
-    return 0 if device.type == "cpu" else min(4, os.cpu_count() or 1)
+    share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes on this machine
+    return 0 if device.type == "cpu" else min(16, max(1, share - 1))

@@ -8,6 +8,7 @@ finds the same bits), and looked up afterwards.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,20 @@ class Teacher:
         """The student's normalised pictures (N, 3, S, S) as the teacher wants them."""
         here, there = self.task.preprocess, self.run.preprocess
         if (here["mean"], here["std"]) != (there["mean"], there["std"]):
-            mean, std, mean_there, std_there = (
-                image.new_tensor(side[key])[:, None, None] for side in (here, there) for key in ("mean", "std")
-            )
+            mean, std, mean_there, std_there = self.colours
             image = (image * std + mean - mean_there) / std_there
         size = there["image_size"]
         if image.shape[-1] != size:
             image = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         return image
+
+    @cached_property
+    def colours(self) -> list[Tensor]:
+        """Mean and deviation (3, 1, 1) of the student's normalisation, and of the teacher's: made
+        once, as a GPU makes the host wait for each."""
+        sides = self.task.preprocess, self.run.preprocess
+        values = [torch.tensor(side[key]) for side in sides for key in ("mean", "std")]
+        return [value[:, None, None].to(self.task.device) for value in values]
 
     def answer_all(self) -> Tensor:
         """(N, K) answers to every training example, by its number; (0,) where they would take

@@ -1,6 +1,12 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, in which precision, and how its batches come there.
+
+On a GPU "fp32" is float32 to the last bit: torch leaves TensorFloat-32 off, and so does this
+project. Who wants the tensor cores takes bf16 or fp16.
+"""
 
 import contextlib
+import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +26,23 @@ def choose_device(wanted: str) -> torch.device:
         raise UserError(
             f"--device {wanted}: this machine has {found or 'no'} CUDA device{'s' * (found > 1)}; try --device cpu"
         )
+    if device.index is not None and device.type == "cuda":
+        # pinned memory, clocks and "does it know bf16" ask about the current GPU
+        torch.cuda.set_device(device)
     return device
+
+
+def set_deterministic(on: bool) -> None:
+    """--deterministic: on a GPU only kernels that add in a fixed order.
+
+    Where torch has none, the operation raises RuntimeError. With a warning in its place (warn_only)
+    torch would leave the gradient of attention as it is, which has such a kernel.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
+    # to fill new memory with NaN finds mistakes in kernels, and takes time
+    torch.utils.deterministic.fill_uninitialized_memory = not on
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
@@ -29,5 +51,41 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on the device; copies from pinned memory do not block the host."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on the device. A GPU copies out of pinned memory, for which the
+    host does not wait."""
+    pin = device.type == "cuda"
+    tensors = {k: v.pin_memory() if pin and v.is_cpu else v for k, v in batch.items() if isinstance(v, Tensor)}
+    return batch | {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+
+
+class Feed:
+    """The batches of a loader, each beside its copy on the device: next(feed) -> (batch, copy).
+
+    `ahead()` is called when a step's work is on its way: a GPU then gets the next batch on a stream
+    of its own while it computes, and the host reads it before it waits. A CPU has nothing to gain.
+    """
+
+    def __init__(self, loader: Iterable[dict], device: torch.device):
+        self.loader, self.device = iter(loader), device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ready: tuple[dict, dict] | None = None
+
+    def ahead(self) -> None:
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream), contextlib.suppress(StopIteration):
+                self.ready = self.fetch()
+
+    def __next__(self) -> tuple[dict, dict]:
+        if self.ready is None:
+            return self.fetch()
+        (batch, copy), self.ready = self.ready, None
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self.stream)
+        for tensor in copy.values():
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(compute)  # else its memory is free for the next copy too early
+        return batch, copy
+
+    def fetch(self) -> tuple[dict, dict]:
+        batch = next(self.loader)
+        return batch, to_device(batch, self.device)

@@ -1,4 +1,8 @@
-"""The ways in which a training step fails, as one line each that says what to try."""
+"""The ways in which a training step fails, as one line each that says what to try.
+
+A process that dies on a GPU shows to the others not as an error but as silence: NCCL waits for it
+until its watchdog ends them (ten minutes), unless torchrun, which saw it die, does so before.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -60,6 +64,11 @@ def readable_errors(device: torch.device, batch_size: int, where: Callable[[], s
             raise RunError(
                 f"{where()}: --compile failed: {first_line(message)}. On a CPU it needs a C++ compiler: g++, or "
                 "one named by the variable CXX; without --compile the run works the same"
+            ) from error
+        if "deterministic" in message and torch.are_deterministic_algorithms_enabled():
+            raise RunError(
+                f"{where()}: --deterministic: {first_line(message).partition(',')[0]} on {device}; without the flag "
+                "the run works, but gives other bits each time"
             ) from error
         if world_size() > 1 and any(text in message for text in LOST_PEER):
             raise RunError(

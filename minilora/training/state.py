@@ -132,7 +132,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Puts optimizer_tensors() back, on the devices of their parameters."""
+    """Puts optimizer_tensors() back, on the devices of their parameters and in their memory
+    order: a fused kernel walks through all of them by one index."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for name, tensor in saved.items():
@@ -140,7 +141,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, s
         parameter = parameters[parameter_name]
         if tensor.dim() and tensor.shape != parameter.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}")
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        like = torch.empty_like(parameter, dtype=tensor.dtype) if tensor.dim() else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = like.copy_(tensor)
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,18 +22,17 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.adapter import save_adapter
 from minilora.atomic import write_safetensors
 from minilora.errors import RunError, UserError
 from minilora.training import checkpoint, distributed, optim, state
-from minilora.training.device import autocast, to_device
+from minilora.training.device import Feed, autocast
 from minilora.training.faults import explain_nonfinite, readable_errors
 from minilora.training.progress import Progress
 from minilora.training.signals import Interrupted, StopSignals
@@ -81,8 +80,10 @@ class Trainer:
         self.run_dir, self.device = Path(run_dir), torch.device(device)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.model = task.model.to(self.device)
+        if self.device.type == "cuda":
+            self.model.to(memory_format=torch.channels_last)  # of convolutions, for cuDNN
         if options.compile:
-            self.model.compile()  # in place: parameter names stay clean
+            compile_blocks(self.model)
         rates = options.lr, options.head_lr, options.weight_decay
         self.optimizer = optim.build_optimizer(self.model, options.opt, *rates)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -153,12 +154,13 @@ class Trainer:
         run; False where the time limit has cut them short."""
         now, every = self.state, self.options.save_every
         steps = self.steps_of(now.epoch, now.position)[: self.last_step - now.step]
-        loader = iter(self.task.train_loader(now.epoch, [batch for step in steps for batch in step.batches]))
+        batches = [batch for step in steps for batch in step.batches]
+        feed = Feed(self.task.train_loader(now.epoch, batches), self.device)
         self.progress.start_epoch(now, self.options.epochs, len(steps))
         self.model.train()
         whole = True
         for number, step in enumerate(steps, start=1):
-            stop = self.train_step(step, loader)
+            stop = self.train_step(step, feed)
             now.step += 1
             now.position += step.items
             self.progress.step(now, self.total_steps)
@@ -178,7 +180,7 @@ class Trainer:
         batches = self.task.train_batches(epoch, distributed.turns(accumulate))
         return distributed.share_steps(distributed.skip_items(batches, done), accumulate)
 
-    def train_step(self, step: distributed.Step, loader: Iterator[dict]) -> bool:
+    def train_step(self, step: distributed.Step, feed: Feed) -> bool:
         """One optimizer step; returns whether a signal has asked some process to stop after it.
 
         One small tensor crosses from the device per step: loss, counts and gradient norm. That is
@@ -189,7 +191,7 @@ class Trainer:
         torch.manual_seed(state.step_seed(o.seed, now.step, distributed.rank()))  # for dropout
         now.lr = optim.set_learning_rate(self.optimizer, self.lr_factor())
         self.optimizer.zero_grad(set_to_none=True)
-        sums, microbatches = self.accumulate(step, loader)
+        sums, microbatches = self.accumulate(step, feed)
         self.scaler.unscale_(self.optimizer)
         norm = optim.gradient_norm(self.parameters)
         sums = torch.cat((distributed.all_sum(sums), norm.double()[None]))
@@ -208,24 +210,26 @@ class Trainer:
         self.scaler.update()  # and halves the scale
         return stop > 0
 
-    def accumulate(self, step: distributed.Step, loader: Iterator[dict]) -> tuple[Tensor, list[tuple]]:
+    def accumulate(self, step: distributed.Step, feed: Feed) -> tuple[Tensor, list[tuple]]:
         """Adds up the gradients of a step's microbatches; returns its sums (5,), and each
         microbatch with its loss and counts, from which a loss that is not finite is explained."""
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         seen = []
         for weight in step.weights:
-            batch = next(loader)
+            batch, copy = next(feed)
             with distributed.no_sync(self.loss, wait=len(seen) + 1 < len(step.weights)):
                 with autocast(self.device, self.options.amp):
-                    loss, stats = self.loss(to_device(batch, self.device))
+                    loss, stats = self.loss(copy)
                 self.scaler.scale(loss * weight).backward()
+            feed.ahead()
             seen.append((batch, loss.detach(), stats))
             if weight:
                 sums[LOSS] += loss.detach() * (weight / distributed.world_size())
                 sums[CORRECT] += stats["correct"]
                 sums[COUNTED] += stats["count"]
-        sums[STOP] = self.signals.signum is not None
-        sums[LATE] = time.monotonic() >= self.deadline
+        # `sums[STOP] = ...` would copy a number from the host, and wait
+        sums[STOP].fill_(self.signals.signum is not None)
+        sums[LATE].fill_(time.monotonic() >= self.deadline)
         return sums, seen
 
     def refuse_step(self, reason: str) -> None:
@@ -307,3 +311,14 @@ class Trainer:
         self.state, self.best_tensors = state.unpack(tensors, values, *parts, where=str(self.saved))
         self.progress.write_metrics(self.state.history)
         self.progress.log(f"resumed from {self.saved}: epoch {self.state.epoch + 1}, step {self.state.step}")
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile on every transformer block, else on the whole model; in place, so that the
+    names of parameters stay.
+
+    Blocks of one shape share one compilation, which so takes seconds however many there are.
+    """
+    lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
+    for module in [block for blocks in lists for block in blocks] or [model]:
+        module.compile()

@@ -79,7 +79,8 @@ def collate_choices(items: Sequence[dict], pad_id: int) -> dict:
     """Items -> batch. B questions, U different pictures, C choices, T tokens of the longest text.
 
     image (U, 3, S, S), picture (B,) rows of image, input_ids (B, C, T), label, index (B,) int64,
-    valid (B,) bool, share: whether it pays to encode what a question's choices have in common once.
+    valid (B,) bool, share: whether it pays to encode what a question's choices have in common once,
+    packed_length: shared_size of the batch, which a GPU could only tell by making the host wait.
     """
     rows: dict[int, int] = {}
     for item in items:
@@ -90,11 +91,13 @@ def collate_choices(items: Sequence[dict], pad_id: int) -> dict:
     for b, text in enumerate(texts):
         for c, tokens in enumerate(text):
             ids[b, c, : len(tokens)] = tokens
+    packed = shared_size(texts)
     return {
         "image": torch.stack([images[number] for number in rows]),
         "picture": torch.tensor([rows[item["picture"]] for item in items]),
         "input_ids": torch.from_numpy(ids),
-        "share": shared_size(texts) <= WORTH_SHARING * ids[0].size,
+        "share": packed <= WORTH_SHARING * ids[0].size,
+        "packed_length": packed,
         **{key: torch.tensor([item[key] for item in items]) for key in ("label", "index", "valid")},
     }
 

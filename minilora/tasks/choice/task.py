@@ -18,7 +18,7 @@ from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits
 from minilora.settings.flags import Config
 from minilora.tasks.choice.text import ChoicePrompt
-from minilora.tasks.clip import compile_towers, cosine_logits, load_clip
+from minilora.tasks.clip import cosine_logits, load_clip
 from minilora.tasks.labelled import Labelled, LabelledPredictor, Predictions
 from minilora.tasks.method import make_trainable, resolve
 from minilora.tasks.teacher import teacher_names
@@ -39,8 +39,6 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
     teacher_names(config, LETTERS[: len(splits.train[0].choices)])
     model, record, tokenizer = load_clip(config)
     make_trainable(model, config, model.head_modules if config.mode == "linear" else ())
-    if config.compile:
-        compile_towers(model)
     return Choice(config, model, record, tokenizer, splits, torch.device(device))
 
 
@@ -65,7 +63,7 @@ def pooled_texts(model: nn.Module, batch: dict) -> Tensor:
     """input_ids (B, C, T) -> the text tower's end tokens (B, C, d)."""
     ids = batch["input_ids"]
     if batch["share"] if share_prefix is None else share_prefix:
-        return model.text.pooled_choices(ids)
+        return model.text.pooled_choices(ids, batch.get("packed_length"))
     return model.text.pooled(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
 
 
@@ -107,7 +105,7 @@ class Choice(Labelled):
         return make_loader(self.data[part], batches, self.workers, pin, collate)
 
     def encoded(self, batch: dict) -> dict[str, Tensor]:
-        ids = {"input_ids": batch["input_ids"].to(self.device), "share": batch["share"]}
+        ids = batch | {"input_ids": batch["input_ids"].to(self.device)}
         image = self.model.vision.pooled(batch["image"].to(self.device))[batch["picture"].to(self.device)]
         # (B, d), (B, C, d)
         return {"image_features": image, "text_features": pooled_texts(self.model, ids)}

@@ -19,7 +19,7 @@ from minilora.data.shards.pictures import ShardDataset, ShardSplit
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.tasks.classify.prompts import NamesPredictor, check_names
-from minilora.tasks.clip import compile_towers, is_clip, load_clip
+from minilora.tasks.clip import is_clip, load_clip
 from minilora.tasks.labelled import Labelled, LabelledPredictor
 from minilora.tasks.method import make_trainable, one_value, resolve
 from minilora.tasks.teacher import teacher_names
@@ -47,8 +47,6 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
         check_names(splits.classes, config.data_dir)
         model, record, tokenizer = load_clip(config)
         model.labels = list(splits.classes)
-        if config.compile:
-            compile_towers(model)
     else:
         name, weights = one_value(config, "model"), one_value(config, "weights")
         model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size)

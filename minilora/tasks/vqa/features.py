@@ -53,7 +53,7 @@ class FeatureCache:
     def encode(self, data: VQADataset) -> dict[str, Tensor]:
         """vision (pictures, dv), text (texts, dt) and valid (pictures,) of a part."""
         training = self.task.model.training
-        self.task.model.eval()
+        self.task.model.to(self.task.device).eval()
         with autocast(self.task.device, self.task.amp):
             kept = (self.pictures(data) if "vision" in self.towers else {}) | (
                 {"text": self.texts(data)} if "text" in self.towers else {}
