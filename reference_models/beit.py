@@ -160,6 +160,9 @@ class Beit(Classifier):
 
     def pooled(self, x: Tensor) -> Tensor:
         """The normalised mean of the patch tokens, or the class token, (B, d)."""
-        if self.fc_norm is not None:
-            return self.fc_norm(self.encode(x)[:, 1:].mean(1))
-        return self.encode(x, last_rows=0 if self.pooled_last_block else None)[:, 0]
+        alone = self.fc_norm is None and self.pooled_last_block
+        return self.pool(self.encode(x, last_rows=0 if alone else None))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The same of all tokens (B, T, d)."""
+        return tokens[:, 0] if self.fc_norm is None else self.fc_norm(tokens[:, 1:].mean(1))

@@ -81,7 +81,11 @@ class VisionTower(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """The class token, (B, d)."""
-        return self.forward_features(x, 0 if self.pooled_last_block else None)[:, 0]
+        return self.pool(self.forward_features(x, 0 if self.pooled_last_block else None))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The class token of (B, T, d)."""
+        return tokens[:, 0]
 
     forward = pooled
 

@@ -7,6 +7,7 @@ encoder, and a head on both.
 
 fusion "concat": [image, text] -> Linear(128) -> Linear(classes).
 fusion "product": (ReLU(Linear(image)) * Linear(text), 256 wide) -> Linear(32) -> Linear(classes).
+fusion "concat-product": i, t = GELU(Linear(norm(features))), 512 wide; [i, t, i * t] -> Linear(classes).
 Shapes: B questions, N <= B pictures, dv and dt the widths of the towers.
 """
 
@@ -21,6 +22,7 @@ from reference_models.errors import ModelError
 DEFAULTS = {
     "concat": {"hidden": 128, "inner": 0, "dropout": 0.0},
     "product": {"hidden": 32, "inner": 256, "dropout": 0.2},
+    "concat-product": {"hidden": 0, "inner": 512, "dropout": 0.5},
 }
 
 
@@ -29,8 +31,8 @@ class FusionConfig:
     """The configurations of both towers and the sizes of what joins them; None takes
     the fusion's own default.
 
-    hidden is the width of the last hidden layer, inner that of the product; inner 0 multiplies the
-    features as they are.
+    hidden is the width of the last hidden layer (0: none), inner that of the product; inner 0
+    multiplies the features as they are.
     """
 
     name: str = "vqa"
@@ -60,6 +62,7 @@ class ConcatFusion(nn.Module):
 
     def __init__(self, vision: int, text: int, config: FusionConfig):
         super().__init__()
+        self.num_features = config.hidden
         self.dropout = nn.Dropout(config.dropout)
         self.fc = nn.Linear(vision + text, config.hidden)
 
@@ -74,6 +77,7 @@ class ProductFusion(nn.Module):
         super().__init__()
         if not config.inner and vision != text:
             raise ValueError(f"a product without projections needs equal widths, not {vision} and {text}")
+        self.num_features = config.hidden
         self.dropout = nn.Dropout(config.dropout)
         self.image_proj = nn.Linear(vision, config.inner) if config.inner else None
         self.text_proj = nn.Linear(text, config.inner) if config.inner else None
@@ -84,6 +88,32 @@ class ProductFusion(nn.Module):
             image = F.relu(self.image_proj(self.dropout(image)))  # (B, inner)
             text = self.text_proj(self.dropout(text))  # (B, inner)
         return self.fc(image * text)
+
+
+class ConcatProductFusion(nn.Module):
+    """[i, t, i * t] with i = GELU(image_proj(norm(image))), t = GELU(text_proj(norm(text))),
+    (B, dv), (B, dt) -> (B, 3 inner).
+
+    What the question alone says (t) need not pass through the product, which then is left with what
+    the picture adds; and no layer is narrower than hundreds of answers need. Of the picture it
+    takes the pooled vector and the largest value of each feature over all tokens, which is
+    high where a thing stands anywhere: dv is twice the tower's width.
+    """
+
+    def __init__(self, vision: int, text: int, config: FusionConfig):
+        super().__init__()
+        self.num_features = 3 * config.inner
+        self.image_norm, self.text_norm = nn.LayerNorm(vision), nn.LayerNorm(text)
+        self.image_proj, self.text_proj = nn.Linear(vision, config.inner), nn.Linear(text, config.inner)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        image = F.gelu(self.image_proj(self.image_norm(image)))  # (B, inner)
+        text = F.gelu(self.text_proj(self.text_norm(text)))  # (B, inner)
+        return self.dropout(torch.cat([image, text, image * text], dim=-1))
+
+
+FUSIONS = {"concat": ConcatFusion, "product": ProductFusion, "concat-product": ConcatProductFusion}
 
 
 class TwoTower(nn.Module):
@@ -117,10 +147,10 @@ class TwoTower(nn.Module):
         self.vision, self.text = vision, text
         # a convolutional tower gives the product all its cells, not their mean
         self.flatten = fusion == "product" and hasattr(vision, "flat")
-        width = vision.num_flat_features if self.flatten else vision.num_features
-        kind = {"concat": ConcatFusion, "product": ProductFusion}[fusion]
-        self.fusion = kind(width, text.num_features, self.config)
-        self.num_features = self.config.hidden
+        self.peaks = fusion == "concat-product"
+        width = vision.num_flat_features if self.flatten else vision.num_features * (1 + self.peaks)
+        self.fusion = FUSIONS[fusion](width, text.num_features, self.config)
+        self.num_features = self.fusion.num_features
         self.head = nn.Linear(self.num_features, num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -130,8 +160,11 @@ class TwoTower(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes, **like)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, dv): pooled, or flattened cells of a
-        convolutional tower in a product."""
+        """(N, 3, H, W) -> (N, dv): pooled; for a product the flattened cells of a convolutional
+        tower, for a concat-product the largest values over the tokens beside it."""
+        if self.peaks:
+            tokens = self.vision.forward_features(images)  # (N, T, d)
+            return torch.cat([self.vision.pool(tokens), tokens.amax(1)], dim=-1)
         return self.vision.flat(images) if self.flatten else self.vision.pooled(images)
 
     def encode_text(

@@ -72,6 +72,10 @@ class MobileNet(nn.Module):
         """The mean over all cells, (B, 1280)."""
         return self.features(x).mean((2, 3))
 
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The same of all cells (B, h w, 1280)."""
+        return tokens.mean(1)
+
     def flat(self, x: Tensor) -> Tensor:
         """All cells in one row, (B, h w 1280): 62,720 numbers at 224 pixels."""
         return self.forward_features(x).flatten(1)

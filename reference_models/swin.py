@@ -210,4 +210,8 @@ class SwinTransformer(Classifier):
 
     def pooled(self, x: Tensor) -> Tensor:
         """The mean of all tokens, (B, num_features)."""
-        return self.forward_features(x).mean(1)
+        return self.pool(self.forward_features(x))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The mean of (B, T, d) over T."""
+        return tokens.mean(1)

@@ -77,5 +77,8 @@ class VisionTransformer(Classifier):
     def pooled(self, x: Tensor) -> Tensor:
         """The class token, (B, d). The last block computes only that one: its other
         tokens would not be read."""
-        token = self.encode(x, last_rows=0 if self.pooled_last_block else None)[:, 0]
-        return token if self.pooler is None else self.pooler(token)
+        return self.pool(self.encode(x, last_rows=0 if self.pooled_last_block else None))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The class token of (B, T, d), through the pooler where there is one: (B, d)."""
+        return tokens[:, 0] if self.pooler is None else self.pooler(tokens[:, 0])

@@ -10,7 +10,7 @@ from torch import nn
 from minilora import LoRAConfig, count_parameters, inject_lora
 from minilora.inject import lora_layers
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
-from reference_models.fusion import TwoTower
+from reference_models.fusion import FUSIONS, TwoTower
 
 HEAD = ("fusion", "head")
 
@@ -90,12 +90,11 @@ def test_counts_equal_those_of_report_5s_student_with_one_and_two_biases(counts)
         assert count_parameters(two.text.lstm).total == counts["student_lstm_torch_two_biases"]
 
 
-@pytest.mark.parametrize("fusion", ["concat", "product"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_shared_picture_is_encoded_once_and_gives_the_same_logits(fusion, batch):
     model = tiny(fusion=fusion)
     seen = []
-    original = model.vision.pooled
-    model.vision.pooled = lambda images: (seen.append(len(images)), original(images))[1]
+    model.vision.patch_embed.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     with torch.no_grad():
         logits = model(**batch)
         repeated = {**batch, "images": batch["images"][batch["image_index"]], "image_index": None}
@@ -103,7 +102,7 @@ def test_a_shared_picture_is_encoded_once_and_gives_the_same_logits(fusion, batc
     assert logits.shape == (4, 5) and seen == [2, 4]
 
 
-@pytest.mark.parametrize("fusion", ["concat", "product"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_precomputed_features_replace_their_inputs_bit_for_bit(fusion, batch):
     model = tiny(fusion=fusion)
     with torch.no_grad():
@@ -128,6 +127,48 @@ def test_both_fusions_compute_their_formulas():
     assert isinstance(f.dropout, nn.Dropout) and f.dropout.p == 0.2
 
 
+def test_concat_product_is_its_formula_in_value_and_gradient(batch):
+    """Against the pooled vector, the largest values over the tokens and two projections, written out in float64."""
+    model = tiny(fusion="concat-product").double()
+    batch = batch | {"images": batch["images"].double()}
+    f = model.fusion
+
+    def half(x, norm, proj):
+        centred = x - x.mean(-1, keepdim=True)
+        x = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+        x = x @ proj.weight.T + proj.bias
+        return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+    tokens = model.vision.forward_features(batch["images"])
+    image = torch.cat([model.vision.pooled(batch["images"]), tokens.max(1).values], 1)[batch["image_index"]]
+    text = model.text.pooled(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    i, t = half(image, f.image_norm, f.image_proj), half(text, f.text_norm, f.text_proj)
+    wanted = torch.cat([i, t, i * t], 1) @ model.head.weight.T + model.head.bias
+    logits = model(**batch)
+    assert logits.shape == (4, 5) and model.num_features == 3 * 512
+    torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(x.sin().sum(), parameters, retain_graph=True) for x in (logits, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+PICTURES = {
+    "vit-nano-patch8-48": {},
+    "beit-nano-patch8-48": {},
+    "swin-nano-patch4-window6-48": {},
+    "swinv2-nano-patch4-window6-48": {},
+    "mobilenet-v2": {"width": 0.25, "image_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pooled_is_the_pool_of_all_tokens(name):
+    model = create_model(name, num_classes=0, **PICTURES[name]).eval().double()
+    x = torch.randn(2, 3, model.config.image_size, model.config.image_size, dtype=torch.float64)
+    torch.testing.assert_close(model.pooled(x), model.pool(model.forward_features(x)), rtol=1e-9, atol=1e-9)
+
+
 def test_every_adapter_of_both_towers_learns(batch):
     targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     config = LoRAConfig(r=2, target_modules=targets, modules_to_save=HEAD, init_lora_weights=False)
@@ -142,7 +183,7 @@ def test_every_adapter_of_both_towers_learns(batch):
 
 
 @pytest.mark.parametrize("pair", [("clip", "bert"), ("clip", "clip"), ("mobilenet", "clip")])
-@pytest.mark.parametrize("fusion", ["concat", "product"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_any_picture_encoder_goes_with_any_text_encoder(pair, fusion, tmp_path):
     clip = create_model("clip-nano", vision_depth=1, text_depth=1, vocab_size=50)
     vision = clip.vision if pair[0] == "clip" else create_model("mobilenet-v2", width=0.25, image_size=64)
@@ -183,7 +224,7 @@ def test_student_reads_the_last_real_token_and_one_bias_is_not_trained():
 
 
 def test_unknown_fusions_and_unequal_widths_are_named():
-    with pytest.raises(ModelError, match="concat, product"):
+    with pytest.raises(ModelError, match="concat, product, concat-product"):
         tiny(fusion="sum")
     with pytest.raises(ValueError, match="equal widths, not 32 and 24"):
         tiny(fusion="product", inner=0)
