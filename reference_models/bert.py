@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from reference_models.layers import MLP, Attention, Pooler, collect_attention_maps, init_weights, run_blocks, take_rows
 from reference_models.text_layers import padding_mask
 
+POOLINGS = ("pooler", "mean", "cls", "max")
+
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT. max_positions is the longest input; type_vocab the number of segments."""
+    """Sizes of a BERT. max_positions is the longest input; type_vocab the number of segments;
+    pooling one of POOLINGS, see Bert.pool."""
 
     name: str = "bert-base"
     vocab_size: int = 30522
@@ -30,6 +33,7 @@ class BertConfig:
     eps: float = 1e-12
     act: str = "gelu"
     pooler: bool = True
+    pooling: str = "pooler"
     family: str = "bert"
 
 
@@ -85,7 +89,10 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         block = (config.dim, config.heads, config.hidden, config.act, config.eps)
         self.blocks = nn.ModuleList(PostNormBlock(*block) for _ in range(config.depth))
-        self.pooler = Pooler(config.dim) if config.pooler else None
+        if config.pooling not in POOLINGS:
+            raise ValueError(f"pooling {config.pooling!r} is not known; the choices are {', '.join(POOLINGS)}")
+        # a pooler that is not read would never be trained
+        self.pooler = Pooler(config.dim) if config.pooler and config.pooling == "pooler" else None
         self.grad_checkpointing, self.pooled_last_block = False, True
         self.apply(init_weights)
 
@@ -104,10 +111,23 @@ class Bert(nn.Module):
     def pooled(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """tanh(W [CLS] + b), or [CLS] itself without pooler: (B, d)."""
-        rows = 0 if self.pooled_last_block else None
-        token = self.forward_features(input_ids, attention_mask, token_type_ids, rows)[:, 0]
-        return token if self.pooler is None else self.pooler(token)
+        """The text's vector by config.pooling, (B, d)."""
+        rows = 0 if self.pooled_last_block and self.config.pooling in ("pooler", "cls") else None
+        return self.pool(self.forward_features(input_ids, attention_mask, token_type_ids, rows), attention_mask)
+
+    def pool(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, d) -> (B, d).
+
+        pooler: tanh(W [CLS] + b), or [CLS] itself without pooler; cls: [CLS]. mean, max: over the
+        tokens that the mask keeps, as sentence encoders are trained (Reimers and Gurevych 2019,
+        arXiv:1908.10084).
+        """
+        if self.config.pooling in ("pooler", "cls"):
+            return x[:, 0] if self.pooler is None else self.pooler(x[:, 0])
+        kept = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None].to(x.dtype)
+        if self.config.pooling == "mean":
+            return (x * kept).sum(1) / kept.sum(1)
+        return x.masked_fill(kept == 0, float("-inf")).amax(1)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -115,7 +135,8 @@ class Bert(nn.Module):
         """input_ids, attention_mask (1 token, 0 padding), token_type_ids: (B, T) ->
         hidden (B, T, d), pooled (B, d). ValueError for more tokens than the model has positions."""
         x = self.forward_features(input_ids, attention_mask, token_type_ids)
-        return x, None if self.pooler is None else self.pooler(x[:, 0])
+        without = self.config.pooling == "pooler" and self.pooler is None
+        return x, None if without else self.pool(x, attention_mask)
 
     def attention_maps(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

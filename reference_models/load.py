@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from reference_models.errors import ModelError
 from reference_models.files.config_check import check_config, readable
 from reference_models.files.names import is_head, strip_wrappers, to_ours, to_theirs
+from reference_models.files.pooling import with_pooling
 from reference_models.files.preprocess import preprocess_for, preprocessor_files
 from reference_models.files.safetensors import read_weights, write_model_files
 from reference_models.text.textfiles import read_json
@@ -101,8 +102,7 @@ def load_pretrained(
 ) -> nn.Module:
     """A model with the weights of a checkpoint.
 
-    name_or_dir: a model name; or a directory with config.json or "hf:org/name", which then is the
-      checkpoint too
+    name_or_dir: a model name; or a directory or "hf:org/name", which then is the checkpoint too
     weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory,
       "hf:org/name", None for random
     num_classes: None keeps the checkpoint's head; another number replaces it
@@ -116,14 +116,14 @@ def load_pretrained(
     by_name = not (Path(name_or_dir).is_dir() or str(name_or_dir).startswith("hf:"))
     source = weights if by_name else (weights or name_or_dir)
     if by_name and source is None:
-        sizes = {"image_size": image_size} if image_size else {}
-        return create_model(name_or_dir, num_classes, **sizes, **overrides)
+        return create_model(name_or_dir, num_classes, **overrides, **({"image_size": image_size} if image_size else {}))
     path = _resolve(source)
     folder = path if path.is_dir() else path.parent
     data = _config_file(path)
     wanted = config_for(name_or_dir) if by_name else None
     with readable(folder / "config.json"):
         config = _described(data, folder, wanted)
+    config = config if "pooling" in overrides else with_pooling(config, folder)
     family = family_module(config.family)
     state, files = read_weights(path)
     with readable(files):

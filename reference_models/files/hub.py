@@ -27,7 +27,7 @@ MANIFEST = ".minilora.json"
 CONFIGS = ("config.json", "open_clip_config.json")  # one of them must exist
 EXTRAS = (
     *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.txt", "vocab.json", "merges.txt"),
+    *("vocab.txt", "vocab.json", "merges.txt", "1_Pooling/config.json"),
 )
 # In this order, the first that exists; an index brings its shards. Pickles only where there
 # is no safetensors.
@@ -94,7 +94,8 @@ def _manifest(folder: Path) -> dict:
 
 def _kept(folder: Path, name: str, size: object) -> bool:
     path = folder / name
-    return Path(name).name == name and path.is_file() and path.stat().st_size == size
+    inside = Path(name).name == name or name in EXTRAS
+    return inside and path.is_file() and path.stat().st_size == size
 
 
 def _complete(folder: Path) -> bool:
@@ -164,6 +165,7 @@ class _Snapshot:
         url = f"{self.endpoint}/{self.name}/resolve/{quote(self.pinned, safe='')}/{name}"
         if name.endswith((".safetensors", ".bin")):
             LOG.info("downloading %s", url)
+        (self.folder / name).parent.mkdir(exist_ok=True)
         self.pin(download(url, self.folder / name, self.token))
         self.files[name] = (self.folder / name).stat().st_size
         self.write_manifest(complete=False)

@@ -43,7 +43,7 @@ def test_a_path_is_returned_as_it_is(tmp_path):
 
 def test_later_files_are_asked_from_the_commit_of_the_first(hub):
     resolve("hf:org/name@refs/pr/1")
-    revisions = Counter(path.split("/resolve/")[1].rpartition("/")[0] for path, _ in hub.seen if "/resolve/" in path)
+    revisions = Counter(path.split("/resolve/")[1].partition("/")[0] for path, _ in hub.seen if "/resolve/" in path)
     assert revisions.pop("refs%2Fpr%2F1") == 1 and set(revisions) == {COMMIT}
 
 
