@@ -38,6 +38,7 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
         return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     finally:
         downloads.removeHandler(shown)
+        ticker.visible = False
 
 
 def _complain(message: str, code: int) -> int:

@@ -22,6 +22,7 @@ from minilora.settings.values import close_match, convert, option
 
 RECIPES = Path(__file__).parent / "recipes"
 BASE = "base"  # a table of config.toml that is no flag: the base weights with their sha256
+FIRST = {"fusion": "product", "text_pooling": "pooler"}  # what version 0.1 did unless it says more
 # what config.toml leaves out: how a run was started
 NOT_SAVED = ("config", "dry_run", "output", "resume")
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "layers", "train_norms", "train_bias")
@@ -218,14 +219,22 @@ def read_toml(path: str | os.PathLike) -> dict[str, Any]:
     """{field: value} of a TOML file or of a run directory's config.toml; errors name the
     file and the key."""
     content = _load_toml(path)
-    content.pop(BASE, None)
+    of_a_run = content.pop(BASE, None) is not None
     table, values = rules(Config), {}
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in table or name == "config":
             raise UserError(f"{path}: unknown key {key!r}{close_match(name, table)}")
         values[name] = convert(name, table[name], value, where=f"{path}: {key}")
-    return values
+    return as_meant(values) if of_a_run else values
+
+
+def as_meant(values: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run's config.toml as they were meant when it was written: version 0.1 did not
+    write what it could not choose, and wrote --fusion for every task."""
+    if values.get("task") == "vqa":
+        return FIRST | values
+    return {name: value for name, value in values.items() if FIRST.get(name) != value}
 
 
 def read_run_config(run_dir: str | os.PathLike) -> tuple[Config, dict[str, Any]]:

@@ -140,6 +140,7 @@ def test_a_toml_mistake_names_file_and_key(tmp_path, text, told):
 
 def test_config_toml_gives_the_configuration_back(tmp_path):
     words = "--lora-r vision=4 text=8 --layers 0-3 --target-modules vision.q_proj text.v_proj --task vqa --lr 3e-4"
+    words += " --fusion concat-product --text-pooling mean"  # as a run has them, resolved
     config = parsed(*words.split(), "--data-dir", 'odd "name" \\ and ü\x7f\n')
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config, {"weights": "x", "sha256": "00"}), encoding="utf-8")

@@ -12,7 +12,7 @@ from minilora.errors import UserError
 from minilora.inject import count_parameters, inject_lora
 from minilora.report.vqa_metric import vqa_accuracy
 from minilora.settings.flags import Config
-from minilora.settings.parse import parse_args, read_recipe
+from minilora.settings.parse import parse_args, read_recipe, read_run_config, read_toml
 from minilora.tasks import build_task, load_run
 from minilora.tasks.method import lora_config
 from minilora.tasks.vqa.targets import SoftTargets
@@ -304,3 +304,48 @@ def test_no_flags_learn_the_generated_scenes(tmp_path):
     train("--output", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best"]["accuracy"] > 0.6
+
+
+def test_a_new_run_writes_down_the_fusion_and_the_pooling_that_it_has(folder):
+    task = task_of(folder, fusion=None)
+    assert (task.config.fusion, task.config.text_pooling) == ("concat-product", "pooler")
+    assert task.model.config.fusion == "concat-product" and task.model.text.pooler is not None
+    student = build_task(
+        Config(**SMALL | {"data_dir": folder, "model": "student-nano", "mode": "full", "fusion": None})
+    )
+    assert (student.config.fusion, student.config.text_pooling) == ("product", "pooler")
+
+
+def test_text_pooling_is_trained_saved_and_opened_again(folder, tmp_path):
+    run, words = tmp_path / "run", ["--task", "vqa", "--data-dir", folder, "--epochs", "1", "--batch-size", "8"]
+    assert program("train").main([*words, "--text-pooling", "mean", "--output", str(run)]) == 0
+    opened = load_run(run)
+    assert opened.config.text_pooling == opened.model.text.config.pooling == "mean"
+    assert opened.config.fusion == opened.model.config.fusion == "concat-product"
+    ids = torch.tensor([[2, 9, 7, 3]])
+    torch.testing.assert_close(opened.model.text.pooled(ids), opened.model.text.forward_features(ids).mean(1))
+
+
+@pytest.mark.parametrize(
+    "model, told", [({"text": "clip-nano"}, "clip-nano have one vector"), ("student-nano", "reads the last token")]
+)
+def test_a_text_tower_with_one_vector_refuses_a_pooling(folder, model, told):
+    flags = {"model": model, "text_pooling": "mean", "fusion": None, "tokenizer": str(bundled_weights("bert-nano"))}
+    with pytest.raises(UserError, match=told):
+        task_of(folder, **flags | ({"mode": "full"} if model == "student-nano" else {}))
+
+
+def test_what_version_0_1_did_not_write_down_means_what_it_did(tmp_path):
+    """A run without the keys has the product and the pooler; for other tasks --fusion meant nothing."""
+    told = '[base]\nweights = "none"\n'
+    old = tmp_path / "config.toml"
+    old.write_text(f'task = "vqa"\nmodel = "vqa-nano"\n{told}')
+    config, _ = read_run_config(tmp_path)
+    assert (config.fusion, config.text_pooling) == ("product", "pooler")
+    old.write_text(f'task = "vqa"\nmodel = "vqa-nano"\nfusion = "concat"\ntext_pooling = "mean"\n{told}')
+    config, _ = read_run_config(tmp_path)
+    assert (config.fusion, config.text_pooling) == ("concat", "mean")
+    old.write_text(f'task = "classify"\nmodel = "vit-nano-patch8-48"\nfusion = "product"\n{told}')
+    assert parse_args(["--config", str(tmp_path)])[0].fusion is None
+    old.write_text('task = "vqa"\n')  # flags that somebody wrote, not a run
+    assert read_toml(old) == {"task": "vqa"}

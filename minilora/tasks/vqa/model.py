@@ -53,26 +53,45 @@ def is_student(config: Config) -> bool:
 
 def load_student(config: Config, answers: int) -> tuple[nn.Module, dict[str, dict]]:
     """A student with random weights; UserError for a fusion that it does not have."""
-    if config.fusion != "product" or config.weights not in (None, RANDOM):
+    if config.fusion not in (None, "product") or config.weights not in (None, RANDOM):
         raise UserError(f"--model {config.model} starts from random weights and joins its towers by --fusion product")
+    if config.text_pooling not in (None, "auto", "pooler"):
+        raise UserError(f"--text-pooling {config.text_pooling}: a student reads the last token; leave the flag out")
+    config.fusion, config.text_pooling = "product", "pooler"
     model, record = load_base(config.model, RANDOM, config.seed, answers, config.image_size)
     return model, {key: dict.fromkeys(TOWERS, value) for key, value in record.items()}
 
 
 def load_towers(config: Config, answers: int, weights: dict[str, str | None]) -> tuple[TwoTower, dict[str, dict]]:
     """(the model with a random head, {"weights": {tower: ...}, "sha256": {tower: ...}}); random
-    parts come from the seed."""
+    parts come from the seed. What --fusion and --text-pooling left open is written into `config`."""
     if is_student(config):
         return load_student(config, answers)
     names, settings = tower_names(config)
     loaded = {
         "vision": load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings),
-        "text": load_base(names["text"], weights["text"], config.seed),
+        "text": load_base(names["text"], weights["text"], config.seed, **text_settings(config, names["text"])),
     }
     record = {key: {tower: loaded[tower][1][key] for tower in TOWERS} for key in ("weights", "sha256")}
     vision, text = (tower_of(loaded[tower][0], tower) for tower in TOWERS)
+    config.fusion = config.fusion or "concat-product"
+    config.text_pooling = getattr(text.config, "pooling", "pooler")
     torch.manual_seed(config.seed)
     return TwoTower(vision, text, answers, fusion=config.fusion), record
+
+
+def text_settings(config: Config, name: str) -> dict[str, str]:
+    """Settings of the text tower from --text-pooling; UserError for a tower that has one vector
+    alone."""
+    if config.text_pooling in (None, "auto"):
+        return {}
+    if os.path.isdir(name) or hasattr(config_for(name), "pooling"):
+        return {"pooling": config.text_pooling}
+    if config.text_pooling != "pooler":
+        raise UserError(
+            f"--text-pooling {config.text_pooling}: the texts of {name} have one vector; leave the flag out"
+        )
+    return {}
 
 
 def tower_of(model: nn.Module, tower: str) -> nn.Module:
