@@ -64,7 +64,7 @@ def load_student(config: Config, answers: int) -> tuple[nn.Module, dict[str, dic
 
 def load_towers(config: Config, answers: int, weights: dict[str, str | None]) -> tuple[TwoTower, dict[str, dict]]:
     """(the model with a random head, {"weights": {tower: ...}, "sha256": {tower: ...}}); random
-    parts come from the seed. What --fusion and --text-pooling left open is written into `config`."""
+    parts come from the seed. What --fusion and --text-pooling left open `config` then says."""
     if is_student(config):
         return load_student(config, answers)
     names, settings = tower_names(config)
@@ -81,8 +81,7 @@ def load_towers(config: Config, answers: int, weights: dict[str, str | None]) ->
 
 
 def text_settings(config: Config, name: str) -> dict[str, str]:
-    """Settings of the text tower from --text-pooling; UserError for a tower that has one vector
-    alone."""
+    """Settings of the text tower from --text-pooling; UserError where a tower has one vector."""
     if config.text_pooling in (None, "auto"):
         return {}
     if os.path.isdir(name) or hasattr(config_for(name), "pooling"):
