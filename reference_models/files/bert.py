@@ -87,6 +87,9 @@ def config_from_json(data: dict) -> BertConfig | None:
     """Read transformers' config.json; None where it is of another family."""
     if data.get("model_type") != "bert":
         return None
+    for key in ("is_decoder", "add_cross_attention"):
+        if data.get(key):
+            raise ModelError(f"config.json: {key} is true, a text decoder; only BERT as an encoder is supported")
     if (kind := data.get("position_embedding_type", "absolute")) != "absolute":
         raise ModelError(f"config.json: position_embedding_type {kind!r} is not supported, only 'absolute'")
     values = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}

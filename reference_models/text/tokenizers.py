@@ -10,6 +10,7 @@ beside them sets lower-casing, lengths and padding.
 """
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -22,6 +23,13 @@ from reference_models.text.wordpiece import WordPieceTokenizer, build_wordpiece_
 __all__ = ["ClipTokenizer", "Tokenizer", "WordPieceTokenizer", "build_wordpiece_vocab", "load_tokenizer"]
 
 NAMES = ("tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
+# transformers' classes whose algorithm is one of the two here
+CLASSES = r"((Bert|DistilBert|Electra|MobileBert|CLIP|PreTrained)Tokenizer(Fast)?|TokenizersBackend)?"
+CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+# parts of tokenizer.json as they must be: types, and the special tokens around A text
+BERT_PARTS = {"pre_tokenizer": ["BertPreTokenizer"], "post_processor": ["[CLS]", "A", "[SEP]"]}
+CLIP_PARTS = {"normalizer": ["NFC", "Replace", "Lowercase"], "pre_tokenizer": ["Split", "ByteLevel"]}
+CLIP_PARTS |= {"post_processor": ["<|startoftext|>", "A", "<|endoftext|>"]}
 OPEN_END = 1_000_000  # transformers writes 1e30 for "no limit"
 
 
@@ -38,6 +46,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ModelError(f"{path}: no such tokenizer file or directory")
     settings = path.with_name("tokenizer_config.json")
     config = read_json(settings) if settings.is_file() and settings != path else {}
+    _check_class(path, config, settings)
     if path.suffix == ".gz":
         return ClipTokenizer(_read_gz(path), where=str(path), **_clip_options(config, settings))
     if path.name == "merges.txt":
@@ -51,6 +60,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise ModelError(f"{merges}: missing; {path.name} needs its merge list beside it")
         return ClipTokenizer(_read_merges(merges), data, where=str(path), **_clip_options(config, settings))
     return WordPieceTokenizer(_read_vocab(path), where=str(path), **_wordpiece_options(config, settings))
+
+
+def _check_class(path: Path, config: dict, settings: Path) -> None:
+    """ModelError where the files beside a vocabulary name a tokenizer that cuts words in another
+    way; tokenizer.json says itself how it does."""
+    beside = path.with_name("config.json")
+    files = {settings: config, beside: read_json(beside) if beside.is_file() else {}}
+    for file, data in files.items():
+        name = data.get("tokenizer_class") or ""
+        known = path.suffix == ".json" and path.name != "vocab.json" and "Japanese" not in str(name)
+        if not known and not re.fullmatch(CLASSES, str(name)):
+            raise ModelError(f"{file}, key tokenizer_class: {name} cuts texts in another way than BERT's or CLIP's")
+        for key, usual in (("word_tokenizer_type", "basic"), ("subword_tokenizer_type", "wordpiece")):
+            if data.get(key, usual) != usual:
+                raise ModelError(f"{file}, key {key}: {data[key]!r} is not supported, only {usual!r}")
 
 
 def _read_vocab(path: Path) -> list[str]:
@@ -94,16 +118,50 @@ def _from_tokenizer_json(data: dict, path: Path, config: dict, settings: Path) -
     added = _added(data.get("added_tokens") or [], path)
     kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
     if kind == "WordPiece":
+        _check_parts(data, BERT_PARTS, path)
         options = _wordpiece_options(config, settings) | _normalizer_options(data.get("normalizer"), path)
         if model.get("continuing_subword_prefix", "##") != "##":
             raise ModelError(f"{path}, key model.continuing_subword_prefix: only '##' is known")
         options |= {"added": added, "max_word": model.get("max_input_chars_per_word", 100)}
         return WordPieceTokenizer(model["vocab"], where=str(path), **options)
     if kind == "BPE" and model.get("end_of_word_suffix") == WORD_END:
+        _check_parts(data, CLIP_PARTS, path)
         lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model.get("merges") or []]
         options = _clip_options(config, settings) | {"added": added}
         return ClipTokenizer(_parse_merges(lines, path), model["vocab"], where=str(path), **options)
     raise ModelError(f"{path}, key model.type: {kind!r} is neither WordPiece (BERT) nor CLIP's byte-pair encoding")
+
+
+def _check_parts(data: dict, wanted: dict[str, list[str]], path: Path) -> None:
+    """ModelError where tokenizer.json prepares or frames texts in another way than the tokenizer
+    that its model is read as. A part that is left out is taken to be the usual one."""
+    for key in (key for key in wanted if key in data):
+        try:
+            found = (_framed if key == "post_processor" else _types)(data[key])
+        except (AttributeError, KeyError, TypeError, IndexError):
+            found = None
+        if found != wanted[key]:
+            raise ModelError(f"{path}, key {key}: {found or data[key]!r} is not supported, only {wanted[key]}")
+
+
+def _types(part: dict) -> list[str]:
+    """The types of a part, or of those in a sequence; CLIP's patterns must be CLIP's."""
+    parts = part.get("normalizers") or part.get("pretokenizers") if part["type"] == "Sequence" else [part]
+    for one in parts:
+        pattern = one.get("pattern", {}).get("Regex", "")
+        if not {"Split": pattern.endswith(CLIP_WORDS), "Replace": pattern == r"\s+"}.get(one["type"], True):
+            return [f"{one['type']} at {pattern}"]
+    return [one["type"] for one in parts]
+
+
+def _framed(part: dict) -> list[str]:
+    """What stands around one text, "A"; for BERT's a pair must be framed and numbered as usual."""
+    if part["type"] in ("BertProcessing", "RobertaProcessing"):
+        return [part["cls"][0], "A", part["sep"][0]]
+    single, pair = ([(e["id"], e["type_id"]) for piece in part[k] for e in piece.values()] for k in ("single", "pair"))
+    first, last = single[0][0], single[-1][0]
+    usual = first != "[CLS]" or pair == [(first, 0), ("A", 0), (last, 0), ("B", 1), (last, 1)]
+    return [name for name, _ in (single if usual else pair)]
 
 
 def _normalizer_options(normalizer: object, path: Path) -> dict:
