@@ -37,7 +37,7 @@ from minilora.report.tables import comparison_table
 from minilora.report.vqa_metric import write_results as write_vqa_results
 from minilora.settings import exit_codes as cli
 from minilora.settings.checks_evaluate import check
-from minilora.settings.flags import Config
+from minilora.settings.flags import PICTURE_FLAGS, Config
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import Parser, check_prompt
 from minilora.speed.threads import set_threads
@@ -86,7 +86,7 @@ def score_base_model(options: EvalConfig, device: torch.device) -> int:
     if options.model is None or (options.data_dir is None and options.data_format != "shapes"):
         raise UserError("name a run directory, or a base model with --model, --weights and --data-dir")
     names = ("task", "model", "weights", "tokenizer", "data_dir", "data_format", "image_size", "prompt", "bad_data")
-    config = Config(**{name: getattr(options, name) for name in names})
+    config = Config(**{name: getattr(options, name) for name in (*names, *PICTURE_FLAGS)})
     check_prompt(config.task, config.prompt)
     options = replace(options, amp=options.amp or "fp32", batch_size=options.batch_size or 64)
     print(task_module(config.task, "run").zero_shot(config, options, device))

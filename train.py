@@ -66,7 +66,8 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     opened = prepare(task) if distributed.is_main() else None
     run_dir = Path(distributed.gather_objects(opened)[0])
     trainer = Trainer(task, options, run_dir, device)
-    for line in (*task.data_lines(), str(count_parameters(task.model)), method_line(config, options, device)):
+    data = (*task.data_lines(), *task.picture_lines())
+    for line in (*data, str(count_parameters(task.model)), method_line(config, options, device)):
         trainer.progress.log(line)
     if zero_shot := task.zero_shot():
         trainer.progress.log(zero_shot_line(zero_shot, len(task.labels)))

@@ -16,15 +16,16 @@ and labels here. What the files look like its module in files/ says (files/vit.p
   config_from_json(data)        a configuration from another library's config.json; else None
   config_to_json(config, layout)
   preprocess                    mean, std, interpolation, resize where the checkpoint says nothing
-  file_preprocess(file_name)    what only the file's name says of that; only where it says it
   layout_settings               {layout: fields of the configuration} of a file without config.json
+  lone_file(config, keys, file_name, layout)   where there is one: such fields that keys and name
+                                tell, and a note on what they leave open
+  notes(config, layout)         where there is one: what the library of that layout does otherwise
   ignored, optional             patterns: keys of a file that mean nothing; names of ours that a
                                 file may lack or have in addition
 """
 
 import difflib
 import functools
-import importlib
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -33,20 +34,14 @@ import torch
 from torch import Tensor, nn
 
 from reference_models.errors import ModelError
-from reference_models.files.config_check import check_config, readable
+from reference_models.files.checkpoint import FAMILIES, Checkpoint, described, family_module, find_checkpoint
+from reference_models.files.config_check import readable
 from reference_models.files.names import is_head, strip_wrappers, to_ours, to_theirs
 from reference_models.files.pooling import with_pooling
-from reference_models.files.preprocess import preprocess_for, preprocessor_files
+from reference_models.files.preprocess import assumed_settings, assumption, preprocess_for
 from reference_models.files.safetensors import read_weights, write_model_files
-from reference_models.text.textfiles import read_json
 
-FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "student")
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
-
-
-def family_module(family: str):
-    """The module of a family's files, by the protocol above."""
-    return importlib.import_module(f"reference_models.files.{family}")
 
 
 def list_models() -> list[str]:
@@ -67,16 +62,16 @@ def config_for(name: str):
 
 def config_of(name_or_dir: str | Path):
     """The configuration of a model name or of a checkpoint's directory; ModelError for neither."""
-    path = Path(name_or_dir)
-    return _described(_config_file(path), path, None) if path.is_dir() else config_for(str(name_or_dir))
+    folder = Path(name_or_dir).is_dir()
+    return described(find_checkpoint(name_or_dir), None)[0] if folder else config_for(str(name_or_dir))
 
 
-def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.Module:
+def create_model(name: str, num_classes: int | None = None, pictures: dict | None = None, **overrides) -> nn.Module:
     """A model with random weights, for torch's present seed.
 
-    num_classes: outputs of the head, None for the name's own number. `overrides` replace fields of
-    its configuration, such as image_size (pixels) or depth (blocks). Raises ModelError for an
-    unknown name or field.
+    num_classes: outputs of the head, None for the name's own number. pictures: as in
+    `load_pretrained`. `overrides` replace fields of its configuration, such as image_size (pixels)
+    or depth (blocks). Raises ModelError for an unknown name or field.
     """
     config = config_for(name)
     if num_classes is not None:
@@ -85,7 +80,7 @@ def create_model(name: str, num_classes: int | None = None, **overrides) -> nn.M
     if unknown := [key for key in overrides if key not in known]:
         raise ModelError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     config = replace(config, **overrides)
-    return _build(config, preprocess_for(_preprocess(config), {}, {}, {}, config))
+    return _build(config, _preprocess(config), {}, pictures or {})
 
 
 def bundled_weights(name: str) -> Path | None:
@@ -98,55 +93,84 @@ def load_pretrained(
     weights: str | Path | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
+    pictures: dict | None = None,
     **overrides,
 ) -> nn.Module:
     """A model with the weights of a checkpoint.
 
-    name_or_dir: a model name; or a directory or "hf:org/name", which then is the checkpoint too
-    weights: a safetensors file (or its .index.json, or pytorch_model.bin), a directory,
-      "hf:org/name", None for random
+    name_or_dir: a model name; or a directory with config.json, a file in one or "hf:org/name",
+      which then is the checkpoint too
+    weights: a safetensors file (or its .index.json, or pytorch_model.bin), which belongs to the
+      checkpoint in its folder; a directory; "hf:org/name"; None for those that come with the
+      project, "none" for random ones
     num_classes: None keeps the checkpoint's head; another number replaces it
     image_size: side in pixels; position tables are interpolated to it. None keeps that of the
       name or the checkpoint
+    pictures: what is known better than the files know it: mean and std (three numbers each, for
+      pixels in 0..1), interpolation, resize ("squash" or "crop"), crop_pct
 
     Every key must find its place and every tensor its weights, with the right shape and finite
     values; otherwise ModelError names the file and the keys. Nothing is printed: what was assumed
     stands in `model.notes`, a line each.
     """
-    by_name = not (Path(name_or_dir).is_dir() or str(name_or_dir).startswith("hf:"))
-    source = weights if by_name else (weights or name_or_dir)
-    if by_name and source is None:
-        return create_model(name_or_dir, num_classes, **overrides, **({"image_size": image_size} if image_size else {}))
-    path = _resolve(source)
-    folder = path if path.is_dir() else path.parent
-    data = _config_file(path)
-    wanted = config_for(name_or_dir) if by_name else None
-    with readable(folder / "config.json"):
-        config = _described(data, folder, wanted)
-    config = config if "pooling" in overrides else with_pooling(config, folder)
+    by_name = not (Path(name_or_dir).exists() or str(name_or_dir).startswith("hf:"))
+    wanted = config_for(str(name_or_dir)) if by_name else None
+    weights = weights or (bundled_weights(name_or_dir) if by_name else name_or_dir)
+    if weights is None:
+        raise ModelError(
+            f"{name_or_dir} does not come with weights: give a safetensors file, a folder or hf:org/name; "
+            'weights="none" or create_model make it with random ones'
+        )
+    if by_name and weights == "none":
+        sizes = {"image_size": image_size} if image_size else {}
+        return create_model(name_or_dir, num_classes, pictures, **sizes, **overrides)
+    checkpoint = find_checkpoint(name_or_dir if weights == "none" else weights)
+    with readable(checkpoint.settings):
+        config, notes = described(checkpoint, wanted)
+    config = config if "pooling" in overrides else with_pooling(config, checkpoint.folder)
+    if weights == "none":
+        config = _final(config, None, num_classes, image_size, overrides)
+        return _build(config, _preprocess(config), checkpoint.pictures, pictures or {})
     family = family_module(config.family)
-    state, files = read_weights(path)
+    state, files = read_weights(checkpoint.path)
     with readable(files):
         tensors, layout = _translate(strip_wrappers(state), config, family, files)
-        if not data:
+        if not checkpoint.data:
             config = replace(config, **family.layout_settings.get(layout, {}))
+            if hasattr(family, "lone_file"):
+                told, open_points = family.lone_file(config, state.keys(), Path(files).name, layout)
+                config, notes = replace(config, **told), notes + open_points
         found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         config = _final(found, wanted, num_classes, image_size, overrides)
         family.adapt(tensors, found, config)
     tensors = _fitting(config, tensors, found, family, files, layout)
-    defaults = _preprocess(config)
-    if hasattr(family, "file_preprocess"):
-        defaults = defaults | family.file_preprocess(path.name)
-    with readable(folder / "config.json"):
-        model = _build(config, preprocess_for(defaults, *preprocessor_files(folder, data), config))
-    if _classes(config) and _classes(config) == _classes(found):
-        model.labels = _labels(data)
-    elif _classes(config) and _classes(found):
-        given, wanted_classes = _classes(found), _classes(config)
-        model.notes.append(f"head: the checkpoint has {given} classes; a new one for {wanted_classes} replaces it")
+    assumed = assumed_settings(_preprocess(config), layout, Path(files).name, getattr(config, "distilled", False))
+    with readable(checkpoint.settings):
+        model = _build(config, assumed, checkpoint.pictures, pictures or {})
+    model.notes = [*notes, *_head_notes(model, checkpoint, found, num_classes)]
+    if hasattr(family, "notes"):
+        model.notes += family.notes(config, layout)
+    if model.preprocess:
+        model.notes += [
+            *checkpoint.notes,
+            *assumption(model.preprocess, checkpoint.pictures, pictures or {}, Path(files).name),
+        ]
     own = model.state_dict()
     model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
     return model
+
+
+def _head_notes(model: nn.Module, checkpoint: Checkpoint, found, num_classes: int | None) -> list[str]:
+    """The labels of a head that is kept; what there is to say of one that is not, or has none."""
+    given, classes = _classes(found), _classes(model.config)
+    if not given or not classes:
+        return []
+    if given != classes:
+        return [f"head: the checkpoint has {given} classes; a new one for {classes} replaces it"]
+    model.labels = checkpoint.labels(classes)
+    if num_classes is None or model.labels:
+        return []
+    return [f"head: the checkpoint's own is kept; its files do not name its {classes} classes"]
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "minilora") -> Path:
@@ -173,14 +197,12 @@ def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "mini
     return write_model_files(directory, state, data, layout, model)
 
 
-def _build(config, preprocess: dict) -> nn.Module:
+def _build(config, assumed: dict, said: dict, chosen: dict) -> nn.Module:
     """The model, and what files say of it: key table, preprocessing; labels and notes for later."""
     model, family = _make(config), family_module(config.family)
     if family.layouts:
         model.layouts, model.key_table = family.adapter_layouts, functools.partial(family.key_table, config)
-    side = getattr(config, "image_size", None)
-    defaults = {"resize": "squash", "resize_to": side, **preprocess, "image_size": side}
-    model.preprocess = defaults if preprocess else {}
+    model.preprocess = preprocess_for(getattr(config, "image_size", None), assumed, said, chosen)
     if hasattr(model, "vision"):
         model.vision.preprocess = model.preprocess
     model.labels, model.notes = None, []
@@ -198,54 +220,6 @@ def _make(config) -> nn.Module:
         return family_module(config.family).build(config, *towers)
     except ValueError as error:  # sizes that do not go together
         raise ModelError(f"{config.name}: {error}") from None
-
-
-def _resolve(source: str | Path) -> Path:
-    if str(source).startswith("hf:"):
-        from reference_models.files.hub import resolve
-
-        return resolve(str(source))
-    path = Path(source)
-    if not path.exists():
-        raise ModelError(f"weights {str(source)!r}: no such file or directory")
-    return path
-
-
-def _config_file(path: Path) -> dict:
-    """config.json of a checkpoint's directory, else open_clip_config.json; a lone file has none."""
-    files = [path / name for name in ("config.json", "open_clip_config.json")] if path.is_dir() else []
-    return next((read_json(file) for file in files if file.exists()), {})
-
-
-def _described(data: dict, folder: Path, wanted):
-    """The configuration of a checkpoint: from its config.json, else from the model's name."""
-    if "minilora" in data:
-        described = saved_config(data["minilora"], folder / "config.json", wanted)
-    else:
-        read = (family_module(family).config_from_json(data) for family in FAMILIES) if data else ()
-        described = next((config for config in read if config is not None), None)
-    if described is None and wanted is None:
-        kind = data.get("model_type") or data.get("architecture") or "no model_type"
-        raise ModelError(
-            f"{folder / 'config.json'}: {kind}: not one of the families {', '.join(FAMILIES)}; name a model"
-        )
-    if described is not None and wanted is not None and described.family != wanted.family:
-        raise ModelError(f"{folder}: a checkpoint of the family {described.family}, but {wanted.name} was asked for")
-    if described is not None:
-        check_config(described, folder / "config.json")
-    return described or wanted
-
-
-def saved_config(saved: dict, file: Path | str, base=None):
-    """The configuration that asdict made `saved` of; what it lacks comes from `base`."""
-    family = saved.get("family")
-    if family not in FAMILIES:
-        raise ModelError(f"{file}: minilora.family is {family!r}, not one of {', '.join(FAMILIES)}")
-    config = base or type(config_for(family_module(family).names()[0]))(name=saved.get("name", family))
-    known = {field.name for field in fields(config)}
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in known}
-    towers = {key: saved_config(v, file) for key, v in values.items() if isinstance(v, dict)}
-    return replace(config, **values | towers)
 
 
 def _translate(state: dict[str, Tensor], config, family, files: str):
@@ -341,10 +315,3 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
         lines = [f"{what} {len(keys)}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
         raise ModelError(f"{files} does not fit {config.name}: {'; '.join(lines)}")
     return tensors
-
-
-def _labels(data: dict) -> list[str] | None:
-    labels = data.get("id2label") or data.get("label_names")
-    if isinstance(labels, dict):
-        labels = [labels[key] for key in sorted(labels, key=int)]
-    return [str(label) for label in labels] if labels else None

@@ -24,7 +24,7 @@ def describe_plan(task: Task, options: TrainOptions, device: torch.device) -> li
     total = min(options.epochs * steps, options.max_steps or options.epochs * steps)
     parameters = ((name, p.numel(), p.requires_grad) for name, p in task.model.named_parameters())
     rows = [[name, n, f"{trained:,}", f"{size:,}"] for name, n, trained, size in parameter_rows(parameters)]
-    lines = [*task.data_lines(), text_table(["module", "layers", "trainable", "all"], rows)]
+    lines = [*task.data_lines(), *task.picture_lines(), text_table(["module", "layers", "trainable", "all"], rows)]
     lines += [str(count_parameters(task.model)), *target_lines(task.model)]
     lines.append(f"steps: {steps} per epoch, {total} in all; lr {options.lr:g} {options.sched}, {options.amp}")
     parts = memory_estimate(task, options, device)

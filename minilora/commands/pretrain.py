@@ -29,7 +29,6 @@ from minilora.data.pictures.loader import collate, in_order, mix, seeded_cpu
 from minilora.data.pictures.transforms import Normalise
 from minilora.training.optim import schedule_factor
 from reference_models import create_model, load_pretrained, save_pretrained
-from reference_models.load import bundled_weights
 from reference_models.text.tokenizers import WordPieceTokenizer, build_wordpiece_vocab
 
 WEIGHTS = Path(__file__).parents[2] / "reference_models" / "weights"
@@ -164,7 +163,7 @@ def start_vision(clip: nn.Module, pictures: Tensor) -> None:
     What differs: the patches' bias, which goes into the positions, and CLIP's norm before the
     blocks, which gets the size that vit-nano's tokens have on `pictures` (B, 3, S, S).
     """
-    vit, tower = load_pretrained("vit-nano-patch8-48", bundled_weights("vit-nano-patch8-48")), clip.vision
+    vit, tower = load_pretrained("vit-nano-patch8-48"), clip.vision
     with torch.no_grad():
         vit.pos_embed[:, 1:] += vit.patch_embed.proj.bias
         state = {key: tensor for key, tensor in vit.state_dict().items() if key in tower.state_dict()}

@@ -8,14 +8,15 @@ from typing import Any
 from minilora.data.questions.vqa2 import has_questions
 from minilora.errors import UserError
 from minilora.settings.exit_codes import run
-from minilora.settings.flags import Config, flag
+from minilora.settings.flags import PICTURE_FLAGS, Config, flag
 from minilora.settings.parse import Parser
 from minilora.tasks.method import one_value, resolve
-from minilora.tasks.weights import load_base
+from minilora.tasks.weights import load_base, picture_flags
 from reference_models import ModelError
 
+# the flags of train.py that shards depend on
 USED = ("task", "model", "weights", "tokenizer", "data_format", "val_split", "split_by", "subset", "seed")
-USED += ("bad_data", "image_size", "max_length")  # the flags of train.py that shards depend on
+USED += ("bad_data", "image_size", "max_length", *PICTURE_FLAGS)
 SHARED = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(Config) if f.name in USED]
 # fmt: off
 OWN = [
@@ -60,7 +61,7 @@ def write_pictures(config: Config, target: str, shard_mb: float, wide: int | Non
     resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     name, weights = one_value(config, "model"), one_value(config, "weights")
-    model, _ = load_base(name, weights, config.seed, None, config.image_size)
+    model, _ = load_base(name, weights, config.seed, None, config.image_size, picture_flags(config))
     wide = round(model.preprocess["image_size"] * 8 / 7) if wide is None else wide
     return write_picture_shards(target, splits, model.preprocess, wide, made_of(config), shard_mb, config.bad_data)
 

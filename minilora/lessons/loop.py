@@ -25,7 +25,7 @@ def tensors(split) -> tuple[Tensor, Tensor]:
 def base_model() -> nn.Module:
     """The nano ViT with the weights that come with the project, and a new head of 8 classes."""
     torch.manual_seed(0)
-    return load_pretrained("vit-nano-patch8-48", "reference_models/weights/vit-nano-patch8-48", num_classes=8)
+    return load_pretrained("vit-nano-patch8-48", num_classes=8)
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from minilora.errors import UserError
+from minilora.settings.flags import PICTURE_FLAGS
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import check_device
 from minilora.settings.values import option
 
 MACHINE = {"device", "amp", "threads", "batch_size", "workers"}  # how it is computed, not what
 # of a base model: a run knows its own
-BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt"}
+BASE_MODEL = {"task", "model", "tokenizer", "image_size", "prompt", *PICTURE_FLAGS}
 ZERO_SHOT = BASE_MODEL | MACHINE | {"classes", "weights", "data_dir", "data_format", "split", "bad_data"}
 # what `--image` is answered with
 PICTURES = MACHINE | {"image", "question", "choices", "classes", "weights"}

@@ -14,6 +14,8 @@ MODES = ("lora", "full", "linear")
 AMP = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "plateau", "constant")
 HEADS = ("names", "linear")
+PICTURE_FLAGS = ("mean", "std", "interpolation", "resize", "crop_pct")
+FILTERS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
 DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 1e-2}  # where --lr is not given, by --mode
@@ -110,6 +112,15 @@ class Config:
     smoothing: float = flag(O, 0.0, "label smoothing", float, low=0, below=1)
 
     image_size: int = flag(I, None, "side in pixels", int, low=8, high=2048, shown="as the model was trained")
+    mean: Any = flag(I, None, "of the three colours, in 0..1", float, many=True, low=-1000, high=1000, meta="X",
+        shown="the checkpoint's")
+    std: Any = flag(I, None, "deviation of the three colours", float, many=True, above=0, high=1000, meta="X",
+        shown="the checkpoint's")
+    interpolation: str = flag(I, None, "filter for resizing", choices=FILTERS, shown="the checkpoint's")
+    resize: str = flag(I, None, "to the square: squash it, or crop what is longer", choices=("squash", "crop"),
+        shown="the checkpoint's; crop beside --crop-pct")
+    crop_pct: float = flag(I, None, "share of the resized picture whose middle is taken", float, above=0, high=1,
+        shown="the checkpoint's; 1 beside --resize")
     augment: str = flag(I, "none", "basic: random crop and flip; rand: RandAugment too", choices=("none",
         "basic", "rand"))
     val_split: float = flag(I, 0.1, "share of train held out where there is no val/", float, above=0, below=1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.settings.flags import AMP, FORMATS, LAYOUTS, TASKS, flag
+from minilora.settings.flags import AMP, FILTERS, FORMATS, LAYOUTS, TASKS, flag
 
 D, O, C, P, X, B = "data", "output", "compression", "one picture", "export", "a base model, without a run"
 
@@ -52,6 +52,11 @@ class EvalConfig:
     model: Any = flag(B, None, "a name of train.py --list-models, or a folder", towers=True, meta="NAME")
     tokenizer: str = flag(B, None, "vocabulary", meta="PATH")
     image_size: int = flag(B, None, "side in pixels", int, low=8, high=2048, shown="as the model was trained")
+    mean: Any = flag(B, None, "as for train.py, and so the next four", float, many=True, low=-1000, high=1000, meta="X")
+    std: Any = flag(B, None, "deviation of the three colours", float, many=True, above=0, high=1000, meta="X")
+    interpolation: str = flag(B, None, "filter for resizing", choices=FILTERS)
+    resize: str = flag(B, None, "squash the picture, or crop what is longer", choices=("squash", "crop"))
+    crop_pct: float = flag(B, None, "share of the resized picture whose middle is taken", float, above=0, high=1)
     prompt: Any = flag(B, None, "how a choice or class becomes a sentence", many=True, tasks=("classify", "choice"),
         meta="TEXT")
 # fmt: on

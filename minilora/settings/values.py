@@ -38,6 +38,8 @@ def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
     if name in VERBATIM:
         words = tuple(_texts(label, value))
         return words[0] if name == "prompt" and len(words) == 1 else words
+    if rule.many and rule.kind is float:
+        return _colours(label, rule, value)
     if rule.many:
         return _numbers(label, value) if name == "layers" else _names(label, value)
     if not rule.towers:
@@ -101,6 +103,15 @@ def _numbers(label: str, value: Any) -> tuple[int, ...]:
             raise UserError(f"{label} takes block numbers such as 0 1 2 or 8-11, got {part!r}")
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(numbers)
+
+
+def _colours(label: str, rule: Rule, value: Any) -> tuple[float, ...]:
+    """Three numbers between spaces or commas: red, green, blue."""
+    words = value if isinstance(value, (list, tuple)) else [value]
+    words = [part for word in words for part in (word.split(",") if isinstance(word, str) else [word]) if part != ""]
+    if len(words) != 3:
+        raise UserError(f"{label} takes three numbers, for red, green and blue; got {len(words)}")
+    return tuple(_single(label, rule, word) for word in words)
 
 
 def _single(label: str, rule: Rule, value: Any) -> Any:

@@ -13,7 +13,16 @@ from torch.nn import functional as F
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.tasks.method import one_value
-from minilora.tasks.weights import RANDOM, find_weights, load_base, named, own_weights, restoring, tokenizer_beside
+from minilora.tasks.weights import (
+    RANDOM,
+    find_weights,
+    load_base,
+    named,
+    own_weights,
+    picture_flags,
+    restoring,
+    tokenizer_beside,
+)
 from reference_models.load import config_for, config_of
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -32,7 +41,7 @@ def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     find_weights(name, weights)  # what is missing first is reported first
     tokenizer = find_tokenizer(config)
     sizes = text_sizes(name, weights, tokenizer)
-    model, record = load_base(name, weights, config.seed, None, config.image_size, **sizes)
+    model, record = load_base(name, weights, config.seed, None, config.image_size, picture_flags(config), **sizes)
     if not hasattr(model, "text_projection"):
         raise UserError(NO_CLIP.format(name, NEEDS[config.task]))
     check_tokenizer(model, tokenizer)
@@ -43,7 +52,7 @@ def restore_clip(config: Config, source: str | None, tokenizer: Tokenizer) -> tu
     """The base model of a run from its weights, and their record."""
     sizes = text_sizes(config.model, source, tokenizer)
     with restoring([source]):
-        return load_base(config.model, source, config.seed, None, config.image_size, **sizes)
+        return load_base(config.model, source, config.seed, None, config.image_size, picture_flags(config), **sizes)
 
 
 def find_tokenizer(config: Config) -> Tokenizer:

@@ -41,6 +41,7 @@ def read_preprocess(run_dir: Path, model: nn.Module) -> dict[str, Any]:
         "image_size": _whole(side) and side == size,
         "resize": data.get("resize", "squash") in RESIZES,
         "resize_to": data.get("resize_to") is None or (_whole(data["resize_to"]) and data["resize_to"] <= 8192),
+        "crop": data.get("crop") in (None, "down", "even"),
         "interpolation": isinstance(data.get("interpolation", ""), str),
         "mean": _three(data.get("mean")),
         "std": _three(data.get("std")) and all(abs(number) > 1e-6 for number in data["std"]),

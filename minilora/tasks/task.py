@@ -18,6 +18,7 @@ from minilora.tasks.predictor import Predictor
 from minilora.tasks.teacher import Teacher
 from minilora.training.device import autocast
 from minilora.training.distributed import gathered
+from reference_models.files.preprocess import describe_pictures
 from reference_models.text.tokenizers import Tokenizer
 
 
@@ -59,6 +60,9 @@ class Task(Protocol):
 
     def data_lines(self) -> list[str]:
         """How much data there is, one line per part, for the start of the run and for --dry-run."""
+
+    def picture_lines(self) -> list[str]:
+        """How pictures are brought to the model's size, beside them."""
 
     def write_files(self, run_dir: Path) -> None:
         """labels.json, preprocess.json and whatever else load_run needs."""
@@ -131,6 +135,10 @@ class DataTask(ABC):
     def describe(self, batch: dict) -> str:
         files = list(dict.fromkeys(self.file_of(row) for row in batch["index"].tolist()))
         return ", ".join(files[:8]) + f" and {len(files) - 8} more" * (len(files) > 8)
+
+    def picture_lines(self) -> list[str]:
+        """How pictures are brought to the model's size."""
+        return [f"pictures: {describe_pictures(self.preprocess)}"]
 
     def write_files(self, run_dir: Path) -> None:
         write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.keys})

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from minilora.errors import UserError
+from minilora.settings.flags import PICTURE_FLAGS, Config
 from minilora.training.checkpoint import file_sha256
 from minilora.training.state import tensors_sha256
-from reference_models import create_model, load_pretrained
+from reference_models import load_pretrained
+from reference_models.files.checkpoint import find_checkpoint, local
 from reference_models.load import bundled_weights, config_for
-from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
 
 BUNDLED, RANDOM = "bundled", "none"
 
@@ -30,22 +31,21 @@ def load_base(
     seed: int,
     num_classes: int | None = None,
     image_size: int | None = None,
+    pictures: dict[str, Any] | None = None,
     **sizes: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """(model, {"weights": ..., "sha256": ...}); what is random in it comes from `seed`.
 
-    The record lets a later session make the same base again, or notice that it cannot.
+    pictures: what the flags say of them, see `picture_flags`. The record lets a later session make
+    the same base again, or notice that it cannot.
     """
     source = find_weights(model, weights)
     if num_classes is not None and not os.path.isdir(model) and not hasattr(config_for(model), "num_classes"):
         raise UserError(f"--model {model} tells no classes apart; it is for another --task")
     torch.manual_seed(seed)
-    if source is None and not os.path.isdir(model):
-        built = create_model(model, num_classes, **sizes, **({"image_size": image_size} if image_size else {}))
-    else:
-        built = load_pretrained(model, source, num_classes=num_classes, image_size=image_size, **sizes)
-        for note in built.notes:
-            print(note)
+    built = load_pretrained(model, source or RANDOM, num_classes, image_size, pictures, **sizes)
+    for note in built.notes:
+        print(note)
     patch = getattr(built.config, "patch_size", None)
     if image_size and isinstance(patch, int) and image_size % patch:
         raise UserError(f"--image-size {image_size}: {model} cuts pictures into patches of {patch}; take a multiple")
@@ -54,6 +54,11 @@ def load_base(
         return built, {"weights": RANDOM, "sha256": tensors_sha256(built.state_dict(), names)}
     bundled = weights in (None, BUNDLED) and not os.path.isdir(model)
     return built, {"weights": BUNDLED if bundled else str(source), "sha256": weights_sha256(source)}
+
+
+def picture_flags(config: Config) -> dict[str, Any]:
+    """What the flags say of pictures, for load_pretrained."""
+    return {name: getattr(config, name) for name in PICTURE_FLAGS if getattr(config, name) is not None}
 
 
 def named(weights: str | None) -> str | None:
@@ -86,18 +91,9 @@ def own_weights(model: str) -> str | Path | None:
     return os.path.abspath(model) if os.path.isdir(model) else bundled_weights(model)
 
 
-def downloaded(source: str | Path) -> Path:
-    """A file or folder on this machine; hf:org/name is fetched from the hub once."""
-    if str(source).startswith("hf:"):
-        from reference_models.files.hub import resolve
-
-        source = resolve(str(source))
-    return Path(source)
-
-
 def weights_sha256(source: str | Path) -> str:
     """sha256 of a weight file, or of the sha256s of the weight files in a folder."""
-    path = downloaded(source)
+    path = local(source)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     digests = [file_sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -105,11 +101,7 @@ def weights_sha256(source: str | Path) -> str:
 
 def tokenizer_beside(source: str | Path | None) -> Path | None:
     """The folder of a checkpoint if a tokenizer lies in it."""
-    if source is None:
-        return None
-    path = downloaded(source)
-    folder = path if path.is_dir() else path.parent
-    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+    return None if source is None else find_checkpoint(source).tokenizer
 
 
 def check_base(found: dict[str, Any], recorded: dict[str, Any], run_dir: Path) -> None:

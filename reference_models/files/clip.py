@@ -1,6 +1,7 @@
 """The files of CLIP checkpoints, of transformers and of open_clip. See load.py for the protocol."""
 
 import math
+import re
 from dataclasses import replace
 
 from torch import Tensor
@@ -120,6 +121,20 @@ def _blocks(ours: str, theirs: str, depth: int, layout: str) -> list[Entry]:
             qkv = [f"{ours}.{i}.attn.{name}_proj" for name in "qkv"]
             table += fused(qkv, f"{theirs}.{i}.attn.in_proj_weight", f"{theirs}.{i}.attn.in_proj_bias")
     return table
+
+
+def lone_file(config: CLIPConfig, keys, file_name: str, layout: str) -> tuple[dict, list[str]]:
+    """The activation of a file without config.json: OpenAI's where its own keys or the name tell,
+    or where transformers' default is that; else as the model's name says, and a note."""
+    openai = {"input_resolution", "context_length", "vocab_size"} <= {*keys}
+    quick = openai or re.search("quick[-_]?gelu", file_name + config.name, re.IGNORECASE)
+    act = "quick_gelu" if quick or layout.startswith("transformers") else "gelu"
+    other = {
+        "gelu": "quick_gelu (--model with -quickgelu behind its name)",
+        "quick_gelu": "gelu (say it in config.json)",
+    }
+    note = f"activation {act}: assumed, {file_name} does not say; the other one is {other[act]}"
+    return {"vision_act": act, "text_act": act}, [] if quick else [note]
 
 
 def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:

@@ -26,8 +26,8 @@ PREFIX = "hf:"
 MANIFEST = ".minilora.json"
 CONFIGS = ("config.json", "open_clip_config.json")  # one of them must exist
 EXTRAS = (
-    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "1_Pooling/config.json"),
+    *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "1_Pooling/config.json"),
 )
 # In this order, the first that exists; an index brings its shards. Pickles only where there
 # is no safetensors.

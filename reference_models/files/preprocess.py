@@ -1,15 +1,19 @@
 """How a checkpoint wants its pictures: size, resize, interpolation, mean and standard deviation.
 
-Read from preprocessor_config.json (transformers), pretrained_cfg (timm's config.json) or
-preprocess_cfg (open_clip), and written back in the same forms. Here it is one dictionary:
+Read from processor_config.json and preprocessor_config.json (transformers), pretrained_cfg (timm's
+config.json) or preprocess_cfg (open_clip), and written back in the same forms. Here it is one
+dictionary:
   image_size     side of the square input, pixels
-  resize         "squash": straight to image_size x image_size;
-                 "shortest": shortest edge to resize_to, then a centre crop
-  resize_to      pixels
+  resize         "squash": straight to resize_to x resize_to, whatever the picture's shape;
+                 "shortest": shortest edge to resize_to, the ratio is kept
+  resize_to      pixels; of a larger picture the middle image_size x image_size is taken
+  crop           only where a middle is cut out, and how an odd border is halved: "down" as
+                 transformers does, "even" as torchvision does (also where the key is missing)
   interpolation  "nearest", "lanczos", "bilinear", "bicubic", "box" or "hamming"
   mean, std      three numbers each, for pixel values in 0..1
 """
 
+import re
 from pathlib import Path
 
 from reference_models.errors import ModelError
@@ -17,75 +21,199 @@ from reference_models.text.textfiles import read_json
 
 # PIL's numbers are the positions
 PIL_MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+# what transformers' image processors do where their file does not say: statistics, filter, size
+PROCESSORS = {
+    "ViT": HALF | {"resample": 2, "size": {"height": 224, "width": 224}},
+    "DeiT": HALF | {"resample": 3, "size": {"height": 256, "width": 256}, "do_center_crop": True},
+    "Beit": HALF | {"resample": 3, "size": {"height": 224, "width": 224}},
+    "CLIP": OPENAI | {"resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True},
+}
+PROCESSORS["Bit"] = PROCESSORS["CLIP"]
+PROCESSOR_OF = {"deit": "DeiT", "beit": "Beit", "clip": "CLIP"}  # by model_type; the others ViT
+# checkpoints whose file names alone tell that they were trained with ImageNet's statistics
+IMAGENET_NAMES = r"deit|dino|beit_?v2|(^|[_.-])(mae|moco|msn|ibot)([_.-]|$)"
+CHOICES = {"squash": "squash", "crop": "shortest"}  # --resize
+FLAGS = "--mean --std --interpolation --resize --crop-pct, or load_pretrained(pictures={...}), change it"
 
 
-def preprocessor_files(folder: Path, data: dict) -> tuple[dict, dict, dict]:
-    """(preprocessor_config.json, timm's pretrained_cfg, open_clip's preprocess_cfg),
-    empty where absent."""
-    path = folder / "preprocessor_config.json"
-    open_clip = folder / "open_clip_config.json"
-    return (
-        read_json(path) if data and path.exists() else {},
-        data.get("pretrained_cfg") or {},
-        (read_json(open_clip) if open_clip.exists() else data).get("preprocess_cfg") or {},
-    )
+def picture_settings(folder: Path, data: dict) -> tuple[dict, list[str]]:
+    """(what the files of a checkpoint say of pictures, notes on what they say and is not done).
 
-
-def preprocess_for(defaults: dict, transformers: dict, timm: dict, open_clip: dict, config) -> dict:
-    """The dictionary above for one checkpoint; what its files do not say comes from `defaults`, the
-    size from config."""
-    if not defaults:
-        return {}
-    side = getattr(config, "image_size", None)
-    result = {"resize": "squash", "resize_to": side, **defaults}
+    The keys are those of the dictionary above, with `scale` (input, resized) in pixels instead of
+    resize_to. {} where no file says anything.
+    """
+    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json"))
+    found = [read_json(file) for file in files if file.exists()]
+    # transformers 5 nests the settings of pictures beside those of texts
+    found = [file.get("image_processor", file) for file in found if file.get("image_processor", file.keys() & KNOWN)]
+    beside = folder / "open_clip_config.json"
+    open_clip = data.get("preprocess_cfg") or ((read_json(beside) if beside.exists() else {}).get("preprocess_cfg"))
+    timm = data.get("pretrained_cfg")
+    readers = [(_from_transformers, found[0] if found else None), (_from_timm, timm), (_from_open_clip, open_clip)]
+    if "model_cfg" in data:
+        readers.reverse()
+    read, settings = next(((read, settings) for read, settings in readers if settings), (None, {}))
+    if read is None:
+        return {}, []
     try:
-        if transformers:
-            result |= _from_transformers(transformers, result)
-        elif timm:
-            crop = timm.get("crop_pct") or 1.0
-            shortest = timm.get("crop_mode", "center") != "squash"
-            result |= {key: timm[key] for key in ("mean", "std", "interpolation") if timm.get(key)}
-            full = timm.get("input_size", [3, side, side])[-1]
-            result |= {"resize": "shortest" if shortest else "squash", "resize_to": int(full / crop)}
-            result["scale"] = (full, int(full / crop))
-        elif open_clip:
-            result |= {key: open_clip[key] for key in ("mean", "std", "interpolation") if open_clip.get(key)}
-            result["resize"] = "squash" if open_clip.get("resize_mode") == "squash" else "shortest"
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ModelError(f"the checkpoint's preprocessing settings cannot be read: {error!r}") from None
-    return _to_size(result, side)
+        return read(settings, data)
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError, ArithmeticError) as error:
+        raise ModelError(f"{folder}: the settings for pictures cannot be read: {error!r}") from None
 
 
-def _from_transformers(data: dict, result: dict) -> dict:
-    size, crop = data.get("size"), data.get("crop_size")
-    found = {"mean": data["image_mean"]} if data.get("image_mean") else {}
-    found |= {"std": data["image_std"]} if data.get("image_std") else {}
-    if isinstance(data.get("resample"), int):
-        found["interpolation"] = PIL_MODES[data["resample"]]
-    if isinstance(size, dict):
-        edge = size.get("shortest_edge") or size.get("height")
-        squash = "shortest_edge" not in size and not data.get("do_center_crop")
-    else:
-        edge, squash = size, not data.get("do_center_crop")
-    if edge:
-        inner = crop.get("height") if isinstance(crop, dict) else crop
-        inner = inner if data.get("do_center_crop") and inner else edge
-        found |= {"resize": "squash" if squash else "shortest", "resize_to": edge, "scale": (inner, edge)}
-    return found
+KNOWN = {"size", "crop_size", "image_mean", "image_std", "resample", "do_resize", "do_normalize", "do_rescale"}
+KNOWN |= {"do_center_crop", "rescale_factor", "image_processor_type", "feature_extractor_type"}
 
 
-def _to_size(result: dict, side) -> dict:
-    """Keep the proportion of resize_to to the input size when the model runs at another size
-    than the file says."""
-    inner, outer = result.pop("scale", (side, result.get("resize_to") or side))
-    if isinstance(side, int) and inner:
-        if not all(isinstance(one, (int, float)) and 0 < one < 1e6 for one in (inner, outer)):
+def _from_transformers(data: dict, model: dict) -> tuple[dict, list[str]]:
+    """As the image processor of that name does."""
+    named = data.get("image_processor_type") or data.get("feature_extractor_type") or ""
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", named)
+    kind = kind or PROCESSOR_OF.get(model.get("model_type"), "ViT")
+    notes = [] if kind in PROCESSORS else [f"{named} is read as transformers' plain image processor"]
+    defaults = PROCESSORS.get(kind, PROCESSORS["ViT"])
+    say = {key: defaults[key] if data.get(key) is None else data[key] for key in ("size", "resample")}
+    mean, std = _statistics(data, defaults)
+    found = {"mean": mean, "std": std, "interpolation": dict(enumerate(PIL_MODES))[say["resample"]]}
+    if isinstance(size := say["size"], int):
+        square = data.get("default_to_square", "shortest_edge" not in defaults["size"])
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    squash = "shortest_edge" not in size
+    edge = size["height"] if squash else size["shortest_edge"]
+    wide = squash and size["width"] != edge
+    crop = data.get("crop_size") or 224
+    crop = crop.get("height") or crop["shortest_edge"] if isinstance(crop, dict) else crop
+    cropped = data.get("do_center_crop", defaults.get("do_center_crop", False))
+    rounding = data.get("crop_rounding", "even" if "minilora" in model else "down")
+    found |= {"resize": "squash" if squash else "shortest", "scale": (crop if cropped else edge, edge)}
+    found |= {"crop": rounding} if cropped or not squash else {}
+    # a square model has no use for another shape; of a model for one, `size` is its own
+    undone = [f"size {size}"] * (wide and bool(cropped)) + ["longest_edge"] * ("longest_edge" in size)
+    undone += ["do_resize false"] * (data.get("do_resize") is False)
+    undone += [key for key in ("do_pad", "do_flip_channel_order", "crop_pct") if data.get(key)]
+    return found, notes + [f"the checkpoint's {what} is not done here" for what in undone]
+
+
+def _statistics(data: dict, defaults: dict) -> tuple[list, list]:
+    """Mean and deviation for pixels in 0..1: (255 f x - m) / s = (x - m / (255 f)) / (s / (255 f)),
+    with f the rescale factor, 1 without rescaling, and m = 0, s = 1 without normalisation."""
+    mean, std = (
+        defaults[ours] if data.get(theirs) is None else data[theirs]
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
+    )
+    if data.get("do_normalize") is False:
+        mean, std = [0.0] * 3, [1.0] * 3
+    mean, std = (list(x) if isinstance(x, list) else [x] * 3 for x in (mean, std))
+    factor = 1 / 255 if data.get("rescale_factor") is None else data["rescale_factor"]
+    largest = 255 * (1 if data.get("do_rescale") is False else factor)
+    if abs(largest - 1) < 1e-4:  # files have 1 / 255 with few digits too
+        return mean, std
+    return [m / largest for m in mean], [s / largest for s in std]
+
+
+def _from_timm(data: dict, model: dict) -> tuple[dict, list[str]]:
+    found = {key: data[key] for key in ("mean", "std", "interpolation") if data.get(key)}
+    crop, mode = data.get("crop_pct") or 0.875, data.get("crop_mode") or "center"
+    full = data.get("input_size", [3, 224, 224])[-1]
+    outer = int(full / crop)
+    found |= {"resize": "squash" if mode == "squash" else "shortest", "scale": (full, outer), "crop": "even"}
+    undone = [f"the checkpoint's crop_mode {mode!r} is not done here"] * (mode not in ("center", "squash"))
+    return found, undone
+
+
+def _from_open_clip(data: dict, model: dict) -> tuple[dict, list[str]]:
+    found = {key: data[key] for key in ("mean", "std", "interpolation") if data.get(key)}
+    mode = data.get("resize_mode") or "shortest"
+    found["resize"] = "squash" if mode == "squash" else "shortest"
+    undone = [f"the checkpoint's resize_mode {mode!r} is not done here"] * (mode not in ("shortest", "squash"))
+    return found, undone
+
+
+def assumed_settings(family: dict, layout: str, name: str, distilled: bool = False) -> dict:
+    """What to do with pictures where no file says it: what the family, the library that wrote the
+    weights and the file's name tell."""
+    if not family:
+        return {}
+    if layout == "torchvision":  # its reference evaluation of a classifier
+        return family | IMAGENET | {"resize": "shortest", "scale": (224, 256)}
+    if family["mean"] == HALF["mean"] and (distilled or re.search(IMAGENET_NAMES, name.lower())):
+        return family | IMAGENET | {"interpolation": "bicubic"}
+    return family
+
+
+def preprocess_for(side, assumed: dict, said: dict, chosen: dict) -> dict:
+    """The dictionary at the top of this file, {} for a model that sees no pictures.
+
+    side: of the model's input. What was `chosen` (mean, std, interpolation, resize "squash" or
+    "crop", crop_pct) wins over what files `said`, and this over what is `assumed`.
+    """
+    if unknown := chosen.keys() - {"mean", "std", "interpolation", "resize", "crop_pct"}:
+        raise ModelError(f"pictures: {', '.join(sorted(unknown))} is no setting of pictures")
+    if not assumed:
+        return {}
+    result = {"resize": "squash", **assumed}
+    if "resize" in said:
+        result.pop("scale", None)
+    result |= said
+    inner, outer = result.pop("scale", (side, side))
+    result |= {key: chosen[key] for key in ("mean", "std", "interpolation") if key in chosen}
+    if "crop_pct" in chosen or "resize" in chosen:
+        if chosen.get("resize", "crop") not in CHOICES or not _number(share := chosen.get("crop_pct", 1.0)):
+            raise ModelError("pictures: resize is squash or crop, crop_pct a share above 0 and at most 1")
+        if not 0 < share <= 1:
+            raise ModelError(f"pictures: crop_pct is above 0 and at most 1, not {share!r}")
+        result |= {"resize": CHOICES[chosen.get("resize", "crop")], "crop": "even"}
+        inner, outer = (side, int(side / share)) if isinstance(side, int) else (side, side)
+    return _checked(result, side, inner, outer)
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _checked(result: dict, side, inner, outer) -> dict:
+    """With resize_to in proportion to the size at which the model runs, and every value one that
+    pictures can have."""
+    if isinstance(side, int):
+        if not all(_number(one) and one > 0 for one in (inner, outer)):
             raise ModelError(f"the checkpoint's preprocessing: {inner!r} and {outer!r} are no picture sizes")
-        result["resize_to"] = round(outer * side / inner)
+        outer = round(outer * side / inner)
+    elif result["resize"] == "squash":
+        outer = side
+    crop = result.pop("crop", "even")
+    if outer == side and result["resize"] == "squash" or crop == "even" and result["resize"] != "squash":
+        crop = None
     mean, std = list(result["mean"]), list(result["std"])
-    if not all(len(three) == 3 and all(isinstance(x, (int, float)) for x in three) for three in (mean, std)):
+    if not all(len(three) == 3 and all(map(_number, three)) for three in (mean, std)) or not all(std):
         raise ModelError(f"the checkpoint's preprocessing: mean {mean} and std {std} must be three numbers each")
-    return {**result, "image_size": side, "mean": mean, "std": std}
+    if result["interpolation"] not in PIL_MODES:
+        raise ModelError(f"interpolation {result['interpolation']!r} is not one of {', '.join(PIL_MODES)}")
+    result |= {"resize_to": outer, "image_size": side, "mean": mean, "std": std}
+    return result | ({"crop": crop} if crop else {})
+
+
+def describe_pictures(preprocess: dict, keys=("resize", "interpolation", "mean", "std")) -> str:
+    """In words: "squashed to 224 x 224, bilinear, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"."""
+    side, outer, squash = preprocess["image_size"], preprocess["resize_to"], preprocess["resize"] == "squash"
+    square = "{0} x {0}".format if isinstance(side, int) else "{0[0]} x {0[1]}".format
+    size = f"squashed to {square(outer)}" if squash else f"shortest edge to {outer}"
+    if not squash or (outer != side and "crop" in preprocess):
+        size += f", its middle {square(side)}"
+    words = {"resize": size, "interpolation": preprocess["interpolation"]}
+    words |= {key: f"{key} " + " ".join(f"{x:.4g}" for x in preprocess[key]) for key in ("mean", "std")}
+    return ", ".join(words[key] for key in keys)
+
+
+def assumption(preprocess: dict, said: dict, chosen: dict, name: str) -> list[str]:
+    """One note on what of a model's `preprocess` nobody has said, [] where all was said."""
+    known = said.keys() | chosen.keys() | ({"resize"} if "crop_pct" in chosen else set())
+    unsaid = [key for key in ("resize", "interpolation", "mean", "std") if key not in known]
+    if not preprocess or not unsaid:
+        return []
+    return [f"pictures: {describe_pictures(preprocess, unsaid)}: assumed, {name} does not say; {FLAGS}"]
 
 
 def preprocess_to_json(preprocess: dict, layout: str, data: dict) -> dict[str, dict]:
@@ -95,20 +223,21 @@ def preprocess_to_json(preprocess: dict, layout: str, data: dict) -> dict[str, d
         return {"config.json": data}
     side, outer = preprocess["image_size"], preprocess["resize_to"]
     height, width = (side, side) if isinstance(side, int) else side
-    squash = preprocess["resize"] == "squash"
+    squash, cropped = preprocess["resize"] == "squash", "crop" in preprocess
     if layout == "timm":
         pretrained = {key: preprocess[key] for key in ("mean", "std", "interpolation")}
         pretrained |= {"input_size": [3, height, width], "num_classes": data.get("num_classes", 0)}
         pretrained |= {
-            "crop_pct": 1.0 if squash or not isinstance(side, int) else side / outer,
+            "crop_pct": side / outer if isinstance(side, int) and (cropped or not squash) else 1.0,
             "crop_mode": "squash" if squash else "center",
         }
         return {"config.json": {**data, "pretrained_cfg": pretrained}}
+    resized = {"height": outer, "width": outer} if cropped else {"height": height, "width": width}
     settings = {
         "do_resize": True,
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": outer},
+        "size": resized if squash else {"shortest_edge": outer},
         "resample": PIL_MODES.index(preprocess["interpolation"]),
-        "do_center_crop": not squash,
+        "do_center_crop": cropped or not squash,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -120,5 +249,11 @@ def preprocess_to_json(preprocess: dict, layout: str, data: dict) -> dict[str, d
         chosen = {key: preprocess[key] for key in ("mean", "std", "interpolation")}
         chosen |= {"size": side, "mode": "RGB", "resize_mode": "squash" if squash else "shortest"}
         return {"open_clip_config.json": {**data, "preprocess_cfg": chosen}}
-    kind = {"clip": "CLIPImageProcessor"}.get(data.get("model_type"), "ViTImageProcessor")
-    return {"config.json": data, "preprocessor_config.json": {"image_processor_type": kind, **settings}}
+    if settings["do_center_crop"]:
+        # a word of ours: transformers' is always "down"
+        settings["crop_rounding"] = preprocess.get("crop", "even")
+    kind = "CLIP" if not squash else "DeiT" if cropped else "ViT"
+    return {
+        "config.json": data,
+        "preprocessor_config.json": {"image_processor_type": f"{kind}ImageProcessor", **settings},
+    }

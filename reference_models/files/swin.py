@@ -199,6 +199,20 @@ def adapt(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig) -> None:
             state[key] = resize_window_table(state[key], old.window_of(stage), window)
 
 
+def notes(config: SwinConfig, layout: str) -> list[str]:
+    """Where windows do not divide the grid of a stage, libraries pad it each in their own way."""
+    if layout not in ("timm", "torchvision", "original"):
+        return []
+    for stage in range(len(config.depths)):
+        (rows, cols), w = (-(-side // 2**stage) for side in config.grid), config.window_of(stage)
+        if rows % w or cols % w:
+            return [
+                f"windows: {w} x {w} do not divide the {rows} x {cols} patches of stage {stage + 1}; padded as "
+                f"transformers does it, not quite as {'timm' if layout == 'original' else layout} does"
+            ]
+    return []
+
+
 def resize_window_table(table: Tensor, old: int, new: int) -> Tensor:
     """Bicubic interpolation of a bias table to another window, ((2 w - 1)^2, h), as the Swin
     repository does."""

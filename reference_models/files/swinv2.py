@@ -24,7 +24,7 @@ layouts = {
 adapter_layouts = ("transformers5", "transformers4")
 ignored, optional = swin_files.ignored + r"|\.k_bias$", swin_files.optional
 layout_settings: dict[str, dict] = {}
-preprocess = swin_files.preprocess
+preprocess, notes = swin_files.preprocess, swin_files.notes
 
 COSINE = {"attn.logit_scale": "attn.logit_scale", "attn.cpb_mlp.0": "attn.cpb_mlp.0"}
 PARTS = {

@@ -65,14 +65,6 @@ def config_for(name: str) -> ViTConfig | None:
     return ViTConfig(name=name, patch_size=int(match[2]), image_size=int(match[3]), **sizes)
 
 
-def file_preprocess(file_name: str) -> dict:
-    """DeiT's weights carry ViT's names but want ImageNet's mean and deviation; only the
-    file's name tells."""
-    if "deit" not in file_name.lower():
-        return {}
-    return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bicubic"}
-
-
 def names() -> list[str]:
     large = [f"vit-{size}-patch16-{side}" for size in SIZES if size != "nano" for side in (224, 384)]
     return ["vit-nano-patch8-48", *large]

@@ -333,7 +333,8 @@ def test_another_number_of_classes_replaces_the_head_which_is_noted_and_printed_
     model = small(tmp_path)
     capsys.readouterr()
     other = load_pretrained(tmp_path / "source", num_classes=3)
-    assert other.notes == ["head: the checkpoint has 5 classes; a new one for 3 replaces it"] and model.notes == []
+    head, pictures = other.notes
+    assert head == "head: the checkpoint has 5 classes; a new one for 3 replaces it" and model.notes == [pictures]
     assert capsys.readouterr().out == ""
     load_base(str(tmp_path / "source"), None, seed=0, num_classes=3)
     assert capsys.readouterr().out.splitlines() == other.notes
@@ -357,7 +358,8 @@ def test_a_checkpoint_of_another_family_is_refused_and_both_are_named(tmp_path):
     refused(tmp_path / "source", "vit", "beit-nano", name="beit-nano-patch8-48")
     bert = BertModel(BertConfig(**SIZES, vocab_size=99))
     refused(write_transformers(bert, tmp_path / "bert"), "bert", "vit-tiny", name="vit-tiny-patch16-224")
-    file = tmp_path / "bert" / "model.safetensors"
+    refused(tmp_path / "bert" / "model.safetensors", "of the family bert", name="vit-tiny-patch16-224")
+    file = (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "lone.safetensors")
     refused(file, "keys have no place in vit-tiny", ": embeddings.", name="vit-tiny-patch16-224")
 
 

@@ -1,7 +1,7 @@
 """Picture -> tensor: resize for the model, augment where asked, scale to [0, 1], normalise.
 
-`preprocess` is the dictionary that every model carries: image_size, resize ("squash" straight to
-the square, or "shortest" edge to `resize_to` and a centre crop), interpolation, mean, std. Geometry
+`preprocess` is the dictionary that every model carries: image_size, resize ("squash" to the square,
+or "shortest" edge) to `resize_to`, of which the middle is taken, interpolation, mean, std. Geometry
 runs on the Pillow picture (antialiased); `to_uint8` stops before the normalisation, so that stored
 uint8 pictures and files give the same bits.
 """
@@ -51,13 +51,17 @@ class Resize:
     def __init__(self, preprocess: dict):
         self.size, self.resample = preprocess["image_size"], resampling(preprocess)
         self.squash = preprocess.get("resize", "squash") == "squash"
-        self.edge = preprocess.get("resize_to") or self.size
+        # without `crop`, as in runs of 0.1, a squashed picture has its size already
+        cut = not self.squash or "crop" in preprocess
+        self.edge = (cut and preprocess.get("resize_to")) or self.size
+        self.down = preprocess.get("crop") == "down"
 
     def __call__(self, image: Image.Image) -> Tensor:
         if not self.squash:
-            return to_tensor(shortest_then_crop(image, self.edge, self.size, self.resample))
-        square = (self.size, self.size)
-        return to_tensor(image if image.size == square else image.resize(square, self.resample))
+            return to_tensor(shortest_then_crop(image, self.edge, self.size, self.resample, self.down))
+        square = (self.edge, self.edge)
+        image = image if image.size == square else image.resize(square, self.resample)
+        return to_tensor(image if self.edge == self.size else centre(image, self.size, self.down))
 
 
 class Normalise:
@@ -104,10 +108,20 @@ def resampling(preprocess: dict) -> Image.Resampling:
         raise UserError(f"interpolation {name!r} in the preprocessing is unknown; choose from {choices}") from None
 
 
-def shortest_then_crop(image: Image.Image, edge: int, size: int, resample: Image.Resampling) -> Image.Image:
+def centre(image: Image.Image, size: int, down: bool) -> Image.Image:
+    """The central size x size square. An odd border is halved downwards, as transformers does, or
+    to the even number, as torchvision's CenterCrop does."""
+    left, top = ((edge - size) // 2 if down else round((edge - size) / 2) for edge in image.size)
+    # a crop beyond the border is filled with black
+    return image.crop((left, top, left + size, top + size))
+
+
+def shortest_then_crop(
+    image: Image.Image, edge: int, size: int, resample: Image.Resampling, down: bool = False
+) -> Image.Image:
     """Resize the shortest edge to `edge`, keep the ratio, cut the central size x size square.
 
-    Sizes round as torchvision's Resize and CenterCrop do.
+    Sizes round as torchvision's Resize does.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
@@ -121,6 +135,4 @@ def shortest_then_crop(image: Image.Image, edge: int, size: int, resample: Image
     target = (edge, longer) if width <= height else (longer, edge)
     if image.size != target:
         image = image.resize(target, resample)
-    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    # a crop beyond the border is filled with black
-    return image.crop((left, top, left + size, top + size))
+    return centre(image, size, down)

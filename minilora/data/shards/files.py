@@ -27,7 +27,8 @@ from minilora.errors import UserError
 
 INDEX = "index.json"
 FORMATS = {"vqa": "minilora-shards-1", "classify": "minilora-pictures-1"}  # of each task
-GEOMETRY = ("image_size", "resize", "resize_to", "interpolation")  # what stored pictures depend on
+# what stored pictures depend on
+GEOMETRY = ("image_size", "resize", "resize_to", "crop", "interpolation")
 
 
 def is_shards(path: str | os.PathLike) -> bool:

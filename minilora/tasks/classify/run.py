@@ -34,7 +34,7 @@ from minilora.tasks.clip import check_tokenizer, is_clip, load_clip, restore_cli
 from minilora.tasks.labelled import LabelledPredictor, Predictions
 from minilora.tasks.method import one_value
 from minilora.tasks.run import SHOWN, Evaluation, Run, choose_part, top_answers, top_cells, top_columns
-from minilora.tasks.weights import load_base, restoring
+from minilora.tasks.weights import load_base, picture_flags, restoring
 from minilora.training.device import autocast, to_device
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -244,7 +244,9 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
         if getattr(options, flag):
             raise UserError(f"--{flag} is for a CLIP; {config.model} has a head with classes of its own")
     name = one_value(config, "model")
-    model, _ = load_base(name, one_value(config, "weights"), config.seed, None, config.image_size)
+    model, _ = load_base(
+        name, one_value(config, "weights"), config.seed, None, config.image_size, picture_flags(config)
+    )
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
     split = scored_split(splits, options.split, config.data_dir)

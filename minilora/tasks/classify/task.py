@@ -23,7 +23,7 @@ from minilora.tasks.clip import is_clip, load_clip
 from minilora.tasks.labelled import Labelled, LabelledPredictor
 from minilora.tasks.method import make_trainable, one_value, resolve
 from minilora.tasks.teacher import teacher_names
-from minilora.tasks.weights import load_base
+from minilora.tasks.weights import load_base, picture_flags
 from minilora.training.device import autocast
 from reference_models.text.tokenizers import Tokenizer
 
@@ -49,7 +49,9 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
         model.labels = list(splits.classes)
     else:
         name, weights = one_value(config, "model"), one_value(config, "weights")
-        model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size)
+        model, record = load_base(
+            name, weights, config.seed, len(splits.classes), config.image_size, picture_flags(config)
+        )
         replace_foreign_head(model, splits.classes, config.seed)
         for flag in ("lora_r", "lora_alpha"):
             one_value(config, flag)

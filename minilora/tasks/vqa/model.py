@@ -11,7 +11,7 @@ from torch import nn
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.settings.values import TOWERS
-from minilora.tasks.weights import RANDOM, load_base, named, own_weights, tokenizer_beside
+from minilora.tasks.weights import RANDOM, load_base, named, own_weights, picture_flags, tokenizer_beside
 from reference_models.fusion import TwoTower
 from reference_models.load import config_for
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
@@ -58,7 +58,7 @@ def load_student(config: Config, answers: int) -> tuple[nn.Module, dict[str, dic
     if config.text_pooling not in (None, "auto", "pooler"):
         raise UserError(f"--text-pooling {config.text_pooling}: a student reads the last token; leave the flag out")
     config.fusion, config.text_pooling = "product", "pooler"
-    model, record = load_base(config.model, RANDOM, config.seed, answers, config.image_size)
+    model, record = load_base(config.model, RANDOM, config.seed, answers, config.image_size, picture_flags(config))
     return model, {key: dict.fromkeys(TOWERS, value) for key, value in record.items()}
 
 
@@ -68,8 +68,9 @@ def load_towers(config: Config, answers: int, weights: dict[str, str | None]) ->
     if is_student(config):
         return load_student(config, answers)
     names, settings = tower_names(config)
+    sizes = (None, config.image_size, picture_flags(config))
     loaded = {
-        "vision": load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings),
+        "vision": load_base(names["vision"], weights["vision"], config.seed, *sizes, **settings),
         "text": load_base(names["text"], weights["text"], config.seed, **text_settings(config, names["text"])),
     }
     record = {key: {tower: loaded[tower][1][key] for tower in TOWERS} for key in ("weights", "sha256")}

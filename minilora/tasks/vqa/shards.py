@@ -11,7 +11,7 @@ from minilora.settings.flags import Config
 from minilora.tasks.method import resolve
 from minilora.tasks.vqa.model import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights
 from minilora.tasks.vqa.task import open_data
-from minilora.tasks.weights import load_base
+from minilora.tasks.weights import load_base, picture_flags
 from reference_models.load import config_for
 from reference_models.text.tokenizers import Tokenizer
 
@@ -23,7 +23,8 @@ def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
     splits = open_data(config)
     weights = tower_weights(config)
     names, settings = tower_names(config)
-    whole, _ = load_base(names["vision"], weights["vision"], config.seed, None, config.image_size, **settings)
+    sizes = (None, config.image_size, picture_flags(config))
+    whole, _ = load_base(names["vision"], weights["vision"], config.seed, *sizes, **settings)
     tokenizer = open_tokenizer(config, weights)
     longest = getattr(None if os.path.isdir(names["text"]) else config_for(names["text"]), "max_positions", None)
     limit = min(config.max_length or tokenizer.max_length, longest or tokenizer.max_length)
