@@ -1,5 +1,6 @@
 """open_image: every kind of picture comes out as upright 8-bit RGB, or as one line that says why not."""
 
+import io
 import os
 import pickle
 import struct
@@ -185,3 +186,19 @@ def test_unknown_names_list_the_choices():
         build_transform(PREPROCESS, "strong")
     with pytest.raises(UserError, match="bilinear"):
         build_transform(PREPROCESS | {"interpolation": "best"})
+
+
+def test_a_picture_in_memory_is_read_like_its_file_and_refused_in_the_same_words(tmp_path):
+    Image.linear_gradient("L").rotate(30).convert("RGB").save(tmp_path / "a.jpg", exif=Image.Exif())
+    (tmp_path / "b.jpg").write_bytes(b"<!doctype html>")
+    (tmp_path / "c.png").write_bytes(png_header(100_000, 100_000))
+    memory = {name: io.BytesIO((tmp_path / name).read_bytes()) for name in ("a.jpg", "b.jpg", "c.png")}
+    assert open_image(memory["a.jpg"]).tobytes() == open_image(tmp_path / "a.jpg").tobytes()
+    for name in ("b.jpg", "c.png"):
+        with pytest.raises(BadImage) as here:
+            open_image(memory[name])
+        with pytest.raises(BadImage) as there:
+            open_image(tmp_path / name)
+        assert here.value.reason == there.value.reason
+    with pytest.raises(BadImage, match="known format"):
+        open_image(io.BytesIO())

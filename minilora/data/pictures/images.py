@@ -6,9 +6,9 @@ folder, then the header (format and size: a 50 kB file may unpack to gigabytes),
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -47,8 +47,8 @@ def inside(path: str | os.PathLike, root: str | os.PathLike) -> bool:
     return os.path.commonpath((real, base)) == base
 
 
-def open_image(path: str | os.PathLike, root: str | os.PathLike | None = None) -> Image.Image:
-    """The picture at `path` as an RGB image, upright (EXIF orientation applied).
+def open_image(path: str | os.PathLike | io.BytesIO, root: str | os.PathLike | None = None) -> Image.Image:
+    """The picture at `path`, or in memory, as an RGB image, upright (EXIF orientation applied).
 
     Animated files give their first frame, transparency becomes white, 16-bit and float greys are
     scaled to 8 bits. With `root`, a path that leaves that folder (through `..` or a symbolic link)
@@ -58,11 +58,12 @@ def open_image(path: str | os.PathLike, root: str | os.PathLike | None = None) -
     if root is not None and not inside(path, root):
         raise BadImage(path, f"lies outside the data folder {root}; copy the picture into the folder")
     try:
-        if not os.path.isfile(path):  # a pipe or a device would block for ever
-            reason = "is not a file" if os.path.exists(path) else "no such file"
-            raise BadImage(path, reason)
-        if os.path.getsize(path) == 0:
-            raise BadImage(path, "the file is empty")
+        if not isinstance(path, io.BytesIO):
+            if not os.path.isfile(path):  # a pipe or a device would block for ever
+                reason = "is not a file" if os.path.exists(path) else "no such file"
+                raise BadImage(path, reason)
+            if os.path.getsize(path) == 0:
+                raise BadImage(path, "the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata is no news; a bomb is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -126,7 +127,7 @@ def _too_large(what: str) -> str:
     return f"{what} has more than {MAX_PIXELS:,} pixels and was not decoded; make it smaller"
 
 
-def _head(path: str | os.PathLike) -> str:
+def _head(path: str | os.PathLike | io.BytesIO) -> str:
     """What the file starts with: an HTML error page saved as .jpg is then easy to recognise."""
-    with open(Path(path), "rb") as file:
+    with io.BytesIO(path.getvalue()) if isinstance(path, io.BytesIO) else open(path, "rb") as file:
         return f"(it starts with {file.read(12)!r})"
