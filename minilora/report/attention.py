@@ -75,9 +75,9 @@ def window_heat(last: Tensor, batch: int) -> Tensor:
 
 
 @torch.no_grad()
-def attention_heats(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(last layer per head (B, h, side, side), rollout (B, side, side) or None for windows),
-    images (B, 3, H, W).
+def layer_heats(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """{"layer 1": (B, h, side, side), ..., "rollout": (B, 1, side, side)} of images (B, 3, H, W);
+    the last layer alone where it has windows, {} for a model without attention.
 
     `model` has attention_maps(x), or is a two-tower model whose `.vision` has; it is
     used in eval mode.
@@ -86,9 +86,17 @@ def attention_heats(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
     was_training = tower.training
     maps = [layer.float() for layer in tower.eval().attention_maps(images)]
     tower.train(was_training)
-    if maps[-1].shape[0] != images.shape[0] or len({layer.shape for layer in maps}) > 1:
-        return window_heat(maps[-1], images.shape[0]), None
-    return patch_heat(maps[-1]), patch_heat(attention_rollout(maps))
+    if maps and (maps[-1].shape[0] != images.shape[0] or len({layer.shape for layer in maps}) > 1):
+        return {f"layer {len(maps)}": window_heat(maps[-1], images.shape[0])}
+    heats = {f"layer {n}": patch_heat(layer) for n, layer in enumerate(maps, 1)}
+    return heats | ({"rollout": patch_heat(attention_rollout(maps))[:, None]} if maps else {})
+
+
+def attention_heats(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(last layer per head (B, h, side, side), rollout (B, side, side) or None for windows)."""
+    heats = layer_heats(model, images)
+    rollout = heats.pop("rollout", None)
+    return list(heats.values())[-1], rollout if rollout is None else rollout[:, 0]
 
 
 def attention_figure(

@@ -10,6 +10,7 @@ from minilora.report.attention import (
     attention_heats,
     attention_rollout,
     grid_of,
+    layer_heats,
     overlay,
     patch_heat,
     window_heat,
@@ -79,6 +80,20 @@ def test_windows_have_no_rollout_and_the_training_mode_comes_back():
     swin = Looker(lambda x: [torch.rand(x.shape[0] * 4, 2, 16, 16), torch.rand(x.shape[0], 2, 16, 16)]).train()
     last, rollout = attention_heats(swin, torch.zeros(3, 3, 16, 16))
     assert last.shape == (3, 2, 4, 4) and rollout is None and swin.training
+
+
+def test_every_layer_has_its_heat_windows_only_the_last_and_a_convolution_none():
+    maps = [torch.rand(3, 2, 17, 17).softmax(-1) for _ in range(4)]
+    vit, images = Looker(lambda x: maps), torch.zeros(3, 3, 16, 16)
+    heats = layer_heats(vit, images)
+    assert list(heats) == ["layer 1", "layer 2", "layer 3", "layer 4", "rollout"]
+    for layer, heat in zip(maps, heats.values(), strict=False):
+        assert torch.equal(heat, layer[:, :, 0, 1:].unflatten(-1, (4, 4)))
+    last, rollout = attention_heats(vit, images)
+    assert torch.equal(last, heats["layer 4"]) and torch.equal(rollout, heats["rollout"][:, 0])
+    swin = Looker(lambda x: [torch.rand(x.shape[0] * 4, 2, 16, 16), torch.rand(x.shape[0], 2, 16, 16)])
+    assert {name: heat.shape for name, heat in layer_heats(swin, images).items()} == {"layer 2": (3, 2, 4, 4)}
+    assert layer_heats(Looker(lambda x: []), images) == {}
 
 
 def test_the_figure_has_a_column_per_model_and_layer_and_one_per_head_on_request(tmp_path):
