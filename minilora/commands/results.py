@@ -47,7 +47,7 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
 
 def zero_shot_line(scores: dict[str, float], classes: int) -> str:
     """What the model knew before the first step, in one line."""
-    test = f", test {scores['test_accuracy']:.4f}" * ("test_accuracy" in scores)
+    test = f", test {scores['test_accuracy']:.4f}" if "test_accuracy" in scores else ""
     return f"zero-shot, before the first step: accuracy {scores['accuracy']:.4f}{test} (chance {1 / classes:.4f})"
 
 
