@@ -34,6 +34,7 @@ from minilora.tasks.precision import choose_amp, settle_precision
 from minilora.tasks.rundir import continued, open_run_dir
 from minilora.tasks.task import Task
 from minilora.training import distributed
+from minilora.training.board import check_available
 from minilora.training.device import choose_device, set_deterministic
 from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer, TrainOptions
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     """A whole run: model and data, training, the files that remain, and what to type next."""
     settle_precision(config, device)
+    if config.log_to == "tensorboard":
+        check_available()
     task = build_task(config, device)
     options = train_options(config, choose_amp(config, device), checkpoint)
     if config.dry_run:

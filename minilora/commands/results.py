@@ -1,5 +1,5 @@
 """The results of a run: the lines that say how it went, and summary.json, curves.png, attention.png
-and report.html.
+report.html and README.md.
 """
 
 from dataclasses import asdict
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from minilora.atomic import write_json, write_png
+from minilora.atomic import atomic_write, write_json, write_png
+from minilora.commands.card import model_card
 from minilora.inject import count_parameters
 from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
@@ -20,6 +21,7 @@ from minilora.tasks.load import load_run
 from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
 from minilora.tasks.task import Task
 from minilora.tasks.weights import weights_sha256
+from minilora.training.board import Board
 from minilora.training.progress import finite_or_none
 from minilora.training.trainer import TrainOptions
 
@@ -104,6 +106,14 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
     for figure in data.figures:
         write_png(run_dir / "attention.png", figure.image)
     write_report(data, run_dir / "report.html")
+    layouts = tuple(getattr(run.model, "layouts", ()))
+    card = model_card(run_dir, config, task.base, task.labels, summary, task.data_lines(), layouts)
+    atomic_write(run_dir / "README.md", card.encode())
+    if config.log_to == "tensorboard":
+        board = Board(run_dir, result["steps"] + 1)
+        for name in ("curves", "attention"):
+            board.picture(name, run_dir / f"{name}.png", result["steps"])
+        board.close()
 
 
 def run_row(run: Run, evaluation: Evaluation | None = None) -> RunRow:

@@ -22,6 +22,7 @@ from minilora.report.curves import read_metrics
 from minilora.report.page_style import STYLE
 from minilora.report.samples import Example
 from minilora.report.tables import RunRow
+from minilora.version import __version__
 
 
 @dataclass
@@ -137,8 +138,8 @@ def parameter_rows(parameters: Iterable[tuple[str, int, bool]]) -> list[tuple[st
 def collect_versions() -> dict[str, str]:
     """Python, the libraries that take part, system and number of processors, for the
     foot of the page."""
-    found = {"python": platform.python_version()}
-    for name in ("minilora", "torch", "torchvision", "numpy", "pillow", "safetensors", "matplotlib"):
+    found = {"python": platform.python_version(), "minilora": __version__}
+    for name in ("torch", "torchvision", "numpy", "pillow", "safetensors", "matplotlib"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # What may differ between two runs that count as the same configuration with other seeds.
-NOT_CONFIGURATION = ("seed", "output", "resume", "workers", "device", "log_interval", "save_every", "threads")
+NOT_CONFIGURATION = ("seed", "output", "resume", "workers", "device", "log_interval", "log_to", "save_every", "threads")
 NOT_CONFIGURATION += ("config", "recipe", "dry_run")
 
 

@@ -173,6 +173,8 @@ class Config:
         meta="MINUTES", shown="none")
     early_stop: int = flag(R, 0, "end after N epochs without a better one; 0: never", int, low=0)
     log_interval: int = flag(R, 10, "steps between lines of the log", int, low=1)
+    log_to: str = flag(R, "none", "tensorboard: event files in the run directory too", choices=("none",
+        "tensorboard"))
     nan_policy: str = flag(R, "stop", "a loss that is no number ends the run, or the step", choices=("stop",
         "skip"))
 # fmt: on

@@ -19,6 +19,7 @@ from typing import Any
 from minilora.errors import UserError
 from minilora.settings.flags import TASKS, Config, Rule, rules
 from minilora.settings.values import close_match, convert, option
+from minilora.version import __version__
 
 RECIPES = Path(__file__).parent / "recipes"
 BASE = "base"  # a table of config.toml that is no flag: the base weights with their sha256
@@ -56,6 +57,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.table = table
+        self.add_argument("--version", action="version", version=f"minilora {__version__}")
         groups: dict[str, Any] = {}
         for f in dataclasses.fields(table):
             rule = f.metadata["rule"]

@@ -22,7 +22,7 @@ from minilora.training.checkpoint import step_of
 ROOT = Path("runs")
 # may differ on resume
 FREE = {
-    *(*NOT_SAVED, "recipe", "workers", "device", "log_interval", "save_every", "time_limit"),
+    *(*NOT_SAVED, "recipe", "workers", "device", "log_interval", "log_to", "save_every", "time_limit"),
     *("compile", "threads", "deterministic"),
 }
 # may be another path where the old one is gone

@@ -15,6 +15,7 @@ import torch
 from minilora.atomic import atomic_write
 from minilora.errors import RunError
 from minilora.ticker import clock, terminal_bar
+from minilora.training.board import Board
 from minilora.training.distributed import is_main
 from minilora.training.state import TrainState
 
@@ -47,9 +48,10 @@ class Progress:
     ever used, so NO_COLOR has nothing to switch off.
     """
 
-    def __init__(self, run_dir: Path, device: torch.device, log_interval: int) -> None:
-        self.run_dir, self.device, self.log_interval = run_dir, device, log_interval
-        self.bar = None
+    def __init__(self, run_dir: Path, device: torch.device, log_interval: int, log_to: str = "none") -> None:
+        self.run_dir, self.device, self.log_interval, self.log_to = run_dir, device, log_interval, log_to
+        self.bar, self.board = None, None
+        self.counted = (0.0, 0.0)  # loss and items of the epoch before this step
         self.title, self.started, self.before, self.steps = "", time.perf_counter(), 0.0, 0
 
     def log(self, line: str) -> None:
@@ -63,12 +65,17 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         self.end_epoch()
+        if self.board is not None:
+            self.board.close()
 
     def start_epoch(self, state: TrainState, epochs: int, steps: int) -> None:
         """Starts the epoch's clock, and the bar where there is one."""
         self.title, self.steps = f"epoch {state.epoch + 1}/{epochs}", 0
         self.started, self.before = time.perf_counter(), state.seconds
         self.bar = terminal_bar(self.title, steps) if is_main() else None
+        self.counted = (state.sums[0], state.sums[3])
+        if self.log_to == "tensorboard" and is_main() and self.board is None:
+            self.board = Board(self.run_dir, state.step + 1)
 
     def step(self, state: TrainState, total_steps: int) -> None:
         """After an optimizer step: takes the time; every log_interval-th time logs
@@ -77,6 +84,10 @@ class Progress:
         elapsed = time.perf_counter() - self.started
         state.seconds = self.before + elapsed
         loss, correct, counted, items = state.sums
+        if self.board is not None and items > self.counted[1]:
+            own = (loss - self.counted[0]) / (items - self.counted[1])
+            self.board.scalars("step", {"loss": own, "lr": state.lr}, state.step)
+            self.counted = (loss, items)
         line = f"step {state.step}/{total_steps} loss {loss / max(items, 1):.4f}"
         line += f" accuracy {correct / max(counted, 1):.4f} lr {state.lr:.2e}"
         if self.bar is not None:
@@ -109,6 +120,8 @@ class Progress:
         shown += tuple(name for name in ("fp16_overflows", "skipped_steps") if row[name])
         words = (f"{name} {row[name]:.5g}" for name in shown if row.get(name) is not None)
         self.log(f"{self.title} done: {' '.join(words)}")
+        if self.board is not None:
+            self.board.scalars("epoch", {k: v for k, v in row.items() if k not in ("epoch", "step")}, state.step)
         return row
 
     def write_metrics(self, history: list[dict]) -> None:

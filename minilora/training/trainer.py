@@ -61,6 +61,7 @@ class TrainOptions:
     early_stop: int = 0
     save_every: int = 0
     log_interval: int = 20
+    log_to: str = "none"
     nan_policy: str = "stop"
     time_limit: float | None = None  # minutes
     seed: int = 0
@@ -90,7 +91,7 @@ class Trainer:
         # idle but for fp16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.loss = distributed.wrap(distributed.TaskLoss(task))
-        self.progress = Progress(self.run_dir, self.device, options.log_interval)
+        self.progress = Progress(self.run_dir, self.device, options.log_interval, options.log_to)
         self.signals = StopSignals()
         self.state = state.TrainState()
         self.best_tensors: dict[str, Tensor] = {}  # of epoch self.state.best, on the CPU
