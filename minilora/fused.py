@@ -22,9 +22,10 @@ the numbers of one step.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minilora import speed
-from minilora.speed.gemm import product
+from minilora.speed.gemm import narrow, product
 
 
 def applies(x: Tensor, W: Tensor) -> bool:
@@ -47,52 +48,75 @@ def lora_linear(x: Tensor, dropped: Tensor, W: Tensor, b: Tensor | None, A: Tens
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     dropped = None if dropped is x else dropped.to(dtype)
-    x, W, b, A, B = (tensor if tensor is None else tensor.to(dtype) for tensor in (x, W, b, A, B))
-    with torch.autocast(device, enabled=False):  # every operand already has its precision
+    x = x.to(dtype)
+    with torch.autocast(device, enabled=False):  # the Function rounds to x's precision itself
         return FusedLoRALinear.apply(x, x if dropped is None else dropped, W, b, A, B, s)
 
 
 class FusedLoRALinear(torch.autograd.Function):
     """Scale and add happen inside the matrix product (`addmm_`), and nothing is kept twice.
 
-    Of the activations only x' is kept for backward: a frozen W needs no x, and h (N, r) is cheaper
-    to compute again than to keep.
+    Of the activations x' is kept for backward, since a frozen W needs no x, and in half precision
+    also h (N, r); in float32 that is computed again. Where `merging_pays`, W' = W + s B A takes W's
+    place and both additions fall away: y = x W'^T + b, dL/dx = g W'.
     """
 
     @staticmethod
     def forward(ctx, x, dropped, W, b, A, B, s):
         rows = dropped.reshape(-1, dropped.shape[-1])  # x' (N, in)
-        y = product(x.reshape(rows.shape), W, b)  # (N, out)
-        h = product(rows, A)  # (N, r)
-        y.addmm_(h, B.T, alpha=s)  # y = y + s h B^T, in place
-        ctx.save_for_backward(dropped, W, A, B)
+        given = W, A, B
+        W, b, A, B = (tensor if tensor is None else tensor.to(x.dtype) for tensor in (W, b, A, B))
         ctx.s, ctx.no_dropout, ctx.shape = s, dropped is x, x.shape
+        ctx.merged = ctx.no_dropout and merging_pays(rows, W)
+        h = None
+        if ctx.merged:
+            y = product(rows, torch.addmm(W, B, A, alpha=s), b)
+        else:
+            y = product(x.reshape(rows.shape), W, b)  # (N, out)
+            h = narrow(rows, A)  # (N, r)
+            y.addmm_(h, B.T, alpha=s)  # y = y + s h B^T, in place
+        ctx.save_for_backward(dropped, *given, h if x.dtype.itemsize == 2 else None)
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
-        dropped, W, A, B = ctx.saved_tensors
+        dropped, W, A, B, h = ctx.saved_tensors
+        W, A, B = (tensor.to(dropped.dtype) for tensor in (W, A, B))
         need_x, need_dropped, _, need_b, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])  # (N, out)
         rows = dropped.reshape(-1, dropped.shape[-1])  # x' (N, in)
-        # `product` records no graph; somebody who wants second derivatives (create_graph=True, as
-        # in a gradient penalty) needs one of the backward pass too
-        multiply = torch.matmul if torch.is_grad_enabled() else _multiply
-        s_gB = multiply(g, B).mul_(ctx.s)  # s gB (N, r)
+        # `product` and `narrow` record no graph; somebody who wants second derivatives
+        # (create_graph=True, as in a gradient penalty) needs one of the backward pass too
+        graph = torch.is_grad_enabled()
+        times, few = (F.linear, F.linear) if graph else (product, narrow)
+        s_gB = few(g, B.T).mul_(ctx.s)  # s gB (N, r)
         dx = d_dropped = None
         if need_x:
-            dx = multiply(g, W)  # (N, in)
-            if ctx.no_dropout:
+            dx = times(g, (torch.addmm(W, B, A, alpha=ctx.s) if ctx.merged else W).T)  # (N, in)
+            if ctx.no_dropout and not ctx.merged:
                 dx.addmm_(s_gB, A)  # dx = g W + s gB A, in place
             dx = dx.view(ctx.shape)
         if need_dropped and not ctx.no_dropout:
-            d_dropped = multiply(s_gB, A).view(ctx.shape)
-        dA = s_gB.T @ rows if need_A else None  # (r, in)
-        # g^T h, (out, r), as (h^T g)^T: the wide matrix on the right is four times faster on a CPU
-        dB = (multiply(rows, A.T).T @ g).T.mul_(ctx.s) if need_B else None
-        return dx, d_dropped, None, g.sum(0) if need_b else None, dA, dB, None
+            d_dropped = times(s_gB, A.T).view(ctx.shape)
+        dA = times(s_gB.T, rows.T) if need_A else None  # (r, in)
+        if need_B:
+            h = few(rows, A) if h is None or graph else h
+            # g^T h, (out, r), as (h^T g)^T: the wide matrix on the right is four times faster
+            dB = times(h.T, g.T).T.mul_(ctx.s)
+        return dx, d_dropped, None, g.sum(0) if need_b else None, dA, dB if need_B else None, None
 
 
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right by the fastest product."""
-    return product(left, right.T)
+def merging_pays(x: Tensor, W: Tensor) -> bool:
+    """Whether W' = W + s B A, made in forward and again in backward, costs less than what it saves,
+    for x (N, in) and W (out, in) on a CPU, where products with r columns are bound by memory.
+
+    W is read and W' written twice, 4 in out numbers. Saved are x read for h, y read and written to
+    add s h B^T, and dL/dx to add s gB A, N (2 out + 3 in) numbers. Measured by
+    tests/benchmarks/products.py.
+
+    Never in half precision: what training adds to an entry of W is mostly smaller than 1/512 of it,
+    half the last place in bfloat16, and would round away. In float32 that is 1/16,000,000.
+    """
+    n_out, n_in = W.shape
+    worth = len(x) * (2 * n_out + 3 * n_in) >= 4 * n_in * n_out
+    return worth and x.device.type == "cpu" and x.dtype.itemsize > 2

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilora import LoRAConfig, LoRALinear, inject_lora
+from minilora import LoRAConfig, LoRALinear, fused, inject_lora
 from tests.support.helpers import (
     SHAPES,
     TOLERANCE,
@@ -130,3 +130,72 @@ def test_backward_multiplies_h_gB_gA_x_and_g_h_only_and_W_only_for_an_x_that_nee
     h, gB, dA, dB = N * r * d_in, N * d_out * r, N * r * d_in, N * r * d_out
     dx = N * d_out * d_in  # g W; the counter does not see the addmm_ of s gB A, done in place
     assert counter.get_total_flops() == 2 * (h + gB + dA + dB + need_x * dx)
+
+
+def merges(monkeypatch, answer: bool) -> None:
+    monkeypatch.setattr(fused, "merging_pays", lambda *_: answer)
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["W + s B A", "s h B^T added"])
+@pytest.mark.parametrize("need_x", [True, False], ids=["x needs a gradient", "x is data"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_form_equals_the_dense_layer_in_value_and_gradients(monkeypatch, merged, need_x, bias):
+    merges(monkeypatch, merged)
+    layer = lora_linear(6, 4, r=3, bias=bias)
+    x = torch.randn(5, 7, 6, dtype=torch.float64)
+    assert_equal_value_and_gradients(layer, lambda x: dense_forward(layer, x), x, layer)
+    if not need_x:
+        weights, found = torch.linspace(-1, 1, 140, dtype=torch.float64).view(5, 7, 4), []
+        for function in (layer, lambda x: dense_forward(layer, x)):
+            trained = [layer.lora_A.weight, layer.lora_B.weight]
+            found.append(torch.autograd.grad((function(x) * weights).sum(), trained))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_second_derivatives_of_the_merged_form(monkeypatch):
+    merges(monkeypatch, True)
+    layer = lora_linear(4, 3)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    trained = layer.lora_A.weight, layer.lora_B.weight
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x).sin(), (x, *trained))
+
+
+def test_W_is_merged_for_many_rows_only_and_never_in_half_precision():
+    W, x = torch.zeros(8, 6), torch.zeros(6, 6)  # 6 * (16 + 18) >= 4 * 48
+    assert fused.merging_pays(x, W) and fused.merging_pays(x.double(), W.double())
+    assert not fused.merging_pays(x[:5], W)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not fused.merging_pays(x.to(dtype), W.to(dtype))
+    assert not fused.merging_pays(x.to("meta"), W)
+
+
+def test_with_dropout_nothing_is_merged():
+    layer = lora_linear(6, 4, lora_dropout=0.5)
+    x = torch.randn(100, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    dropped = layer.lora_dropout(x, layer)
+    torch.manual_seed(0)
+    W, b, A, B = layer.base_layer.weight, layer.base_layer.bias, layer.lora_A.weight, layer.lora_B.weight
+    torch.testing.assert_close(layer(x), x @ W.T + b + layer.scaling * dropped @ A.T @ B.T)
+
+
+def test_an_update_too_small_for_a_weight_in_bf16_is_seen_in_the_answer_all_the_same():
+    layer, signs = lora_linear(64, 8, bias=False, dtype=torch.float32), torch.tensor([1.0, -1.0] * 32)
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(1.0)  # W x = 0
+        layer.lora_A.weight.copy_(5e-4 * signs)
+        layer.lora_B.weight.fill_(1.0)
+    assert ((layer.base_layer.weight + layer.delta_weight()).bfloat16() == 1).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(signs.expand(200, 64))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), torch.full((200, 8), 64 * layer.scaling * 2 * 5e-4), rtol=0.02, atol=0)
+
+
+def test_in_bf16_h_is_kept_beside_x():
+    layer = LoRALinear(nn.Linear(64, 32), 4, 8)
+    x = torch.randn(10, 64, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        shapes, size = saved_bytes(lambda: layer(x), layer)
+    assert shapes == [(10, 4), (10, 64)] and size == 2 * 10 * (4 + 64)

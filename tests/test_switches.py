@@ -22,7 +22,7 @@ CASES = [(model, switch) for model in ("vit", "bert", "clip") for switch in SWIT
 @pytest.fixture
 def plain(monkeypatch):
     monkeypatch.setattr(gemm, "onednn", False)
-    monkeypatch.setattr(gemm, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(gemm, "SMALLEST", 0)
     return monkeypatch
 
 

@@ -1,9 +1,10 @@
-"""float32 matrix products on a CPU by oneDNN where it is the faster library.
+"""Matrix products on a CPU by the library, and in the form, that is fast: fixed rules.
 
-torch sends float32 products to MKL, which on AMD processors runs 10 to 20 % below oneDNN; both are
-in every torch wheel and compute the same sums in another order. `onednn` is the switch: by default
-it is on where /proc/cpuinfo says AMD, so that a machine always gives the same bits. Measured in
-tests/benchmarks/README.md.
+torch sends float32 products to MKL, which asks for the vendor before it asks for instructions: on
+an AMD processor with AVX-512 it takes its AVX2 kernels, at half the speed of oneDNN's (105 beside
+215 GFLOP/s). Both are in every torch wheel and compute the same sums in another order. So it is the
+vendor that decides here as well, then the size; nothing is timed in a run, and a machine always
+gives the same bits. Measured by tests/benchmarks/products.py.
 """
 
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from minilora import speed
 
-FEWEST_ROWS = 256  # below this the call itself costs more than oneDNN gains
+# multiplications; up to here the call itself costs more than oneDNN gains
+SMALLEST = 2**20
 
 
 def _is_amd() -> bool:
@@ -32,12 +34,27 @@ def _for_onednn(x: Tensor) -> bool:
     return speed.enabled and onednn and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def _large(x: Tensor, weight: Tensor) -> bool:
+    return len(x) * weight.numel() > SMALLEST
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for x (N, in), W (out, in), also a transposed view, b (out,): no graph is recorded.
     Returns (N, out)."""
-    if _for_onednn(x) and len(x) >= FEWEST_ROWS:
+    if _for_onednn(x) and _large(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def narrow(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T for x (N, in) and few rows in A (r, in): (N, r), no graph is recorded.
+
+    Other libraries than oneDNN are up to four times faster when the long side is that of the
+    columns, A x^T; the result is then its transposed view.
+    """
+    if x.device.type != "cpu" or (_for_onednn(x) and _large(x, A)):
+        return product(x, A)
+    return (A @ x.T).T
 
 
 class FastLinear(nn.Linear):
@@ -71,7 +88,8 @@ class _Linear(torch.autograd.Function):
             dx = g @ weight if torch.is_grad_enabled() else product(g, weight.T)
             dx = dx.view(*grad.shape[:-1], weight.shape[1])
         if need_weight:
-            dW = g.T @ x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
+            dW = g.T @ rows if torch.is_grad_enabled() else product(g.T, rows.T)
         return dx, dW, g.sum(0) if need_bias else None
 
 

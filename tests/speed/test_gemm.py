@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(not gemm.available, reason="this torch has no 
 def onednn(monkeypatch):
     """oneDNN on whatever the processor, also for the small tensors of a test."""
     monkeypatch.setattr(gemm, "onednn", True)
-    monkeypatch.setattr(gemm, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(gemm, "SMALLEST", 0)
 
 
 def gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -63,3 +63,23 @@ def test_second_derivatives_of_a_fast_linear_are_those_of_nn_linear(onednn):
     plain = gemm.slow_down(copy.deepcopy(layer))
     expected = torch.autograd.grad(plain(x).pow(3).sum(), x, create_graph=True)[0]
     torch.testing.assert_close(second, torch.autograd.grad(expected.sum(), x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 5), (0, 5)])
+def test_a_narrow_product_equals_the_plain_one(shape, dtype):
+    x, A = torch.randn(shape, dtype=dtype), torch.randn(3, 5, dtype=dtype)
+    found = gemm.narrow(x, A)
+    assert found.shape == (len(x), 3)
+    torch.testing.assert_close(found, x @ A.T)
+
+
+@needs_onednn
+def test_small_products_are_left_to_the_other_library(monkeypatch):
+    monkeypatch.setattr(gemm, "onednn", True)
+    called = []
+    monkeypatch.setattr(gemm, "SMALLEST", 7 * 12 * 20)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *_: called.append(len(x)), raising=False)
+    for rows in (7, 8):
+        gemm.product(torch.randn(rows, 12), torch.randn(20, 12))
+    assert called == [8]
