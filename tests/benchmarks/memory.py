@@ -11,7 +11,7 @@ Bytes are those of the tensors that autograd saves, each storage counted once an
 import torch
 
 from tests.benchmarks.common import parser, prepare, report
-from tests.benchmarks.models import SPECS, Case
+from tests.benchmarks.models import SPECS, Case, add_method, method
 
 
 def saved_bytes(case: Case, model: torch.nn.Module, amp: str) -> int:
@@ -43,7 +43,7 @@ def peak(step, device: str) -> float:
 
 
 def measure(name: str, arguments) -> dict:
-    case, amp = Case(name, arguments.device, arguments.batch), arguments.amp
+    case, amp = Case(name, arguments.device, arguments.batch, **method(arguments)), arguments.amp
     makers = {
         "full": lambda: case.ours("full", amp=amp),
         "lora": lambda: case.ours("lora", 0.0, amp, arguments.base),
@@ -72,10 +72,12 @@ def main() -> None:
     flags.add_argument("--batch", type=int, default=None)
     flags.add_argument("--amp", default="fp32", choices=("fp32", "bf16", "fp16"))
     flags.add_argument("--base", default="fp32", choices=("fp32", "bf16", "fp16"))
+    add_method(flags)
     arguments = flags.parse_args()
-    header = prepare(arguments) + f"; amp {arguments.amp}"
+    header = f"{prepare(arguments)}; amp {arguments.amp}, LoRA r {arguments.r} on {arguments.targets}"
     rows = [measure(name, arguments) for name in arguments.models]
-    report(f"memory_{arguments.device.split(':')[0]}_{arguments.amp}", header, rows, arguments.save)
+    name = f"memory_{arguments.device.split(':')[0]}_{arguments.amp}" + "_six" * (arguments.targets == "six")
+    report(name, header, rows, arguments.save)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ that runs one forward, backward and optimizer step (the floor: the plain frozen 
 input only).
 """
 
+import argparse
 import contextlib
 import copy
 import tempfile
@@ -29,13 +30,31 @@ SPECS = {  # name: (our model, batch on a CPU, batch on a GPU)
     "clip-vit-b-32": ("clip-vit-b-32", 8, 64),
 }
 CLASSES, TOKENS, CHOICES = 10, 64, 4
+# what is adapted: our names, and those of transformers 5
+TARGETS = {"qv": ("q_proj", "v_proj"), "six": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
+PEERS = {
+    "vit": {"qv": ["q_proj", "v_proj"], "six": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]},
+    "bert": {"qv": ["query", "value"], "six": r".*layer\.\d+\..*(query|key|value|dense)"},
+    "clip": {"qv": ["q_proj", "v_proj"], "six": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]},
+}
 
 
 class Case:
     """One model with its batch; weights are random and the same for everybody."""
 
-    def __init__(self, name: str, device: str, batch: int | None = None, depth: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        device: str,
+        batch: int | None = None,
+        depth: int | None = None,
+        targets: str = "qv",
+        r: int = 8,
+        norms: bool = False,
+    ):
+        """targets: a key of TARGETS; r: the rank of all adapters; norms: those are trained too."""
         self.name, self.device = name, device
+        self.targets, self.r, self.norms = targets, r, norms
         our_name, cpu_batch, gpu_batch = SPECS[name]
         self.batch = batch or (gpu_batch if device.startswith("cuda") else cpu_batch)
         torch.manual_seed(0)
@@ -101,7 +120,6 @@ class Case:
         amp: str = "fp32",
         base: str = "fp32",
         pooled: bool = True,
-        r: int = 8,
         fast: bool = True,
     ) -> Callable:
         model = copy.deepcopy(self.plain).to(self.device).train()
@@ -109,24 +127,26 @@ class Case:
         if mode == "full":
             model.requires_grad_(True)
         else:
-            targets = ("q_proj", "v_proj") if mode == "lora" else ()
-            heads = self.modules_to_save() or (() if mode == "lora" else model.head_modules)
-            inject_lora(
-                model,
-                LoRAConfig(r=r, lora_alpha=16, lora_dropout=dropout, target_modules=targets, modules_to_save=heads),
-            )
+            lora = mode == "lora"
+            heads = self.modules_to_save() or (() if lora else model.head_modules)
+            method = {"target_modules": TARGETS[self.targets], "train_norms": self.norms} if lora else {}
+            options = {"r": self.r, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": (), **method}
+            inject_lora(model, LoRAConfig(**options, modules_to_save=heads))
             cast_frozen(model, DTYPES[base])
         return self.step(speed_up(model) if fast else model, amp)
 
-    def peft(self, dropout: float = 0.0, amp: str = "fp32", mode: str = "lora", r: int = 8) -> Callable:
+    def peft(self, dropout: float = 0.0, amp: str = "fp32", mode: str = "lora") -> Callable:
         model = self.transformers_model().to(self.device).train()
         if mode == "lora":
             from peft import LoraConfig, get_peft_model
 
-            names = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "clip": ["q_proj", "v_proj"]}[self.kind]
+            names = PEERS[self.kind][self.targets]
             saved = {"vit": ["classifier"], "bert": ["head"], "clip": None}[self.kind]
-            config = LoraConfig(r=r, lora_alpha=16, lora_dropout=dropout, target_modules=names, modules_to_save=saved)
-            model = get_peft_model(model, config)
+            options = {"r": self.r, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": names}
+            model = get_peft_model(model, LoraConfig(**options, modules_to_save=saved))
+            for name, parameter in model.named_parameters():
+                if self.norms and "norm" in name.lower():
+                    parameter.requires_grad_(True)
         return self.step(model, amp)
 
     def transformers_model(self) -> nn.Module:
@@ -249,6 +269,17 @@ class PeerClassifier(nn.Module):
 
     def forward(self, ids, mask):
         return self.head(self.encoder(input_ids=ids, attention_mask=mask).pooler_output)
+
+
+def add_method(flags: argparse.ArgumentParser) -> None:
+    """--targets, --r and --norms: what LoRA adapts, ours and peft's."""
+    flags.add_argument("--targets", default="qv", choices=list(TARGETS), help="q and v, or all six linear layers")
+    flags.add_argument("--r", type=int, default=8, help="rank")
+    flags.add_argument("--norms", action="store_true", help="train the normalisation layers too")
+
+
+def method(arguments: argparse.Namespace) -> dict:
+    return {name: getattr(arguments, name) for name in ("targets", "r", "norms")}
 
 
 def set_pooled(model: nn.Module, value: bool) -> None:

@@ -26,8 +26,8 @@ from reference_models import load_pretrained, save_pretrained
 from tests.benchmarks.common import RESULTS, parser, prepare, report
 from tests.conftest import shared_folder
 
-MODES = ("linear", "lora", "peft", "full")
-LR = {"linear": 1e-3, "lora": 1e-3, "peft": 1e-3, "full": 5e-5}
+MODES = ("linear", "lora", "lora-bf16", "peft", "full")
+LR = {"linear": 1e-3, "lora": 1e-3, "lora-bf16": 1e-3, "peft": 1e-3, "full": 5e-5}
 EPOCHS, BATCH = 3, 32
 
 
@@ -58,7 +58,7 @@ def build(mode: str, seed: int, classes: int) -> nn.Module:
         return speed_up(model.requires_grad_(True))
     if mode == "linear":
         return inject_lora(model, LoRAConfig(target_modules=(), modules_to_save=("head",)))
-    if mode == "lora":
+    if mode.startswith("lora"):
         return speed_up(inject_lora(model, LoRAConfig(8, 16, 0.05, modules_to_save=("head",))))
     return peer(model)
 
@@ -89,13 +89,13 @@ def train(model: nn.Module, mode: str, seed: int, data: dict) -> tuple[float, fl
         for rows in torch.randperm(len(labels), generator=generator).split(BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = LR[mode] * 0.5 * (1 + math.cos(math.pi * step / total))
-            loss = F.cross_entropy(logits(model, images[rows].float()), labels[rows])
+            loss = F.cross_entropy(logits(model, images[rows].float(), mode), labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             step += 1
     seconds = time.perf_counter() - start
-    return accuracy(model, *data["val"]), seconds
+    return accuracy(model, *data["val"], mode), seconds
 
 
 def train_head(model: nn.Module, seed: int, data: dict) -> tuple[float, float]:
@@ -112,15 +112,16 @@ def train_head(model: nn.Module, seed: int, data: dict) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, mode: str) -> float:
     model.eval()
-    predicted = torch.cat([logits(model, part.float()).argmax(-1) for part in images.split(50)])
+    predicted = torch.cat([logits(model, part.float(), mode).argmax(-1) for part in images.split(50)])
     return 100 * (predicted == labels).float().mean().item()
 
 
-def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    output = model(images)
-    return getattr(output, "logits", output)
+def logits(model: nn.Module, images: torch.Tensor, mode: str) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "lora-bf16"):
+        output = model(images)
+    return getattr(output, "logits", output).float()
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 python -m tests.benchmarks.train_step                       # all models, two CPU threads, float32
 python -m tests.benchmarks.train_step --models vit-tiny --rounds 30 --save
 python -m tests.benchmarks.train_step --device cuda --amp bf16 --base bf16 --save
+python -m tests.benchmarks.train_step --targets six --r 4 --norms --models vit-tiny --batch 64 --save
 python -m tests.benchmarks.train_step --bf16                # bf16 autocast and a bf16 base beside float32, one run
 """
 
 from pathlib import Path
 
 from tests.benchmarks.common import interleaved, parser, prepare, ratio, report, told
-from tests.benchmarks.models import SPECS, Case
+from tests.benchmarks.models import SPECS, Case, add_method, method
 
 
 def candidates(case: Case, arguments) -> dict:
@@ -38,11 +39,12 @@ def bf16_candidates(case: Case) -> dict:
         "lora": case.ours("lora"),
         "lora bf16, fp32 base": case.ours("lora", amp="bf16"),
         "lora bf16": case.ours("lora", amp="bf16", base="bf16"),
+        "peft bf16": case.peft(amp="bf16"),
     }
 
 
 def measure_bf16(name: str, arguments) -> tuple[dict, dict]:
-    case = Case(name, arguments.device, arguments.batch)
+    case = Case(name, arguments.device, arguments.batch, **method(arguments))
     seconds = interleaved(bf16_candidates(case), arguments.rounds, arguments.device)
     row = {
         "model": f"{name}, batch {case.batch}",
@@ -50,6 +52,7 @@ def measure_bf16(name: str, arguments) -> tuple[dict, dict]:
         "lora, float32 / bf16": told(ratio(seconds["lora"], seconds["lora bf16"])),
         "same, base in float32": told(ratio(seconds["lora"], seconds["lora bf16, fp32 base"])),
         "full, float32 / bf16": told(ratio(seconds["full"], seconds["full bf16"])),
+        "peft / lora, both bf16": told(ratio(seconds["peft bf16"], seconds["lora bf16"])),
         "full / lora, both bf16": told(ratio(seconds["full bf16"], seconds["lora bf16"])),
     }
     return row, seconds
@@ -65,7 +68,7 @@ def cpu_bf16() -> str:
 
 
 def measure(name: str, arguments) -> tuple[dict, dict]:
-    case = Case(name, arguments.device, arguments.batch)
+    case = Case(name, arguments.device, arguments.batch, **method(arguments))
     ceiling = case.ceiling()
     seconds = interleaved(candidates(case, arguments), arguments.rounds, arguments.device)
     speedup = ratio(seconds["full"], seconds["lora"])
@@ -94,10 +97,13 @@ def main() -> None:
     flags.add_argument("--base", default="fp32", choices=("fp32", "bf16", "fp16"), help="dtype of the frozen weights")
     flags.add_argument("--no-peers", action="store_true", help="leave transformers and peft out")
     flags.add_argument("--bf16", action="store_true", help="float32 beside bf16, and nothing else")
+    add_method(flags)
     arguments = flags.parse_args()
     told_of = cpu_bf16() if arguments.bf16 else f"amp {arguments.amp}, frozen weights {arguments.base}"
+    told_of += f", LoRA r {arguments.r} on {arguments.targets}" + ", norms too" * arguments.norms
     header = f"{prepare(arguments)}; {told_of}, {arguments.rounds} rounds"
     suffix = f"{arguments.device.split(':')[0]}_{'bf16_beside_fp32' if arguments.bf16 else arguments.amp}"
+    suffix += "_six" * (arguments.targets == "six")
     for name in arguments.models:  # a file for each, so that they can be measured one at a time
         row, seconds = (measure_bf16 if arguments.bf16 else measure)(name, arguments)
         report(f"train_step_{suffix}_{name}", header, [row], arguments.save, seconds)
