@@ -17,7 +17,9 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
-# three names that files have for one function
-TANH_GELU = dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_pytorch_tanh"), partial(nn.GELU, "tanh"))
-# "gelu" is the exact one, with erf
-ACTIVATIONS = {"gelu": nn.GELU, **TANH_GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU}
+# names that files have for one function; "gelu" is the exact one, with erf
+TANH_GELU = dict.fromkeys(
+    ("gelu_tanh", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), partial(nn.GELU, "tanh")
+)
+EXACT_GELU = {"gelu": nn.GELU, "gelu_python": nn.GELU}
+ACTIVATIONS = {**EXACT_GELU, **TANH_GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU}

@@ -226,7 +226,7 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
     """Our names for the tensors of a file: the layout whose table knows most of the keys."""
     state = {key: tensor for key, tensor in state.items() if not re.search(family.ignored, key)}
     best: tuple = (0, "", {}, [])
-    for layout, prefixes in {"minilora": ("",), **family.layouts}.items():
+    for layout, prefixes in {"minilora": getattr(family, "own_prefixes", ("",)), **family.layouts}.items():
         table = None if layout == "minilora" else family.key_table(config, layout)
         for names in _prefixed(state, prefixes):
             renamed = {key: state[theirs] for key, theirs in names.items()}
@@ -256,6 +256,8 @@ def _prefixed(state: dict, prefixes: tuple[str, ...]):
         for prefix in dict.fromkeys((*prefixes, "")):
             if wanted != prefix and all(key.startswith(prefix) for key in state if not is_head(key)):
                 yield {k if is_head(k) else wanted + k.removeprefix(prefix): k for k in state}
+        if wanted:  # transformers 5 writes MSN's blocks without, the rest with it
+            yield {k if is_head(k) else wanted + k.removeprefix(wanted): k for k in state}
 
 
 def _build_shapes(config) -> dict[str, tuple]:

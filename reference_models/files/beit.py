@@ -154,7 +154,7 @@ def config_from_json(data: dict) -> BeitConfig | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
         config = config_for(re.sub("^beitv2-", "beit-", timm_name(data)))
-        return with_timm_arguments(config, data, TIMM_ARGUMENTS)
+        return with_timm_arguments(config, data, TIMM_ARGUMENTS, (("global_pool", "avg"), ("global_pool", "token")))
     if data["model_type"] != "beit":
         return None
     values = read_fields(data, FIELDS)

@@ -15,10 +15,11 @@ from pathlib import Path
 from reference_models.errors import ModelError
 from reference_models.files.config_check import check_config
 from reference_models.files.preprocess import picture_settings
+from reference_models.files.refused import instead
 from reference_models.text.textfiles import read_json
 from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
 
-FAMILIES = ("vit", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "student")
+FAMILIES = ("vit", "vit_variants", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "student")
 SETTINGS = ("config.json", "open_clip_config.json")
 
 
@@ -97,6 +98,8 @@ def described(checkpoint: Checkpoint, wanted):
         raise ModelError(f"{checkpoint.path}: no config.json says which model this is; name one")
     if wanted is None or kind:
         todo = "name a model" if wanted is None else f"they are not those of {wanted.name}; part the weights from them"
+        if kind and (why := instead(kind)):
+            raise ModelError(f"{file}: {kind}: {why}")
         raise ModelError(f"{file}: {kind or 'no model_type'}: not one of the families {', '.join(FAMILIES)}; {todo}")
     if data:
         notes.append(f"{file}: describes no model and was not read; the settings are those of {wanted.name}")

@@ -2,11 +2,13 @@
 config.json, positions.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from reference_models.errors import ModelError
 from reference_models.layers import resize_positions
 
 # ours: theirs, of one block with separate projections; timm has one qkv beside these
@@ -80,16 +82,34 @@ def timm_name(data: dict) -> str:
     return data.get("architecture", "").split(".")[0].replace("_", "-")
 
 
-def with_timm_arguments(config, data: dict, known: dict[str, str]):
+# arguments of timm that only training knows, or that accept other picture sizes
+WITHOUT_EFFECT = re.compile(
+    r"(?:\w+_)?drop(?:_path|_\w+)?_rate|num_classes|weight_init|fix_init|dynamic_img_\w+|strict_img_size|"
+    r"always_partition|img_size|cache_dir"
+)
+
+
+def check_arguments(arguments: dict, known) -> None:
+    """ModelError for the first of timm's model_args that changes the mathematics and is not known;
+    `known` holds names, or pairs of a name and the one value that is."""
+    for key, value in arguments.items():
+        harmless = WITHOUT_EFFECT.fullmatch(key) or value in (None, False) or (key, value) == ("in_chans", 3)
+        if not harmless and key not in known and (key, str(value)) not in known:
+            raise ModelError(f"config.json: model_args has {key} = {value!r}, which is not known here")
+
+
+def with_timm_arguments(config, data: dict, known: dict[str, str], seen: tuple = ()):
     """The configuration of an architecture with the arguments of timm's config.json,
     where it has some.
 
-    config: None where the architecture is of another family. Where ours counts hidden units, timm
+    config: None where the architecture is of another family; seen: arguments of which
+    the file's tensors tell, or pairs of an argument and its one value. Where ours counts hidden units, timm
     has their ratio to the width.
     """
     if config is None:
         return None
     arguments = data.get("model_args") or {}
+    check_arguments(arguments, {*known, "mlp_ratio", *seen})
     values = {ours: _hashable(arguments[theirs]) for theirs, ours in known.items() if theirs in arguments}
     if hasattr(config, "hidden"):
         ratio = arguments.get("mlp_ratio", config.hidden / config.dim)

@@ -224,7 +224,7 @@ def resize_window_table(table: Tensor, old: int, new: int) -> Tensor:
 def config_from_json(data: dict) -> SwinConfig | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
-        return with_timm_arguments(config_for(timm_name(data)), data, TIMM_ARGUMENTS)
+        return with_timm_arguments(config_for(timm_name(data)), data, TIMM_ARGUMENTS, (("global_pool", "avg"),))
     return from_transformers(SwinConfig(), data) if data["model_type"] == "swin" else None
 
 

@@ -107,7 +107,7 @@ def config_from_json(data: dict) -> SwinV2Config | None:
     """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
         name = re.sub(r"^(swinv2-\w+)-window", r"\1-patch4-window", timm_name(data))
-        return with_timm_arguments(config_for(name), data, TIMM_ARGUMENTS)
+        return with_timm_arguments(config_for(name), data, TIMM_ARGUMENTS, (("global_pool", "avg"),))
     if data["model_type"] != "swinv2":
         return None
     config = swin_files.from_transformers(SwinV2Config(), data)

@@ -17,18 +17,18 @@ from reference_models.files.shared import (
     NO_DROPOUT,
     adapt_positions,
     read_fields,
-    timm_name,
     to_timm,
-    with_timm_arguments,
     write_fields,
 )
+from reference_models.files.timm_vit import read_timm
 from reference_models.vit import VisionTransformer, ViTConfig
+from reference_models.vit_variants import VariantConfig
 
 build = VisionTransformer
 # of weight files, with the prefixes that their names may carry; the first is the table's own
 layouts = {"transformers4": ("vit.", "deit."), "transformers5": ("vit.", "deit."), "timm": ("",), "torchvision": ("",)}
 adapter_layouts = ("transformers5", "transformers4", "timm", "torchvision")
-ignored = r"^$"  # keys of a file that mean nothing to the model
+ignored = r"^decoder\.|^mask_token$|embeddings\.mask_token$"  # of pretraining (MAE, MSN)
 optional = r"^(pooler|head|dist_token)"  # our names that a file may lack or have in addition
 layout_settings = {"transformers4": {"eps": 1e-12}, "transformers5": {"eps": 1e-12}}
 preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize": "squash"}
@@ -126,14 +126,16 @@ def adapt(state: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
     adapt_positions(state, old, new, prefix=2 if new.distilled else 1)
 
 
-def config_from_json(data: dict) -> ViTConfig | None:
-    """Read transformers' or timm's config.json; None where it is of another family."""
+def config_from_json(data: dict) -> ViTConfig | VariantConfig | None:
+    """Read transformers' config.json of a ViT, DeiT, MAE or MSN, or timm's of any ViT; None
+    where it is of another family."""
     if "model_type" not in data:
-        config = config_for(re.sub("^deit3?-", "vit-", timm_name(data)))
-        return with_timm_arguments(config, data, ENCODER_ARGUMENTS)
-    if data["model_type"] not in ("vit", "deit"):
+        return read_timm(data)
+    teacher = "DeiTForImageClassificationWithTeacher" in (data.get("architectures") or ())
+    if data["model_type"] not in ("vit", "deit", "vit_mae", "vit_msn") or teacher:
         return None
-    values = read_fields(data, FIELDS)
+    msn = {"eps": ("layer_norm_eps", 1e-6)} if data["model_type"] == "vit_msn" else {}
+    values = read_fields(data, FIELDS | msn)
     name = f"vit-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
     return ViTConfig(name=name, distilled=data["model_type"] == "deit", **values)
 

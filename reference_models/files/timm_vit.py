@@ -1,0 +1,131 @@
+"""config.json of timm's vision transformers: the architecture's name and its arguments, as a
+configuration of vit.py or vit_variants.py.
+
+A name is a size, a patch, and words: vit_medium_patch16_reg4_gap_256. Only what changes the
+mathematics is read; layer scale, biases and the place of the final norm are seen in the file.
+"""
+
+import re
+from dataclasses import fields
+
+from reference_models.errors import ModelError
+from reference_models.files.shared import ENCODER_ARGUMENTS, check_arguments
+from reference_models.vit import ViTConfig
+from reference_models.vit_variants import VariantConfig
+
+#             width depth heads hidden
+SIZES = {
+    "tiny": (192, 12, 3, 768),
+    "xsmall": (256, 10, 4, 1024),
+    "wee": (256, 14, 4, 1280),
+    "little": (320, 14, 5, 1792),
+    "small": (384, 12, 6, 1536),
+    "medium": (512, 12, 8, 2048),
+    "mediumd": (512, 20, 8, 2048),
+    "betwixt": (640, 12, 10, 2560),
+    "base": (768, 12, 12, 3072),
+    "base_plus": (896, 12, 14, 3584),
+    "so150m": (896, 18, 14, 2304),
+    "so150m2": (832, 21, 13, 2176),
+    "large": (1024, 24, 16, 4096),
+    "intern300m": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "huge": (1280, 32, 16, 5120),
+    "giant": (1408, 40, 16, 6144),
+    "giantopt": (1536, 40, 16, 6144),
+    "giant_dino": (1536, 40, 24, 4096),
+    "giant_radio": (1536, 40, 24, 6144),
+    "gigantic": (1664, 48, 16, 8192),
+}
+NAME = re.compile(
+    r"(vit|deit3?|eva(?=_large))_([a-z]+\d*m?2?)(_distilled)?_patch(\d+)((?:_[a-z0-9]+)*?)(?:_(\d+))?(_miil)?"
+)
+WORDS = r"gap|map|clip|quickgelu|siglip|dinov2|tipsv2|plus|miil|distilled|radio|v[34]|reg\d+|36x1"
+# what the size does not say
+ODD = {"vit_base_patch16_gap_224": {"heads": 16}, "vit_small_patch16_36x1_224": {"depth": 36}}
+SIDES = {"dinov2": 518, "tipsv2": 448, "radio": 512}
+# siglip's with the tanh form of GELU
+TANH = re.compile(r"patch32_siglip|giantopt|large_patch16_siglip(_gap)?_512|so400m_patch16_siglip")
+# the arguments that this module reads beside shared.ENCODER_ARGUMENTS
+ARGUMENTS = ("mlp_ratio", "act_layer", "class_token", "reg_tokens", "no_embed_class", "pre_norm", "init_values")
+ARGUMENTS += ("global_pool", "fc_norm", "final_norm")
+POOLS = ("token", "avg", "map")
+
+
+def read_timm(data: dict) -> ViTConfig | VariantConfig | None:
+    """The configuration; None where the name is of another family or has a word that is not known.
+    ModelError for an argument that is not known."""
+    architecture = data.get("architecture", "").split(".")[0]
+    match = NAME.fullmatch(architecture)
+    if match is None:
+        return None
+    kind, size, patch = match[1], match[2], int(match[4])
+    words = {*"".join(match[i] or "" for i in (3, 5, 7)).split("_")} - {""}
+    size += "_plus" * ("plus" in words)
+    if size == "giant" and words & {"dinov2", "tipsv2", "radio"}:
+        size += "_radio" if "radio" in words else "_dino"
+    if size not in SIZES or not all(re.fullmatch(WORDS, word) for word in words):
+        return None
+    values = dict(zip(("dim", "depth", "heads", "hidden"), SIZES[size], strict=True))
+    values |= {"patch_size": patch, "image_size": int(match[6] or next((SIDES[w] for w in words if w in SIDES), 224))}
+    values |= ODD.get(architecture, {})
+    values |= {"eps": 1e-5 if "clip" in words else 1e-6, "qkv_bias": "miil" not in words}
+    values["act"] = "quick_gelu" if "quickgelu" in words else "gelu_tanh" if TANH.search(architecture) else "gelu"
+    said = _said_by_name(kind, size, words)
+    arguments = data.get("model_args") or {}
+    check_arguments(arguments, {*ENCODER_ARGUMENTS, *ARGUMENTS})
+    values |= {ours: _value(arguments[theirs]) for theirs, ours in ENCODER_ARGUMENTS.items() if theirs in arguments}
+    values["act"] = arguments.get("act_layer") or values["act"]
+    ratio = arguments.get("mlp_ratio", (1 + said["swiglu"]) * values["hidden"] / SIZES[size][0])
+    values["hidden"] = int(values["dim"] * ratio + 1e-6) // (1 + said["swiglu"])
+    said |= _said_by_arguments(said, arguments, data.get("global_pool"))
+    name = architecture.replace("_", "-")
+    variant = VariantConfig(name=name, **values, **said)
+    options = [field for field in fields(VariantConfig) if field.name in said]
+    if words - {"miil"} or kind not in ("vit", "deit") or arguments.get("init_values"):
+        return variant
+    if any(said[option.name] != option.default for option in options):
+        return variant
+    return ViTConfig(name=re.sub("^deit-", "vit-", name), **values)
+
+
+def _said_by_name(kind: str, size: str, words: set[str]) -> dict:
+    """The options that an architecture's name stands for."""
+    siglip, gap = "siglip" in words, "gap" in words
+    registers = next((int(word[3:]) for word in words if word.startswith("reg")), 0)
+    registers = {"v3": 7, "v4": 9}[min(words & {"v3", "v4"})] if "radio" in words else registers
+    pool = "map" if "map" in words or (siglip and not gap) else "avg" if gap or kind == "eva" else "token"
+    said = {"registers": registers, "class_token": not (siglip or gap or "map" in words), "pre_norm": "clip" in words}
+    said |= {"swiglu": size == "giant_dino", "distilled": "distilled" in words}
+    said["pool"] = pool if size == "intern300m" or "radio" in words else f"norm {pool}"
+    # where registers have no positions, the class token has none either
+    none = registers and not size.startswith("so150m")
+    counted = said["class_token"] + said["distilled"] + registers
+    said["prefix_positions"] = 0 if none or kind == "deit3" else counted
+    return said | {"distilled_classes": 1, "num_classes": 1} if said["distilled"] else said
+
+
+def _said_by_arguments(said: dict, arguments: dict, pool: str | None) -> dict:
+    """The options that config.json gives explicitly; the rest stays as in `said`."""
+    changed = {
+        ours: arguments[theirs]
+        for theirs, ours in (("class_token", "class_token"), ("reg_tokens", "registers"), ("pre_norm", "pre_norm"))
+        if theirs in arguments
+    }
+    changed = said | changed
+    if pool := arguments.get("global_pool", pool):
+        if pool not in POOLS:
+            raise ModelError(f"config.json: global_pool {pool!r} is not known; known are {', '.join(POOLS)}")
+        changed["pool"] = f"norm {pool}" if "norm" in said["pool"] else pool
+    if arguments.get("final_norm") is False:
+        changed["pool"] = changed["pool"].replace("norm", "").strip()
+    if {"class_token", "reg_tokens", "no_embed_class"} & arguments.keys():
+        without = said["class_token"] + said["registers"] and not said["prefix_positions"]
+        spared = arguments.get("no_embed_class", without)
+        counted = changed["class_token"] + changed["distilled"] + changed["registers"]
+        changed["prefix_positions"] = 0 if spared else counted
+    return changed
+
+
+def _value(value):
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,305 @@
+"""The files of ViT variants: DINOv2, the picture towers of CLIP and SigLIP, distilled DeiT, timm's
+variants. See load.py for the protocol.
+"""
+
+import math
+import re
+from dataclasses import replace
+
+from torch import Tensor
+
+from reference_models.errors import ModelError
+from reference_models.files.clip import PARTS as CLIP_PARTS
+from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.shared import BLOCK, NO_DROPOUT, adapt_positions, read_fields, to_timm, write_fields
+from reference_models.files.shared import ENCODER_ARGUMENTS as ARGUMENTS
+from reference_models.files.shared import ENCODER_FIELDS as FIELDS
+from reference_models.files.timm_vit import SIZES
+from reference_models.vit_variants import VariantConfig, VariantViT
+
+build = VariantViT
+TOWER = ("vision_model.",)
+PREFIXES = ("dinov2.", "dinov2_with_registers.", "deit.", *TOWER)
+layouts = {"transformers4": PREFIXES, "transformers5": (*PREFIXES, ""), "timm": ("",), "open_clip": ("",)}
+own_prefixes = ("", "vision.")  # of our own CLIP files
+adapter_layouts = ("transformers5", "transformers4", "timm")
+# tokens of pretraining, and what else is in the file of a CLIP or SigLIP
+ignored = (
+    r"mask_token$|position_ids$|^(text(_model)?\.|(visual|text)_projection|logit_(scale|bias)$)|"
+    r"^(transformer\.|token_embedding\.|positional_embedding$|ln_final\.|visual\.proj$|attn_mask$|"
+    r"input_resolution$|context_length$|vocab_size$)"
+)
+optional = r"^(head|norm|attn_pool)\."  # parts that another pooling leaves out
+layout_settings: dict[str, dict] = {}
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+preprocess = {**IMAGENET, "interpolation": "bicubic", "resize": "shortest"}
+
+DINOV2 = {"pool": "norm token", "head_pool": "norm token+avg", "layer_scale": 1.0}
+CLIP = {"pool": "norm token", "head_pool": "avg", "pre_norm": True}
+SIGLIP = {"pool": "norm map", "head_pool": "norm avg", "class_token": False, "prefix_positions": 0}
+DEIT = {"distilled": True, "prefix_positions": 2, "num_classes": 1, "distilled_classes": 1}
+CLIP_DEFAULTS = {"patch_size": 32, "act": "quick_gelu", "eps": 1e-5}
+SIGLIP_DEFAULTS = {"act": "gelu_pytorch_tanh", "eps": 1e-6}
+TIMM_ACTS = {"gelu_python": "gelu"}
+TIMM_ACTS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh")
+
+
+def names() -> list[str]:
+    return [f"dinov2{kind}-{size}" for kind in ("", "-registers") for size in ("small", "base", "large", "giant")]
+
+
+def config_for(name: str) -> VariantConfig | None:
+    """dinov2-base or dinov2-registers-base, as published for 518 pixels."""
+    match = re.fullmatch(r"dinov2(-registers)?-(small|base|large|giant)", name)
+    if not match:
+        return None
+    size = "giant_dino" if match[2] == "giant" else match[2]
+    sizes = dict(zip(("dim", "depth", "heads", "hidden"), SIZES[size], strict=True))
+    sizes |= {"patch_size": 14, "image_size": 518, "swiglu": match[2] == "giant"}
+    return VariantConfig(name=name, registers=4 if match[1] else 0, **sizes, **DINOV2)
+
+
+def kind_of(config: VariantConfig) -> str | None:
+    """Which model of transformers computes the same, with or without a head; None for none."""
+    options = {"layer_scale": bool(config.layer_scale), "swiglu": config.swiglu, "pre_norm": config.pre_norm}
+    options |= {"class_token": config.class_token, "registers": config.registers > 0, "distilled": config.distilled}
+    set_ = {key for key, value in options.items() if value}
+    if config.prefix_positions != (2 if config.distilled else int(config.class_token)):
+        return None
+    steps = " ".join(config.steps)
+    if set_ == {"class_token", "distilled"}:
+        return "deit"
+    for kind, said, needs in (
+        ("dinov2", DINOV2, {"class_token", "layer_scale"}),
+        ("clip", CLIP, {"class_token", "pre_norm"}),
+        ("siglip", SIGLIP, set()),
+    ):
+        extra = {"swiglu", "registers"} if kind == "dinov2" else set()
+        if needs == set_ - extra and steps == said["head_pool" if config.num_classes else "pool"]:
+            return "dinov2_with_registers" if "registers" in set_ else kind
+    return None
+
+
+def key_table(config: VariantConfig, layout: str) -> list[Entry]:
+    """Our names beside those of transformers 4 and 5, timm and open_clip; no rows where the library
+    has no such model."""
+    if layout == "timm":
+        return _timm(config)
+    if layout == "open_clip":
+        return _tower(config, "visual.", "open_clip")
+    kind = kind_of(config)
+    if kind in ("clip", "siglip"):
+        # without a head transformers 5 has no level above the tower
+        base = "vision_model." if config.num_classes or layout == "transformers4" else ""
+        return _tower(config, base, kind) + linear("head", "classifier")
+    if kind == "deit":
+        return _deit(config, layout)
+    return _dinov2(config, f"{kind}.", layout) if kind else []
+
+
+def _timm(config: VariantConfig) -> list[Entry]:
+    table = [*_patches("", "patch_embed.proj"), *linear("norm_pre", "norm_pre")]
+    table += [rename(name, name) for name in ("cls_token", "dist_token", "reg_token", "pos_embed")]
+    table += [*linear("norm", "norm"), *linear("fc_norm", "fc_norm")]
+    pool = "attn_pool"
+    table += [rename(f"{pool}.probe", f"{pool}.latent"), *linear(f"{pool}.q_proj", f"{pool}.q")]
+    table += fused([f"{pool}.{n}_proj" for n in "kv"], f"{pool}.kv.weight", f"{pool}.kv.bias")
+    for ours, theirs in (("out_proj", "proj"), ("norm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+        table += linear(f"{pool}.{ours}", f"{pool}.{theirs}")
+    table += _heads(config, "head", "head_dist")
+    scales = ("ls1.gamma", "ls2.gamma")
+    return table + _blocks(config, "blocks", BLOCK["timm"], ("attn.qkv.weight", "attn.qkv.bias"), scales)
+
+
+def _heads(config: VariantConfig, token: str, dist: str) -> list[Entry]:
+    """DeiT's own two heads, or one."""
+    two = [*linear("head.token", token), *linear("head.dist", dist)]
+    return two if "pair" in config.steps else linear("head", token.removeprefix("cls_"))
+
+
+def _tower(config: VariantConfig, base: str, kind: str) -> list[Entry]:
+    """The picture tower of CLIP or SigLIP."""
+    if kind == "open_clip":
+        table = [rename("cls_token", f"{base}class_embedding", "vector"), *_patches(base, "conv1")]
+        table += [rename("pos_embed", f"{base}positional_embedding", "batch")]
+        table += [*linear("norm_pre", f"{base}ln_pre"), *linear("norm", f"{base}ln_post")]
+        qkv = ("attn.in_proj_weight", "attn.in_proj_bias")
+        return table + _blocks(config, f"{base}transformer.resblocks", CLIP_PARTS[kind], qkv)
+    table = [rename("cls_token", f"{base}embeddings.class_embedding", "vector")]
+    table += [*_patches(base, "embeddings.patch_embedding")]
+    table += [rename("pos_embed", f"{base}embeddings.position_embedding.weight", "batch")]
+    table += [*linear("norm_pre", f"{base}pre_layrnorm"), *linear("norm", f"{base}post_layernorm")]
+    pool, head = "attn_pool", f"{base}head"
+    table += [rename(f"{pool}.probe", f"{head}.probe"), *linear(f"{pool}.out_proj", f"{head}.attention.out_proj")]
+    qkv = [f"{pool}.{n}_proj" for n in "qkv"]
+    table += fused(qkv, f"{head}.attention.in_proj_weight", f"{head}.attention.in_proj_bias")
+    for ours, theirs in (("norm", "layernorm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+        table += linear(f"{pool}.{ours}", f"{head}.{theirs}")
+    return table + _blocks(config, f"{base}encoder.layers", CLIP_PARTS["transformers"])
+
+
+def _deit(config: VariantConfig, layout: str) -> list[Entry]:
+    outside = "deit.embeddings."
+    table = [*_patches(outside, "patch_embeddings.projection"), *linear("norm", "deit.layernorm")]
+    table += [rename("cls_token", f"{outside}cls_token"), rename("dist_token", f"{outside}distillation_token")]
+    table += [rename("pos_embed", f"{outside}position_embeddings")]
+    table += _heads(config, "cls_classifier", "distillation_classifier")
+    blocks = "deit.encoder.layer" if layout == "transformers4" else "deit.layers"
+    return table + _blocks(config, blocks, BLOCK[layout])
+
+
+def _dinov2(config: VariantConfig, base: str, layout: str) -> list[Entry]:
+    outside = f"{base}embeddings."
+    table = [*_patches(outside, "patch_embeddings.projection"), *linear("norm", f"{base}layernorm")]
+    table += [rename("cls_token", f"{outside}cls_token"), rename("reg_token", f"{outside}register_tokens")]
+    table += [rename("pos_embed", f"{outside}position_embeddings"), *linear("head", "classifier")]
+    scales = ("layer_scale1.lambda1", "layer_scale2.lambda1")
+    parts = {name: theirs for name, theirs in BLOCK[layout].items() if name.startswith("attn.")}
+    parts |= {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    packed = layout == "transformers4"
+    if config.swiglu:
+        parts |= {"mlp.fc2": "mlp.weights_out"} if packed else {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
+        parts |= {} if packed else {"mlp.gate_proj": "mlp.gate_proj"}
+    return table + _blocks(config, f"{base}encoder.layer", parts, (), scales, "mlp.weights_in" if packed else "")
+
+
+def _patches(base: str, name: str) -> list[Entry]:
+    kernel = rename("patch_embed.proj.weight", f"{base}{name}.weight", "kernel")
+    return [kernel, rename("patch_embed.proj.bias", f"{base}{name}.bias")]
+
+
+def _blocks(
+    config: VariantConfig, theirs: str, parts: dict, qkv: tuple = (), scales: tuple = (), glu: str = "mlp.fc1"
+) -> list[Entry]:
+    """The rows of all blocks. qkv: their weight and bias of a fused projection; scales: of layer
+    scale; glu: their name of SwiGLU's gate and fc1 as one, "" where they are two."""
+    table = []
+    for i in range(config.depth):
+        block, other = f"blocks.{i}", f"{theirs}.{i}"
+        fuse = config.swiglu and glu
+        for ours, name in parts.items():
+            if not (fuse and ours == "mlp.fc1"):
+                table += linear(f"{block}.{ours}", f"{other}.{name}")
+        if fuse:
+            packed = [f"{block}.mlp.gate_proj", f"{block}.mlp.fc1"]
+            table += fused(packed, f"{other}.{glu}.weight", f"{other}.{glu}.bias")
+        if qkv:
+            table += fused([f"{block}.attn.{n}_proj" for n in "qkv"], *(f"{other}.{name}" for name in qkv))
+        table += [rename(f"{block}.gamma_{n}", f"{other}.{name}") for n, name in enumerate(scales, 1)]
+    return table
+
+
+def fit_config(config: VariantConfig, shapes: dict[str, tuple]) -> VariantConfig:
+    """The configuration with what a file's names and shapes (ours) say of it: classes, layer scale,
+    biases, the place of the final norm, picture size."""
+    heads = [shapes[key][0] for key in ("head.weight", "head.token.weight") if key in shapes]
+    scale = (config.layer_scale or 1e-5) if "blocks.0.gamma_1" in shapes else 0.0
+    config = replace(config, num_classes=heads[0] if heads else 0, layer_scale=scale)
+    config = replace(config, distilled_classes=config.num_classes if "head.dist.weight" in shapes else 0)
+    config = replace(config, qkv_bias="blocks.0.attn.q_proj.bias" in shapes)
+    if "fc_norm.weight" in shapes and config.pool.startswith("norm "):
+        config = replace(config, pool=" ".join(reversed(config.pool.split())))
+    rows = shapes.get("pos_embed", (1, 0))[1] - config.prefix_positions
+    if rows > 0 and rows != math.prod(config.grid):
+        config = replace(config, image_size=math.isqrt(rows) * config.patch_size)
+    return config
+
+
+def adapt(state: dict[str, Tensor], old: VariantConfig, new: VariantConfig) -> None:
+    """Interpolate the position embeddings in `state` from the old picture size to the
+    new one, in place."""
+    adapt_positions(state, old, new, prefix=new.prefix_positions)
+
+
+def config_from_json(data: dict) -> VariantConfig | None:
+    """Read transformers' config.json of a DINOv2, a distilled DeiT or a picture tower; None where
+    it is of another family. timm's are read by files/vit.py."""
+    kind, classes = data.get("model_type"), int(_is_classifier(data))
+    if kind in ("dinov2", "dinov2_with_registers"):
+        return _read_dinov2(data, classes)
+    if kind == "deit" and "DeiTForImageClassificationWithTeacher" in (data.get("architectures") or ()):
+        values = read_fields(data, FIELDS)
+        return VariantConfig(_name("deit", values), **values, **DEIT)
+    if kind in ("clip_vision_model", "siglip_vision_model") or (kind in ("clip", "siglip") and classes):
+        tower = data.get("vision_config_dict") or data.get("vision_config") or {} if classes else data
+        return _read_tower(tower, "clip" if kind.startswith("clip") else "siglip", classes)
+    return None
+
+
+def _is_classifier(data: dict) -> bool:
+    return any("ForImageClassification" in name for name in data.get("architectures") or ())
+
+
+def _name(kind: str, values: dict) -> str:
+    return f"{kind}-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
+
+
+def _read_tower(data: dict, kind: str, classes: int) -> VariantConfig:
+    defaults = {**CLIP_DEFAULTS} if kind == "clip" else SIGLIP_DEFAULTS
+    known = {ours: (theirs, defaults.get(ours, default)) for ours, (theirs, default) in FIELDS.items()}
+    values, options = read_fields(data, known), CLIP if kind == "clip" else SIGLIP
+    if data.get("vision_use_head") is False:
+        options = options | {"pool": "norm avg"}
+    return VariantConfig(_name(kind, values), num_classes=classes, **values, **options)
+
+
+def _hidden(dim: int, ratio: float, swiglu: bool) -> int:
+    """The width of a DINOv2's MLP: of SwiGLU two thirds, rounded up to a multiple of 8."""
+    return (int(int(dim * ratio) * 2 / 3) + 7) // 8 * 8 if swiglu else int(dim * ratio)
+
+
+def _read_dinov2(data: dict, classes: int) -> VariantConfig:
+    values = read_fields(data, FIELDS | {"eps": ("layer_norm_eps", 1e-6), "qkv_bias": ("qkv_bias", True)})
+    swiglu = data.get("use_swiglu_ffn", False)
+    values["hidden"] = _hidden(values["dim"], data.get("mlp_ratio", 4), swiglu)
+    registers = data.get("num_register_tokens", 4) if data["model_type"].endswith("registers") else 0
+    options = {**DINOV2, "registers": registers, "swiglu": swiglu, "layer_scale": data.get("layerscale_value", 1.0)}
+    return VariantConfig(_name("dinov2", values), num_classes=classes, **values, **options)
+
+
+def config_to_json(config: VariantConfig, layout: str) -> dict:
+    """config.json as transformers or timm read it; labels and preprocessing are added by the
+    caller. ModelError where the library has no such model."""
+    if layout == "timm":
+        return _timm_json(config)
+    kind, head = kind_of(config), "ForImageClassification" if config.num_classes else "Model"
+    if kind is None or layout == "open_clip":
+        raise ModelError(f"{config.name}: {layout} has no model with its options; save it with layout='minilora'")
+    if kind == "deit":
+        cls, fields = "DeiT" + head + "WithTeacher" * ("pair" in config.steps), FIELDS
+        return {"architectures": [cls], "model_type": kind, **write_fields(config, fields), **NO_DROPOUT}
+    if kind in ("clip", "siglip"):
+        tower = {"model_type": f"{kind}_vision_model", **write_fields(config, FIELDS)}
+        cls = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+        if not config.num_classes:
+            return {"architectures": [f"{cls}VisionModel"], **tower}
+        return {"architectures": [cls + head], "model_type": kind, "vision_config": tower}
+    cls = "Dinov2" + "WithRegisters" * (config.registers > 0)
+    data = {"architectures": [cls + head], "model_type": kind, **write_fields(config, FIELDS), **NO_DROPOUT}
+    ratio = next((n for n in range(1, 65) if _hidden(config.dim, n, config.swiglu) == config.hidden), None)
+    if ratio is None:
+        raise ModelError(f"{config.name}: transformers' DINOv2 is a whole number of widths wide, not {config.hidden}")
+    data |= {"mlp_ratio": ratio, "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.swiglu}
+    data["layerscale_value"] = config.layer_scale
+    return data | ({"num_register_tokens": config.registers} if config.registers else {})
+
+
+def _timm_json(config: VariantConfig) -> dict:
+    steps = [step for step in config.steps if step != "norm"]
+    none = not config.prefix_positions and config.prefix > 0
+    if steps[0] == "token+avg" or config.prefix_positions not in (0, config.prefix):
+        raise ModelError(f"{config.name}: timm has no such pooling or positions; save it with layout='transformers'")
+    if config.distilled:
+        if config.num_classes and config.num_classes != config.distilled_classes:
+            raise ModelError(f"{config.name}: timm's distilled models have two heads, this one has one")
+        return to_timm(config, "deit_base_distilled_patch16_224", ARGUMENTS, config.dim)
+    architecture = "vit_giant_patch14_dinov2" if config.swiglu else "vit_base_patch16_224"
+    architecture = "vit_base_patch16_clip_224" if config.eps == 1e-5 else architecture
+    data = to_timm(config, architecture, ARGUMENTS, config.dim)
+    norm = "norm" in config.steps
+    options = {"class_token": config.class_token, "reg_tokens": config.registers, "no_embed_class": none}
+    options |= {"pre_norm": config.pre_norm, "init_values": config.layer_scale or None, "global_pool": steps[0]}
+    options |= {"fc_norm": config.steps[-1] == "norm", "final_norm": norm}
+    options |= {} if config.swiglu else {"act_layer": TIMM_ACTS.get(config.act, config.act)}
+    data["model_args"] |= options | {"mlp_ratio": (1 + config.swiglu) * config.hidden / config.dim}
+    return data
