@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from reference_models.errors import ModelError
 from reference_models.files.checkpoint import FAMILIES, Checkpoint, described, family_module, find_checkpoint
 from reference_models.files.config_check import readable
-from reference_models.files.names import is_head, strip_wrappers, to_ours, to_theirs
+from reference_models.files.names import prefixed, strip_wrappers, to_ours, to_theirs
 from reference_models.files.pooling import with_pooling
 from reference_models.files.preprocess import assumed_settings, assumption, preprocess_for
 from reference_models.files.safetensors import read_weights, write_model_files
@@ -228,7 +228,7 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
     best: tuple = (0, "", {}, [])
     for layout, prefixes in {"minilora": getattr(family, "own_prefixes", ("",)), **family.layouts}.items():
         table = None if layout == "minilora" else family.key_table(config, layout)
-        for names in _prefixed(state, prefixes):
+        for names in prefixed(state, prefixes):
             renamed = {key: state[theirs] for key, theirs in names.items()}
             if table is None:
                 ours = set(_build_shapes(config))
@@ -244,20 +244,11 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
             f"{files}: no key belongs to a {config.family} model; it begins with {', '.join(list(state)[:3])}"
         )
     if unknown := [key for key in unknown if not re.search(family.ignored, key)]:
-        raise ModelError(f"{files}: {len(unknown)} keys have no place in {config.name}: {', '.join(unknown[:5])}")
+        raise ModelError(
+            f"{files}: {known} of {len(state)} keys are those of the family {config.family}; {len(unknown)} keys have "
+            f"no place in {config.name}: {', '.join(unknown[:5])}"
+        )
     return tensors, layout
-
-
-def _prefixed(state: dict, prefixes: tuple[str, ...]):
-    """{key to look for: key of `state`}: as it is, and with each prefix that the family's tables
-    use in place of another one or of none."""
-    yield {key: key for key in state}
-    for wanted in dict.fromkeys(prefixes):
-        for prefix in dict.fromkeys((*prefixes, "")):
-            if wanted != prefix and all(key.startswith(prefix) for key in state if not is_head(key)):
-                yield {k if is_head(k) else wanted + k.removeprefix(prefix): k for k in state}
-        if wanted:  # transformers 5 writes MSN's blocks without, the rest with it
-            yield {k if is_head(k) else wanted + k.removeprefix(wanted): k for k in state}
 
 
 def _build_shapes(config) -> dict[str, tuple]:

@@ -112,14 +112,34 @@ def is_head(key: str) -> bool:
     return key.startswith(("classifier.", "head.", "heads.", "cls."))
 
 
+def prefixed(state: dict, prefixes: tuple[str, ...]):
+    """{key to look for: key of `state`}: as it is, and with each prefix that a family's tables use
+    in place of another one or of none, on the keys that have that."""
+    yield {key: key for key in state}
+    for wanted in dict.fromkeys(prefixes):
+        for prefix in dict.fromkeys((*prefixes, "")):
+            names = {_renamed(key, prefix, wanted): key for key in state}
+            if wanted != prefix and len(names) == len(state):
+                yield names
+
+
+def _renamed(key: str, prefix: str, wanted: str) -> str:
+    stays = not key.startswith(prefix) or is_head(key) or (not prefix and key.startswith(wanted))
+    return key if stays else wanted + key.removeprefix(prefix)
+
+
+WRAPPERS = ("module.", "model.", "backbone.", "student.", "teacher.", "auto_model.", "0.")
+
+
 def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop what wrappers put before the names: DistributedDataParallel, torch.compile, a `model.`
-    or `backbone.` around it."""
+    or `student.backbone.` around it, on most of the keys and in any order."""
     state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
         # BERT's first files
         state = {key.replace(old, new): tensor for key, tensor in state.items()}
-    for wrapper in ("module.", "model.", "backbone."):
-        if all(key.startswith(wrapper) for key in state if not is_head(key)):
-            state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
+    for wrapper in WRAPPERS:
+        inner = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
+        if 2 * sum(key.startswith(wrapper) for key in state) > len(state) == len(inner):
+            return strip_wrappers(inner)
     return state

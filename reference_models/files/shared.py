@@ -102,8 +102,8 @@ def with_timm_arguments(config, data: dict, known: dict[str, str], seen: tuple =
     """The configuration of an architecture with the arguments of timm's config.json,
     where it has some.
 
-    config: None where the architecture is of another family; seen: arguments of which
-    the file's tensors tell, or pairs of an argument and its one value. Where ours counts hidden units, timm
+    config: None where the architecture is of another family; seen: arguments of which the file's
+    tensors tell, or pairs of an argument and its one value. Where ours counts hidden units, timm
     has their ratio to the width.
     """
     if config is None:

@@ -366,7 +366,7 @@ def test_a_checkpoint_of_another_family_is_refused_and_both_are_named(tmp_path):
 def test_a_family_or_activation_that_is_not_known_is_named(tmp_path):
     small(tmp_path)
     config = json.loads((tmp_path / "source" / "config.json").read_text())
-    for field, value, words in (("hidden_act", "silu", "'silu'"), ("model_type", "gpt2", "gpt2: not one of")):
+    for field, value, words in (("hidden_act", "mish", "'mish'"), ("model_type", "gpt2", "gpt2: not one of")):
         (tmp_path / "source" / "config.json").write_text(json.dumps({**config, field: value}))
         refused(tmp_path / "source", "config.json", words)
 
