@@ -46,8 +46,8 @@ class DoRALinear(LoRALinear):
             return self.base_layer(x)
         d, b = self.lora_dropout(x, self), self.base_layer.bias
         gain = self.lora_magnitude_vector / self._row_norms()  # (out,)
-        y = self.both_ways(x, d)
-        Vd = y if d is x else self.both_ways(d, d)
+        y = super().forward(x, d)
+        Vd = y if d is x else super().forward(d, d)
         Vd = Vd if b is None else Vd - b.to(y.dtype)  # DoRA scales W, not b
         return torch.addcmul(y, Vd, (gain - 1).to(y.dtype))
 

@@ -93,15 +93,12 @@ class LoRALinear(nn.Module):
         if init is False:
             nn.init.kaiming_uniform_(self.lora_B.weight, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, x: Tensor, d: Tensor | None = None) -> Tensor:
+        """x (..., in) -> (..., out). d: dropout(x), where a subclass has drawn it already."""
         if not self.enabled:
             return self.base_layer(x)
-        return self.both_ways(x, self.lora_dropout(x, self))
-
-    def both_ways(self, x: Tensor, d: Tensor) -> Tensor:
-        """W x + b + s B A d for x and d = dropout(x), (..., in) -> (..., out)."""
         W, b, A, B = self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight
+        d = self.lora_dropout(x, self) if d is None else d
         if fused.applies(x, W):  # the same sum in fewer passes over memory
             return fused.lora_linear(x, d, W, b, A, B, self.scaling)
         h = F.linear(d, A.to(d.dtype))  # (..., in) -> (..., r)

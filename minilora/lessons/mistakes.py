@@ -56,7 +56,7 @@ MISTAKES = (
     Mistake(
         "dropout after B A",
         "minilora/lora.py",
-        "        d = self.lora_dropout(x, self)\n        if fused.applies(x, W):",
+        "        d = self.lora_dropout(x, self) if d is None else d\n        if fused.applies(x, W):",
         "        d = x\n        if self.training and self.lora_dropout.p:\n"
         "            return self.base_layer(x) + self.lora_dropout(self.scaling * F.linear(F.linear(x, A), B), self)\n"
         "        if fused.applies(x, W):",

@@ -1,6 +1,7 @@
 """The lessons run, and what they claim is so: a short form of each here, the whole ones with -m slow."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -57,3 +58,12 @@ def test_a_whole_lesson_prints_plain_text_within_100_columns(name):
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.isascii() and max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_twelve_questions_quote_lines_that_are_there():
+    folder = ROOT / "minilora" / "lessons"
+    text = (folder / "WHY.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"\[[\w.]+\]\((\S+?\.py)\): `([^\n]+)`", text)
+    assert len(quotes) == len(re.findall(r"^\d+\. \*\*", text, flags=re.MULTILINE)) == 12
+    for file, line in quotes:
+        assert line in (folder / file).read_text(encoding="utf-8"), f"{file}: {line}"
