@@ -37,7 +37,7 @@ def trained(arguments: Namespace, name: str, *words: str) -> tuple[Path, float]:
 
 def vqa_words(arguments: Namespace) -> list[str]:
     data = ["--data-dir", arguments.data_dir] if arguments.data_dir else []
-    return ["--task", "vqa", "--num-answers", "1000", "--batch-size", "32", *data]
+    return ["--task", "vqa", "--fusion", "product", "--num-answers", "1000", "--batch-size", "32", *data]
 
 
 def label(arguments: Namespace) -> str:

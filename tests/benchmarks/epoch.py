@@ -130,6 +130,7 @@ def main() -> None:
         folder = make_data(Path(temporary) / "data", options.pictures)
         common = {
             "task": "vqa",
+            "fusion": "product",
             "data_dir": str(folder),
             "model": {"vision": options.vision, "text": options.text},
             "weights": "none",

@@ -24,12 +24,13 @@ from minilora.tasks import load_run
 ROOT = Path(__file__).parents[2]
 MODEL = "--model vision=vit-tiny-patch16-224 text=bert-nano"
 TEXT = "text.q_proj text.k_proj text.v_proj text.out_proj text.fc1 text.fc2"
+OLD = "--fusion product"  # the default when these numbers were made
 SMALL = "--fusion concat --num-answers 200 --weight-decay 0.1 --smoothing 0.1"  # against learning few pictures by heart
 COMMON = {
-    "easy_vqa": f"{MODEL} --group-by-image --image-size 96 --batch-size 256 --epochs 24 --clip-grad 1",
-    "easy_vqa_nano": "--group-by-image --batch-size 256 --epochs 24 --clip-grad 1",
+    "easy_vqa": f"{MODEL} {OLD} --group-by-image --image-size 96 --batch-size 256 --epochs 24 --clip-grad 1",
+    "easy_vqa_nano": f"{OLD} --group-by-image --batch-size 256 --epochs 24 --clip-grad 1",
     "daquar_small": f"{MODEL} --group-by-image --batch-size 64 --epochs 16 {SMALL}",
-    "vqav2_small": f"{MODEL} --group-by-image --image-size 128 --batch-size 16 --epochs 10 --val-split 0.25",
+    "vqav2_small": f"{MODEL} {OLD} --group-by-image --image-size 128 --batch-size 16 --epochs 10 --val-split 0.25",
 }
 MODES = {  # flags, and whether the towers start from weights
     "scratch": ("--mode full --lr 5e-4", False),
