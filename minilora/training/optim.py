@@ -64,12 +64,15 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float | None, weight_
 def build_optimizer(
     model: nn.Module, opt: str, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum .9, by
-    name; fused kernels."""
+    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum .9, by name.
+
+    Fused kernels for the first two: SGD's leaves its momentum uninitialised where GradScaler passes
+    over the first step, and the next step reads it.
+    """
     if opt not in OPTIMIZERS:
         raise UserError(f"--opt {opt} is unknown; choose one of {', '.join(OPTIMIZERS)}")
     groups = parameter_groups(model, lr, head_lr, weight_decay)
-    fused = groups[0]["params"][0].device.type in FUSED_DEVICES
+    fused = opt != "sgd" and groups[0]["params"][0].device.type in FUSED_DEVICES
     return OPTIMIZERS[opt](groups, fused=fused)
 
 

@@ -90,7 +90,7 @@ def test_fused_optimizer_equals_the_plain_one(opt):
     ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())
     a = optim.build_optimizer(ours, opt, lr=0.1, weight_decay=0.2)
-    assert a.param_groups[0]["fused"]
+    assert bool(a.param_groups[0]["fused"]) == (opt != "sgd")
     groups = [{"params": [theirs.weight], "weight_decay": 0.2}, {"params": [theirs.bias], "weight_decay": 0.0}]
     b = plain(groups, lr=0.1, fused=False, **({"momentum": 0.9} if opt == "sgd" else {}))
     for _ in range(5):
@@ -101,6 +101,38 @@ def test_fused_optimizer_equals_the_plain_one(opt):
             optimizer.step()
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overflows", [(0,), (0, 1, 2), (2,), (1, 4)])
+@pytest.mark.parametrize("opt", optim.OPTIMIZERS)
+def test_an_overflow_in_fp16_leaves_no_trace_in_any_optimizer(opt, overflows):
+    """The weights are, bit for bit, those of a run that never had the overflowing steps."""
+    steps = torch.randn(6, 4, 5).unbind()
+    models = [nn.Linear(5, 3), nn.Linear(5, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    scaled, plain = (optim.build_optimizer(model, opt, lr=0.1, weight_decay=0.2) for model in models)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        for number, x in enumerate(steps):
+            for model, optimizer in zip(models, (scaled, plain), strict=True):
+                optimizer.zero_grad()
+                loss = model(x).square().sum()
+                if optimizer is scaled:
+                    scaler.scale(loss).backward()
+                    if number in overflows:
+                        model.bias.grad[1] = math.inf
+                    scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                    scaler.update()
+                elif number not in overflows:
+                    loss.backward()
+                    optimizer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert scaler.get_scale() == 2.0 ** (10 - len(overflows))
+    assert models[0].weight.isfinite().all()
+    assert torch.equal(models[0].weight, models[1].weight) and torch.equal(models[0].bias, models[1].bias)
 
 
 def test_unknown_optimizer_lists_the_choices():

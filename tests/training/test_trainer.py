@@ -247,6 +247,21 @@ def test_fp16_overflow_is_skipped_and_counted(tmp_path):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd"])
+def test_a_run_stopped_after_an_overflowing_first_step_ends_with_the_same_bits(opt, tmp_path):
+    def fp16(folder):
+        trainer = Trainer(ToyTask(), TrainOptions(epochs=2, opt=opt, amp="fp16", log_interval=0), folder, "cpu")
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        return trainer
+
+    whole, stopped = fp16(tmp_path / "whole"), fp16(tmp_path / "stopped")
+    expected = everything(whole, whole.fit())
+    interrupt_after(1, stopped)
+    assert stopped.state.overflows == 1 and stopped.scaler.get_scale() == 2.0**23
+    resumed = fp16(tmp_path / "stopped")
+    assert everything(resumed, resumed.fit()) == expected
+
+
 def test_out_of_memory_is_one_line_that_says_what_to_try(tmp_path):
     def full(number):
         if number == 9:
