@@ -18,10 +18,11 @@ from minilora.data.pictures.folder import (
     Splits,
     existing_path,
     has_class_folders,
-    list_pictures,
+    parts_below,
     read_folders,
 )
-from minilora.data.pictures.tables import find_tables, read_tables, read_unlabelled
+from minilora.data.pictures.parts import LeftOut, list_pictures, nfc
+from minilora.data.pictures.tables import is_labelled, list_tables, read_tables, read_unlabelled
 from minilora.data.shards.files import is_shards
 from minilora.data.shards.pictures import read_picture_shards
 from minilora.errors import UserError
@@ -78,10 +79,10 @@ def unlabelled(path: str | os.PathLike) -> Split:
         return read_unlabelled(path)
     if path.is_file():
         return Split([Sample(path.name, -1)], path.parent)
-    names = list_pictures(path)
+    names = list_pictures(path, left=(left := LeftOut()))
     if not names:
-        raise UserError(f"{path}: no pictures in this folder")
-    return Split((Sample(name, -1) for name in names), path)
+        raise UserError(f"{path}: no pictures in this folder" + "".join(f" ({note})" for note in left.notes()))
+    return Split((Sample(name, -1) for name in names), path, left.notes())
 
 
 def _read(path: Path, fmt: str, check_files: bool) -> Splits:
@@ -89,13 +90,32 @@ def _read(path: Path, fmt: str, check_files: bool) -> Splits:
         raise UserError(f"--data-dir {path}: no shards here; write them with python -m minilora.commands.shards")
     if fmt == "shards" or (fmt == "auto" and is_shards(path)):
         return read_picture_shards(path)
-    if fmt == "auto":
-        fmt = "csv" if path.is_file() or (find_tables(path) and not has_class_folders(path)) else "folder"
-    if fmt == "csv":
+    if fmt == "auto" and path.is_dir():
+        return _folders_or_tables(path, check_files)
+    if fmt in ("auto", "csv"):
         return read_tables(path, check_files)
     if not path.is_dir():
         raise UserError(f"--data-dir {path}: is a file; class folders need a folder (a table: --data-format csv)")
     return read_folders(path)
+
+
+def _folders_or_tables(path: Path, check_files: bool) -> Splits:
+    """Where a folder holds both: its parts with class folders, else a table of labelled pictures, else
+    class folders. The notes say what was not read."""
+    tables, other = list_tables(path), "--data-format csv reads tables"
+    folders = not tables or bool(parts_below(path)) or (has_class_folders(path) and not any(map(is_labelled, tables)))
+    if not folders and has_class_folders(path):
+        other = "--data-format folder reads class folders"
+        try:
+            splits = read_tables(path, check_files)
+        except UserError as error:
+            raise UserError(f"{error}; {other}") from None
+        splits.notes.append(f"the folders beside the table are no classes; {other}")
+        return splits
+    splits = read_folders(path) if folders else read_tables(path, check_files)
+    if folders and tables:
+        splits.notes.append(f"not read: {', '.join(table.name for table in tables)}; {other}")
+    return splits
 
 
 def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
@@ -112,12 +132,13 @@ def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
             split.samples = [Sample(path, new[label] if label >= 0 else -1) for path, label in split.samples]
         return split
 
-    return Splits(again(splits.train), again(splits.val), again(splits.test), classes, list(classes), splits.info)
+    parts = map(again, (splits.train, splits.val, splits.test))
+    return Splits(*parts, classes, list(classes), splits.info, splits.notes)
 
 
 def spelled(name: str) -> str:
     """A class name as words in small letters, so that Border_terrier is "border terrier"."""
-    return " ".join(name.replace("_", " ").split()).casefold()
+    return " ".join(nfc(name).replace("_", " ").split()).casefold()
 
 
 def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir) -> tuple[Split, Split]:

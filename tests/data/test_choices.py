@@ -130,7 +130,7 @@ FEW = ["ID", "img_path", "Question", "A", "answer"]
 MANY = ["ID", "img_path", "Question", *LETTERS, "AA", "answer"]
 BROKEN_TABLES = {
     "missing column": (without("Question"), "the column Question is missing; the header has ID"),
-    "missing picture column": (without("img_path"), "the column img_path is missing"),
+    "missing picture column": (without("img_path"), "no picture column; the header has ID"),
     "no answers": (without("answer"), "no answer column"),
     "letter out of range": (edited(2, 7, "E"), "line 4: the answer 'E' is none of the letters A to D"),
     "word as answer": (edited(2, 7, "a cat"), "line 4: the answer 'a cat' is none of the letters"),

@@ -1,6 +1,9 @@
 """Pictures in class folders, ImageWoof's layout: `train/<class>/*.jpg`, `val/<class>/*.jpg`,
 optionally `test/`.
 
+A folder named like a part (parts.py) that holds no folders is no part; beside class folders it is a
+class.
+
 Here is also what every picture set gives: a `Split` is a sequence of `Sample(path, label)` that
 loads its own pictures, and `Splits` holds train, val and test with the names of the classes.
 Listing opens no picture, so that a folder of 100,000 files is there in a second.
@@ -18,10 +21,9 @@ from PIL import Image
 
 from minilora import ticker
 from minilora.data.json_file import read_json
-from minilora.data.pictures.images import inside, is_picture, open_image
+from minilora.data.pictures.images import is_picture, open_image
+from minilora.data.pictures.parts import PARTS, LeftOut, entries, find_parts, list_pictures, nfc, part_of
 from minilora.errors import UserError
-
-PARTS = ("train", "val", "test")
 
 
 class Sample(NamedTuple):
@@ -32,11 +34,11 @@ class Sample(NamedTuple):
 
 
 class Split(Sequence):
-    """Samples and the folder they live in. `load(i)` opens picture i (BadImage if
-    that is impossible)."""
+    """Samples and the folder they live in. `load(i)` opens picture i (BadImage if that is
+    impossible). `notes`: what was left out there."""
 
-    def __init__(self, samples: Iterable[Sample], root: str | os.PathLike):
-        self.samples, self.root = list(samples), str(root)
+    def __init__(self, samples: Iterable[Sample], root: str | os.PathLike, notes: Iterable[str] = ()):
+        self.samples, self.root, self.notes = list(samples), str(root), list(notes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -65,6 +67,7 @@ class Splits:
     # folder names or csv labels, before classes.json named them
     keys: list[str] = field(default_factory=list)
     info: dict[str, dict] = field(default_factory=dict)  # key -> its entry in classes.json
+    notes: list[str] = field(default_factory=list)  # what was left out, and what was taken for what
 
     def __post_init__(self):
         self.keys = self.keys or list(self.classes)
@@ -90,35 +93,6 @@ def refuse_missing(paths: Iterable[str], root: str | os.PathLike, advice: str) -
         raise UserError(f"{len(missing)} of {len(used)} pictures are not below {root}: {some}; {advice}")
 
 
-def list_pictures(folder: str | os.PathLike, root: str | os.PathLike | None = None) -> list[str]:
-    """Paths of the pictures below `folder`, relative to it, sorted. Links that leave `root`
-    raise UserError."""
-    folder, root = os.fspath(folder), os.fspath(root or folder)
-    return sorted(ticker.through(_pictures_below(folder, root), f"listing {folder}, pictures"))
-
-
-def _pictures_below(folder: str, root: str) -> Iterator[str]:
-    # a folder and the real paths above it, to notice loops
-    queue = [("", (os.path.realpath(folder),))]
-    while queue:
-        prefix, above = queue.pop()
-        try:
-            entries = list(os.scandir(os.path.join(folder, prefix)))
-        except OSError as error:
-            raise UserError(f"{os.path.join(folder, prefix)}: cannot be listed ({error.strerror})") from None
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_symlink() and not inside(entry.path, root):
-                raise UserError(f"{entry.path}: link to outside the data folder {root}; copy the files into it")
-            if entry.is_dir():
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
-                if real not in above:
-                    queue.append((f"{prefix}{entry.name}/", (*above, real)))
-            elif is_picture(entry.name):
-                yield prefix + entry.name
-
-
 def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict[str, dict]]:
     """(keys in class order, display names, info) from classes.json beside the folders, else
     the sorted keys.
@@ -131,6 +105,7 @@ def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict
         return keys, list(keys), {}
     content = read_json(path)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        content = list(map(nfc, content))
         if sorted(content) == sorted(keys):
             return list(content), list(content), {}
         if len(content) == len(keys) and len(set(content)) == len(keys):
@@ -141,56 +116,93 @@ def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict
         )
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a list of names or an object of class folder: name")
-    info = {key: value if isinstance(value, dict) else {"name": value} for key, value in content.items()}
-    names = [str(info.get(key, {}).get("name", key)) for key in keys]
+    info = {nfc(key): value if isinstance(value, dict) else {"name": value} for key, value in content.items()}
+    names = [nfc(str(info.get(key, {}).get("name", key))) for key in keys]
     twice = {name for name in names if names.count(name) > 1}
     names = [f"{name} ({key})" if name in twice else name for name, key in zip(names, keys, strict=True)]
     return keys, names, {key: info[key] for key in keys if key in info}
 
 
 def read_folders(root: Path) -> Splits:
-    """Class folders below train/, val/ and test/; without these, class folders right below
-    `root` are train."""
-    parts = {name: root / name for name in PARTS if (root / name).is_dir()}
-    listed = {name: _class_folders(folder, root) for name, folder in (parts or {"train": root}).items()}
-    if "test" in listed and not listed["test"]:
-        del listed["test"]  # loose pictures without labels: for predictions, not for scoring
-    base = listed.get("train") or listed.get("val") or listed.get("test")
-    if not base:
+    """Class folders below the parts of `root`; without parts, class folders right below it are train.
+
+    What is taken otherwise than a plain layout says, and what is left out, stands in the notes.
+    """
+    left, notes, parts = LeftOut(), [], parts_below(root)
+    found = {part: _class_folders(folder, root, left) for part, folder in (parts or {"train": root}).items()}
+    base = found.get("train") or found.get("val") or found.get("test")
+    named = find_parts(base or (), root).values()
+    if not base or len(named) == len(base):
         raise UserError(f"{root}: no class folders; expected train/<class>/*.jpg or <class>/*.jpg")
+    if not parts and len(base) == 1 and parts_below(root / (only := next(iter(base)))):
+        raise UserError(f"{root}: the parts lie one folder deeper; give --data-dir {root / only}")
+    if parts:
+        _beside(root, parts, left)
+    elif named:
+        notes.append(f"{', '.join(named)}: no class folders in it, taken as a class beside the others")
+    if renamed := [f"{part} from {folder.relative_to(root)}/" for part, folder in parts.items() if folder.name != part]:
+        notes.append(f"parts: {', '.join(renamed)}")
+    level = 2 + len(parts and next(iter(parts.values())).relative_to(root).parts)
+    if deep := [path for folders in found.values() for paths in folders.values() for path in paths
+                if path.count("/") >= level]:  # fmt: skip
+        notes.append(f"{len(deep)} pictures lie in folders below a class folder and count for it ({deep[0]})")
     keys, names, info = class_names(root, sorted(base))
     index = {key: i for i, key in enumerate(keys)}
     splits = {}
-    for part, folders in listed.items():
-        unknown = sorted(set(folders) - set(index))
-        if unknown:
+    for part, folders in found.items():
+        if unknown := sorted(set(folders) - set(index)):
             raise UserError(
-                f"{root / part}: class folder {unknown[0]!r} is not among the training classes; "
-                "add it to train/ or take it away"
+                f"{parts.get(part, root)}: class folder {unknown[0]!r} is not among the training classes; "
+                "add it to the training part or take it away"
             )
-        prefix = f"{part}/" if parts else ""
-        splits[part] = Split(
-            (Sample(f"{prefix}{key}/{name}", index[key]) for key in keys for name in folders.get(key, ())), root
-        )
-    return Splits(*map(splits.get, PARTS), names, keys, info)
+        splits[part] = Split((Sample(path, index[key]) for key in keys for path in folders.get(key, ())), root)
+    return Splits(*map(splits.get, PARTS), names, keys, info, notes + left.notes())
+
+
+def parts_below(root: Path) -> dict[str, Path]:
+    """{part: its folder} of the folders in `root` that are named like parts and hold folders. In
+    seg_train/seg_train/<class>, where nothing else lies in the outer one, the inner one counts."""
+
+    def folders(path: Path) -> list[Path]:
+        return [Path(entry.path) for entry in entries(path, root, lenient=True) if entry.is_dir()]
+
+    holding = {}
+    for path in (path for path in folders(root) if part_of(path.name)):
+        inner = folders(path)
+        if [one.name for one in inner] == [path.name] and (deeper := folders(inner[0])):
+            path, inner = inner[0], deeper
+        if inner:
+            holding[path.name] = path
+    return {part: holding[name] for part, name in find_parts(holding, root).items()}
 
 
 def has_class_folders(root: Path) -> bool:
-    """Whether train/, val/ or test/ of `root` holds folders (pictures that a table names may
-    lie there loosely)."""
-    parts = (root / part for part in PARTS)
-    return any(entry.is_dir() for part in parts if part.is_dir() for entry in os.scandir(part))
+    """Whether `root` holds two or more folders of pictures that are not named like parts."""
+    folders = (entry for entry in entries(root, root, lenient=True) if entry.is_dir() and not part_of(entry.name))
+    return sum(any(is_picture(one.name) for one in os.scandir(folder)) for folder in folders) > 1
 
 
-def _class_folders(folder: Path, root: Path) -> dict[str, list[str]]:
-    """class folder -> its pictures; an empty class is an error."""
-    found = {}
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    for entry in ticker.through(entries, f"listing {folder}, classes"):
-        if entry.is_symlink() and not inside(entry.path, root):
-            raise UserError(f"{entry.path}: link to outside the data folder {root}; copy the files into it")
-        if entry.is_dir() and not entry.name.startswith((".", "__")):
-            found[entry.name] = list_pictures(entry.path, root)
-            if not found[entry.name]:
+def _beside(root: Path, parts: dict[str, Path], left: LeftOut) -> None:
+    """Counts the pictures that lie in `root`, but in none of its parts."""
+    taken = {path for folder in parts.values() for path in (folder, *folder.parents)}
+    for entry in entries(root, root, left, lenient=True):
+        if entry.is_dir() and Path(entry.path) not in taken:
+            count = sum(is_picture(name) for _, _, names in os.walk(entry.path) for name in names)
+            left.add("pictures beside the parts" if count else "folders without pictures", f"{entry.name}/", count or 1)
+        elif is_picture(entry.name):
+            left.add("pictures outside class folders", entry.name)
+
+
+def _class_folders(folder: Path, root: Path, left: LeftOut) -> dict[str, list[str]]:
+    """class folder -> its pictures, relative to `root`; an empty class is an error."""
+    found: dict[str, list[str]] = {}
+    for entry in ticker.through(entries(folder, root, left), f"listing {folder}, classes"):
+        if entry.is_dir():
+            pictures = list_pictures(entry.path, root, left)
+            if not pictures:
                 raise UserError(f"{entry.path}: class folder without a picture; add pictures or remove it")
+            below = Path(entry.path).relative_to(root).as_posix()
+            found.setdefault(nfc(entry.name), []).extend(f"{below}/{name}" for name in pictures)
+        elif is_picture(entry.name):
+            left.add("pictures outside class folders", os.path.relpath(entry.path, root))
     return found

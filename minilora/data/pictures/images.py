@@ -19,7 +19,10 @@ from minilora.errors import UserError
 WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
 Image.init()
 FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"))
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+    + (".pbm", ".pnm", ".avif")
+)
 # Pillow's own limit, 256 MiB as RGB; a file whose header names more is not decoded
 MAX_PIXELS = 89_478_485
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minilora.data.pictures.folder import PARTS, Sample, Split
-from minilora.data.pictures.tables import FILE_COLUMNS, SPLIT_COLUMN, SPLIT_NAMES, contained, find_tables, read_rows
+from minilora.data.pictures.folder import Sample, Split
+from minilora.data.pictures.parts import PARTS, part_named
+from minilora.data.pictures.tables import contained, find_column, find_tables, located, read_rows
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
 
@@ -50,9 +51,9 @@ def read_choices(table: Path) -> tuple[list[Question], list[str], Split]:
     """(questions in the table's order, the part of each, their pictures) of one csv."""
     header, rows = read_rows(table)
     lower = {name.lower(): name for name in header}
-    image, answer = next((lower[n] for n in FILE_COLUMNS if n in lower), None), lower.get("answer")
+    image, answer = find_column(header, "picture", table, but="id"), lower.get("answer")
     letters = _letters(header, table)
-    for name, column in (("ID", lower.get("id")), ("img_path", image), ("Question", lower.get("question"))):
+    for name, column in (("ID", lower.get("id")), ("Question", lower.get("question"))):
         if column is None:
             raise UserError(f"{table}: the column {name} is missing; the header has {', '.join(header)}")
     if not rows:
@@ -69,11 +70,15 @@ def read_choices(table: Path) -> tuple[list[Question], list[str], Split]:
         lines[key] = line
         choices = tuple(row[letter] for letter in letters)
         check_choices(choices, where)
-        number = pictures.setdefault(contained(row[image], where), len(pictures))
+        number = pictures.setdefault(contained(row[image], where, table.parent), len(pictures))
         place = _place(row[answer], letters, where) if answer else -1
         questions.append(Question(key, number, text, choices, place, row[kind] if kind else ""))
-        parts.append(_part(row[lower[SPLIT_COLUMN]], where) if SPLIT_COLUMN in lower else "train")
-    return questions, parts, Split((Sample(path, -1) for path in pictures), table.parent)
+        parts.append(part_named(row[lower["split"]], where) if "split" in lower else "train")
+    return (
+        questions,
+        parts,
+        Split((Sample(path, -1) for path in located(pictures, table.parent).values()), table.parent),
+    )
 
 
 def _letters(header: list[str], table: Path) -> str:
@@ -94,9 +99,3 @@ def _place(answer: str, letters: str, where: str) -> int:
     if place < 0:
         raise UserError(f"{where}: the answer {answer!r} is none of the letters {letters[0]} to {letters[-1]}")
     return place
-
-
-def _part(name: str, where: str) -> str:
-    if name.lower() not in SPLIT_NAMES:
-        raise UserError(f"{where}: split is {name!r}; expected one of {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[name.lower()]

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.json_file import read_json
-from minilora.data.pictures.folder import PARTS, Sample, Split
+from minilora.data.pictures.folder import Sample, Split
 from minilora.data.pictures.loader import mix
+from minilora.data.pictures.parts import PARTS, part_named
 from minilora.data.pictures.tables import contained
 from minilora.data.questions.choices import ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
@@ -53,8 +54,7 @@ def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
     for number, image in enumerate(images):
         where = f"{file}: images[{number}]"
         name, part, pairs = (_get(image, key, where) for key in ("filename", "split", "qa_pairs"))
-        if part not in PARTS:
-            raise UserError(f"{where}: split is {part!r}; expected one of {', '.join(PARTS)}")
+        part = part_named(str(part), where)
         pictures.append(Sample(folder + contained(str(name), where), -1))
         for pair in pairs if isinstance(pairs, list) else ():
             question = _question(pair, number, seed, where)

@@ -25,10 +25,10 @@ from sys import intern
 
 from minilora import ticker
 from minilora.data.json_file import read_json
-from minilora.data.pictures.folder import Sample, Split, existing_path, list_pictures
+from minilora.data.pictures.folder import Sample, Split, existing_path
+from minilora.data.pictures.parts import list_pictures, part_of
 from minilora.errors import UserError
 
-PART = re.compile(r"(train|val|test-dev|test)\d*")
 ID = re.compile(r"(\d+)$")
 EXPANSIONS = (
     (re.compile(r"\bwon't\b"), "will not"),
@@ -118,8 +118,10 @@ def find_files(root: Path) -> dict[str, tuple[Path, Path | None]]:
         kind = next((kind for kind in found if path.stem.lower().endswith(kind)), None)
         if kind is None or path.name.startswith((".", "MultipleChoice")):
             continue
-        match = PART.search(path.name.lower())
-        part = match[1] if match else "all"
+        named = part_of(path.stem.lower().removesuffix(kind)) or (
+            part_of(path.parent.name) if path.parent != root else None
+        )
+        part = "test-dev" if "test-dev" in path.name.lower() else named[0] if named else "all"
         if part in found[kind]:
             raise UserError(f"{found[kind][part]} and {path} are both {kind} of {part}; move one of them away")
         found[kind][part] = path
@@ -203,7 +205,7 @@ class Faults:
 def make_question(record: dict, picture: int, known: dict[int, dict]) -> Question:
     """A question with what its annotation says."""
     said = known.get(record["question_id"], {})
-    answers = tuple(intern(one["answer"]) for one in said.get("answers", ()))
+    answers = tuple(map(intern, said.get("answers", ())))
     common = said.get("multiple_choice_answer") or (Counter(answers).most_common(1)[0][0] if answers else "")
     kinds = (said.get("answer_type"), said.get("question_type"))
     text = clean_question(record["question"])
@@ -213,7 +215,12 @@ def make_question(record: dict, picture: int, known: dict[int, dict]) -> Questio
 def find_pictures(names: Sequence[str], part: str) -> dict[int, list[str]]:
     """{image id: files whose names end in it}, from the folders of `part` where there
     are such folders."""
-    mine = [name for name in names if any(folder.startswith(part) for folder in name.split("/")[:-1])]
+
+    def ours(folder: str) -> bool:
+        named = part_of(folder)
+        return named[0] == part if named else folder.startswith(part)
+
+    mine = [name for name in names if any(map(ours, name.split("/")[:-1]))]
     files: dict[int, list[str]] = {}
     for name in mine or names:
         if match := ID.search(os.path.splitext(os.path.basename(name))[0]):
@@ -235,18 +242,19 @@ def picture_path(image: int, files: dict[int, list[str]], part: str, questions: 
 
 
 def by_id(path: Path) -> dict[int, dict]:
-    """{question_id: annotation} of an annotations file, checked."""
+    """{question_id: annotation} of an annotations file, checked; `answers` are texts, one where it
+    has only `answer`."""
     known = {}
     for record in records(path, "annotations", {"question_id": int}):
-        answers, number = record.get("answers", []), record["question_id"]
-        good = isinstance(answers, list) and all(
-            isinstance(one, dict) and isinstance(one.get("answer"), str) for one in answers
-        )
-        if not good or not isinstance(record.get("multiple_choice_answer", ""), str):
+        number, only = record["question_id"], record.get("answer")
+        answers = record.get("answers", [] if only is None else [only])
+        texts = [one.get("answer") if isinstance(one, dict) else one for one in answers if isinstance(answers, list)]
+        common = record.get("multiple_choice_answer", "")
+        if not isinstance(answers, list) or not all(isinstance(text, str) for text in (*texts, common)):
             raise UserError(f'{path}: question {number}: answers must be a list of {{"answer": "text"}}')
-        if not answers and not record.get("multiple_choice_answer"):
+        if not any(texts) and not common:
             raise UserError(f"{path}: question {number} has no answers")
-        known[number] = record
+        known[number] = record | {"answers": texts}
     return known
 
 
