@@ -73,7 +73,7 @@ def build_optimizer(
         raise UserError(f"--opt {opt} is unknown; choose one of {', '.join(OPTIMIZERS)}")
     groups = parameter_groups(model, lr, head_lr, weight_decay)
     fused = opt != "sgd" and groups[0]["params"][0].device.type in FUSED_DEVICES
-    return OPTIMIZERS[opt](groups, fused=fused)
+    return OPTIMIZERS[opt](groups, fused=fused or None)  # None: torch chooses, foreach on a GPU
 
 
 def schedule_factor(sched: str, step: int, total: int, warmup: int) -> float:
