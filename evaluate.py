@@ -30,7 +30,9 @@ from minilora.atomic import atomic_write, write_json, write_png
 from minilora.commands.compression import check_pruning, compression_report, latency
 from minilora.commands.results import attention_figures, report_data, run_row, zero_shot_row
 from minilora.errors import UserError
+from minilora.formats.foreign import layout_table
 from minilora.inject import merge_lora
+from minilora.report.curves import read_metrics
 from minilora.report.page import write_report
 from minilora.report.spectrum import format_spectrum, full_updates, lora_updates, spectrum, spectrum_figure
 from minilora.report.tables import comparison_table
@@ -43,8 +45,14 @@ from minilora.settings.parse import Parser, check_prompt
 from minilora.speed.threads import set_threads
 from minilora.tasks.load import load_run, task_module
 from minilora.tasks.run import Evaluation, Run
+from minilora.tasks.runfiles import ended
 from minilora.training.device import choose_device
 from reference_models import ModelError, save_pretrained
+from reference_models.files.names import file_layout
+from reference_models.load import family_module
+
+# beside an export, what asks for scores too; an export alone needs no data
+SCORED = {"data_dir", "data_format", "split", "predictions", "submission", "report", "prune"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,15 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for run in runs if options.classes else ():
         run.name_classes(options.classes)
+    for run in (run for run in runs if not ended(run.config, run.summary)):
+        done = f"{len(read_metrics(run.path / 'metrics.jsonl'))} of {run.config.epochs} epochs are done"
+        print(f"{run.path}: has not ended, {done}; continue it with: python train.py --resume {run.path}")
     if options.image:
         return answer(runs[0], options)
     check_pruning(runs, options, typed)
-    score(runs, options)
+    check_export(runs[0], options)
+    exports = options.merge_to or options.export_adapter
+    if not exports or SCORED & typed.keys():
+        score(runs, options)
     extras(runs, options)
     if options.prune is not None:
         table, runs = compression_report(runs, options)
         print(table)
-    if options.merge_to or options.export_adapter:
+    if exports:
         export(runs[0], options)
     return 0
 
@@ -109,7 +123,8 @@ def score(runs: list[Run], options: EvalConfig) -> None:
     and --report name."""
     evaluations = [run.evaluate(options) for run in runs]
     for run, evaluation in zip(runs, evaluations, strict=True):
-        print(f"{run.path} ({run.config.mode}, {run.config.model}, {run.amp})\n{evaluation.text}")
+        scored = f"{evaluation.part}, {len(evaluation.rows)} {run.unit}"
+        print(f"{run.path} ({run.config.mode}, {run.config.model}, {run.amp}): {scored}\n{evaluation.text}")
     rows = [run_row(run, e) for run, e in zip(runs, evaluations, strict=True)]
     if base := runs[0].untrained(options):
         rows.insert(0, zero_shot_row(runs[0], base))
@@ -132,16 +147,22 @@ def extras(runs: list[Run], options: EvalConfig) -> None:
         if not figures:
             raise UserError(f"--attention: {runs[0].config.model} has no attention maps; leave the flag out")
         for figure in figures:
-            write_png(runs[0].path / "attention.png", figure.image)
-            print(f"wrote {runs[0].path / 'attention.png'}")
+            write_png(beside(runs[0], "attention.png"), figure.image)
     if options.spectrum:
         layers = {run.name: spectrum(ticker.through(updates(run, options), "spectrum, layers")) for run in runs}
         print(format_spectrum(layers))
-        if spectrum_figure(layers, runs[0].path / "spectrum.png"):
-            print(f"wrote {runs[0].path / 'spectrum.png'}")
+        spectrum_figure(layers, beside(runs[0], "spectrum.png"))
     for run in runs if options.latency else ():
         times = ", ".join(f"batch {n} {1000 * s:.1f} ms ({n / s:.0f}/s)" for n, s in latency(run, options))
         print(f"{run.name}: {times}, median of 15 in {run.amp} on {run.device}, {torch.get_num_threads()} threads")
+
+
+def beside(run: Run, name: str) -> Path:
+    """RUN/evaluation/NAME: the files that the training wrote stay as they are."""
+    folder = run.path / "evaluation"
+    folder.mkdir(exist_ok=True)
+    print(f"wrote {folder / name}")
+    return folder / name
 
 
 def updates(run: Run, options: EvalConfig):
@@ -151,15 +172,23 @@ def updates(run: Run, options: EvalConfig):
     return list(full_updates(run.base_model(options.weights).state_dict(), run.model.state_dict()))
 
 
-def export(run: Run, options: EvalConfig) -> None:
-    """--export-adapter before --merge-to, which takes the adapter away."""
+def check_export(run: Run, options: EvalConfig) -> None:
+    """UserError, before anything is computed, for what cannot be written in --layout."""
     if options.export_adapter:
         if run.config.mode != "lora":
             raise UserError(
                 f"--export-adapter: {run.name} is of mode {run.config.mode}; it has no adapter, use --merge-to"
             )
-        layout = "transformers5" if options.layout == "transformers" else options.layout
-        export_adapter(run.model, options.export_adapter, layout)
+        layout_table(run.model, options.layout)
+    if options.merge_to:
+        config = run.model.config
+        file_layout(config, family_module(config.family).layouts, options.layout)
+
+
+def export(run: Run, options: EvalConfig) -> None:
+    """--export-adapter before --merge-to, which takes the adapter away."""
+    if options.export_adapter:
+        export_adapter(run.model, options.export_adapter, options.layout)
         print(f"wrote {options.export_adapter}")
     if options.merge_to:
         run.model.labels = run.labels
@@ -170,16 +199,12 @@ def export(run: Run, options: EvalConfig) -> None:
 
 
 def write_submission(path: str, evaluation: Evaluation) -> None:
-    """What the data set's own toolkit reads, where it has one, else a table. Visual7W's is written
-    to a .json file."""
+    """A table in a .csv or .tsv file, else what the data set's toolkit reads, if it has one."""
     answers = evaluation.results
-    if isinstance(answers, dict):
-        write_vqa_results(path, answers)
-    elif answers is not None and path.endswith(".json"):
-        write_json(Path(path), answers)
-    else:
+    if answers is None or path.endswith((".csv", ".tsv")):
         return write_csv(path, *evaluation.submission)
-    print(f"wrote {path}: {len(answers)} answers")
+    write_vqa_results(path, answers) if isinstance(answers, dict) else write_json(Path(path), answers)
+    print(f"wrote {path}: {len(answers)} answers to {evaluation.part}, as the toolkit's results json")
 
 
 def write_csv(path: str, header: list[str], rows: list[list]) -> None:

@@ -32,6 +32,7 @@ from minilora.speed.threads import set_threads
 from minilora.tasks.load import build_task
 from minilora.tasks.precision import choose_amp, settle_precision
 from minilora.tasks.rundir import continued, open_run_dir
+from minilora.tasks.runfiles import ended, read_summary
 from minilora.tasks.task import Task
 from minilora.training import distributed
 from minilora.training.board import check_available
@@ -66,14 +67,14 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
         print(*describe_plan(task, options, device), sep="\n")
         return 0
     # rank 0 opens the directory, and everybody learns its name
-    opened = prepare(task) if distributed.is_main() else None
+    opened = prepare(task, checkpoint) if distributed.is_main() else None
     run_dir = Path(distributed.gather_objects(opened)[0])
     trainer = Trainer(task, options, run_dir, device)
     data = (*task.data_lines(), *task.picture_lines())
     for line in (*data, str(count_parameters(task.model)), method_line(config, options, device)):
         trainer.progress.log(line)
     if zero_shot := task.zero_shot():
-        trainer.progress.log(zero_shot_line(zero_shot, len(task.labels)))
+        trainer.progress.log(zero_shot_line(task, zero_shot))
     try:
         result = trainer.fit()
     except Interrupted:
@@ -82,16 +83,22 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     if trainer.cut_short:
         trainer.progress.log(f"resume with: python train.py --resume {run_dir}")
     test = task.test(task.model)
-    trainer.progress.log(result_line(result, test, task.metric))
+    trainer.progress.log(result_line(task, result, test))
     if distributed.is_main():
         write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)
         print(*next_commands(run_dir, config), sep="\n")
     return 0
 
 
-def prepare(task: Task) -> str:
+def prepare(task: Task, checkpoint: Path | None) -> str:
     """Opens the run directory and writes what is known before training."""
     run_dir = open_run_dir(task.config, task.base, task.labels)
+    try:
+        over = ended(task.config, read_summary(run_dir)) and not task.config.longer
+    except UserError:  # a damaged summary is written anew
+        over = False
+    if checkpoint or not over:
+        (run_dir / "summary.json").unlink(missing_ok=True)  # it tells of an end that is none
     task.write_files(run_dir)
     return str(run_dir)
 

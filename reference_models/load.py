@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from reference_models.errors import ModelError
 from reference_models.files.checkpoint import FAMILIES, Checkpoint, described, family_module, find_checkpoint
 from reference_models.files.config_check import readable
-from reference_models.files.names import prefixed, strip_wrappers, to_ours, to_theirs
+from reference_models.files.names import file_layout, prefixed, strip_wrappers, to_ours, to_theirs
 from reference_models.files.pooling import with_pooling
 from reference_models.files.preprocess import assumed_settings, assumption, preprocess_for
 from reference_models.files.safetensors import read_weights, write_model_files
@@ -185,15 +185,12 @@ def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "mini
     state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     if any(".lora_" in key for key in state):
         raise ModelError("save_pretrained: this model still has LoRA layers; call merge_lora(model) first")
-    layout = {"transformers": "transformers4", "transformers5": "transformers4"}.get(layout, layout)
+    layout = file_layout(config, family.layouts, layout)
     if layout == "minilora":
         data = {"minilora": asdict(config)}
-    elif layout in family.layouts:
+    else:
         state = to_theirs(state, family.key_table(config, layout))
         data = family.config_to_json(config, layout)
-    else:
-        known = ", ".join(["minilora", *family.layouts])
-        raise ModelError(f"{config.name} cannot be written in the layout {layout!r}; it knows {known}")
     return write_model_files(directory, state, data, layout, model)
 
 

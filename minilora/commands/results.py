@@ -13,6 +13,7 @@ from minilora.commands.card import model_card
 from minilora.inject import count_parameters
 from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
+from minilora.report.metrics import percent
 from minilora.report.page import Figure, ReportData, collect_versions, parameter_rows, write_report
 from minilora.report.tables import RunRow, group_key
 from minilora.settings.flags import Config, rules
@@ -40,6 +41,7 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
         line += f", {torch.get_num_threads()} threads"
     if config.base_dtype not in (None, "fp32"):
         line += f", frozen weights in {config.base_dtype}"
+    line += "; frozen features are computed once, in the first epoch's seconds" * config.cache_features
     if config.teacher:
         square = f", times {config.distill_temperature**2:g}" * config.distill_t2
         line += f"; labels {config.distill_alpha:g}, the rest from {Path(config.teacher).name} at temperature "
@@ -47,17 +49,26 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
     return line
 
 
-def zero_shot_line(scores: dict[str, float], classes: int) -> str:
+def zero_shot_line(task: Task, scores: dict[str, float]) -> str:
     """What the model knew before the first step, in one line."""
-    test = f", test {scores['test_accuracy']:.4f}" if "test_accuracy" in scores else ""
-    return f"zero-shot, before the first step: accuracy {scores['accuracy']:.4f}{test} (chance {1 / classes:.4f})"
+    shares = {"val": scores["accuracy"], "test": scores.get("test_accuracy")}
+    chance = percent(1 / len(task.labels))
+    return f"zero-shot, before the first step: accuracy {_by_part(task, shares)} | baseline: chance {chance}"
 
 
-def result_line(result: dict, test: dict | None, metric: str) -> str:
+def result_line(task: Task, result: dict, test: dict | None) -> str:
     """What came out, in one line."""
-    line = f"result: {metric} {result['best'][metric]:.4f} (epoch {result['best']['epoch']})"
-    line += f", test {test[metric]:.4f}" if test else ""
+    best = result["best"]
+    shares = {"val": best[task.metric], "test": test and test[task.metric]}
+    line = f"result: {task.metric} {_by_part(task, shares)}, epoch {best['epoch']}"
     return f"{line}, {result['seconds']:.1f} s, peak {result['peak_memory_mb']:.0f} MiB"
+
+
+def _by_part(task: Task, shares: dict[str, float | None]) -> str:
+    """Each share with its part and how many rows that has."""
+    counts = {part: len(task.data[part]) for part in shares if shares[part] is not None}
+    words = [f"{percent(shares[part], n)} ({part}, {n} {task.unit})" for part, n in counts.items()]
+    return ", ".join(words)
 
 
 def next_commands(run_dir: Path, config: Config) -> list[str]:

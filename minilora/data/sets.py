@@ -21,7 +21,7 @@ from minilora.data.pictures.folder import (
     parts_below,
     read_folders,
 )
-from minilora.data.pictures.parts import LeftOut, list_pictures, nfc
+from minilora.data.pictures.parts import LeftOut, entries, find_parts, list_pictures, nfc
 from minilora.data.pictures.tables import is_labelled, list_tables, read_tables, read_unlabelled
 from minilora.data.shards.files import is_shards
 from minilora.data.shards.pictures import read_picture_shards
@@ -99,9 +99,22 @@ def _read(path: Path, fmt: str, check_files: bool) -> Splits:
     return read_folders(path)
 
 
+def parts_of(path: Path) -> dict[str, Path]:
+    """{part: its folder of class folders, or its table} of a data folder; {} if it has no parts."""
+    named = find_parts((table.name for table in list_tables(path)), path)
+    return (path.is_dir() and parts_below(path)) or {part: path / name for part, name in named.items()}
+
+
+def loose_part(path: Path, part: str) -> Path | None:
+    """The folder of a data folder that is named like `part`, whatever it holds."""
+    folders = [entry.name for entry in entries(path, path, lenient=True) if entry.is_dir()]
+    name = find_parts(folders, path).get(part)
+    return path / name if name else None
+
+
 def _folders_or_tables(path: Path, check_files: bool) -> Splits:
-    """Where a folder holds both: its parts with class folders, else a table of labelled pictures, else
-    class folders. The notes say what was not read."""
+    """Where a folder holds both: its parts with class folders, else a table of labelled pictures,
+    else class folders. The notes say what was not read."""
     tables, other = list_tables(path), "--data-format csv reads tables"
     folders = not tables or bool(parts_below(path)) or (has_class_folders(path) and not any(map(is_labelled, tables)))
     if not folders and has_class_folders(path):

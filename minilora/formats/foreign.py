@@ -60,7 +60,7 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
     layout: a layout of model.key_table. Raises UserError where the layout does not exist or cannot
     hold the adapter.
     """
-    table = _table(model, layout)
+    table = layout_table(model, layout)
     layers = {name: layer for layer in linear_layers(table) for name in layer.ours}
     adapted = dict(lora_layers(model))
     if outside := [name for name in adapted if name not in layers]:
@@ -88,12 +88,16 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
     return directory
 
 
-def _table(model: nn.Module, layout: str):
+def layout_table(model: nn.Module, layout: str):
+    """The key table of a layout; "transformers" is the newest of that library's. UserError for one
+    that the model does not have."""
     layouts = list(getattr(model, "layouts", ()))
-    if layout not in layouts:
-        known = ", ".join(layouts) or "only its own, which save_adapter writes"
+    found = {"transformers": "transformers5"}.get(layout, layout)
+    if found not in layouts:
+        names = layouts + ["transformers"] * ("transformers5" in layouts)
+        known = ", ".join(names) or "only its own, which save_adapter writes"
         raise UserError(f"export_adapter: layout {layout!r} is not known to this model; it has {known}")
-    return model.key_table(layout)
+    return model.key_table(found)
 
 
 def _config(model: nn.Module) -> LoRAConfig:

@@ -9,6 +9,7 @@ that the weighted recall is sum_c tp_c / N: it equals the accuracy, always. The 
 scikit-learn's `precision_recall_fscore_support(..., zero_division=0)`.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from minilora.report.tables import text_table
 
 # a confusion matrix of more classes is not kept: it would be megabytes that nobody reads
 CONFUSION_LIMIT = 200
+MANY = 2000  # scored rows from which on an accuracy is printed without its standard error
 
 
 def confusion_matrix(true: np.ndarray, predicted: np.ndarray, n: int) -> np.ndarray:
@@ -89,6 +91,17 @@ def _ratio(part, whole) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole != 0)
 
 
+def percent(share: float | None, count: int = 0, spread: float | None = None) -> str:
+    """ "89.58 % ± 4.41": a share and, of fewer than 2,000 rows, its standard error.
+
+    sqrt(p (1 - p) / N); where rows count in part, their standard deviation `spread` / sqrt(N).
+    """
+    if share is None or not math.isfinite(share):
+        return "not known"
+    deviation = math.sqrt(max(share * (1 - share), 0)) if spread is None else spread
+    return f"{100 * share:.2f} %" + (f" ± {100 * deviation / math.sqrt(count):.2f}" if 0 < count < MANY else "")
+
+
 def most_confused(metrics: dict, n: int = 10) -> list[tuple[str, str, int]]:
     """The n largest off-diagonal entries of the confusion matrix as (truth, prediction, count)."""
     matrix = np.array(metrics["confusion"] if metrics["confusion"] is not None else [[0]])
@@ -102,18 +115,22 @@ def most_confused(metrics: dict, n: int = 10) -> list[tuple[str, str, int]]:
 def format_metrics(metrics: dict, per_class: int = 50) -> str:
     """The metrics as text: a line for all, then a table of the classes, of many the
     `per_class` weakest."""
-    head = (
-        f"accuracy {metrics['accuracy']:.4f} | weighted precision {metrics['precision']:.4f} "
-        f"recall {metrics['recall']:.4f} F1 {metrics['f1']:.4f} | {metrics['count']} rows"
-    )
-    for key, name in (("top5_accuracy", "top-5 accuracy"), ("log_loss", "log loss")):
-        if key in metrics:
-            head += f" | {name} {metrics[key]:.4f}"
+    parts = [f"accuracy {percent(metrics['accuracy'], metrics['count'])}"]
+    if "top5_accuracy" in metrics:
+        parts.append(f"top-5 accuracy {percent(metrics['top5_accuracy'])}")
+    parts += [weighted_line(metrics), *([f"log loss {metrics['log_loss']:.4f}"] if "log_loss" in metrics else [])]
+    head = " | ".join([*parts, f"{metrics['count']} rows"])
     if metrics["unlabelled"]:
         head += f" | {metrics['unlabelled']} without a label, left out"
     rows = metrics["per_class"]
     if len(rows) > per_class:
         rows = sorted((row for row in rows if row["support"]), key=lambda row: row["f1"])[:per_class]
         head += f"\nthe {len(rows)} classes with the lowest F1 of {len(metrics['per_class'])}:"
-    body = [[r["class"], *(f"{r[key]:.4f}" for key in ("precision", "recall", "f1")), r["support"]] for r in rows]
-    return head + "\n" + text_table(["class", "precision", "recall", "F1", "support"], body)
+    body = [[r["class"], *(f"{100 * r[key]:.2f}" for key in ("precision", "recall", "f1")), r["support"]] for r in rows]
+    return head + "\n" + text_table(["class", "precision %", "recall %", "F1 %", "support"], body)
+
+
+def weighted_line(metrics: dict) -> str:
+    """The averages over the classes, each weighed by its support, in percent."""
+    names = {"precision": "precision", "recall": "recall", "F1": "f1"}
+    return "weighted " + ", ".join(f"{name} {percent(metrics[key])}" for name, key in names.items())

@@ -14,6 +14,7 @@ Antol et al. 2015, arXiv:1505.00468; Goyal et al. 2017, arXiv:1612.00837.
 
 import json
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from minilora.atomic import atomic_write
 from minilora.errors import UserError
+from minilora.report.metrics import percent
 
 OFFICIAL = "official VQA accuracy"
 EXACT = "exact match after normalisation"
@@ -183,11 +185,13 @@ def write_results(path: str | Path, predictions: Mapping) -> None:
 
 def format_vqa(scores: Mapping, question_types: int = 10) -> str:
     """The scores as text: overall, by answer type, and the weakest of the question types."""
-    lines = [f"{scores['metric']}: {scores['overall']:.2f} on {scores['count']} questions"]
+    worth = list(scores["per_question"].values())
+    share = percent(scores["accuracy"], len(worth), statistics.pstdev(worth) if worth else 0.0)
+    lines = [f"accuracy {share} ({scores['metric']}) | {scores['count']} questions"]
     for kind, value in scores["by_answer_type"].items():
-        lines.append(f"  {kind:<10} {value:6.2f}  ({scores['counts_by_answer_type'][kind]} questions)")
+        lines.append(f"  {kind:<10} {value:6.2f} %  ({scores['counts_by_answer_type'][kind]} questions)")
     by_type = sorted(scores["by_question_type"].items(), key=lambda item: item[1])
     if by_type:
         lines.append(f"  weakest {min(question_types, len(by_type))} of {len(by_type)} question types:")
-        lines += [f"    {kind:<24} {value:6.2f}" for kind, value in by_type[:question_types]]
+        lines += [f"    {kind:<24} {value:6.2f} %" for kind, value in by_type[:question_types]]
     return "\n".join(lines)

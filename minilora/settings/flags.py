@@ -5,7 +5,7 @@ command line or a TOML file into a Config. The flags of evaluate.py are in flags
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 TASKS = ("classify", "vqa", "choice")
 TEXT = ("vqa", "choice")  # the tasks that read text beside pictures
@@ -67,6 +67,11 @@ T = "text: questions, choices, class names"
 @dataclass
 class Config:
     """Everything that one can ask of train.py. A run directory's config.toml holds these fields."""
+
+    # flags that were typed or stood in a file, whatever their value; parse.parse_args sets it
+    given: ClassVar[frozenset[str] | None] = None
+    # limits that `--resume RUN` raises; rundir.continued sets it
+    longer: ClassVar[tuple[str, ...]] = ()
 
     task: str = flag(W, "classify", "what to learn", choices=TASKS)
     recipe: str = flag(W, None, "a named set of flags, see --list-recipes", meta="NAME")

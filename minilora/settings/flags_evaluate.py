@@ -28,9 +28,10 @@ class EvalConfig:
         meta="TEXT", shown="the run's")
 
     predictions: str = flag(O, None, "a row per picture: file,label,probability and the next four", meta="FILE.csv")
-    submission: str = flag(O, None, "answers alone, as a competition wants them", meta="FILE.csv")
+    submission: str = flag(O, None, "answers alone: a table in FILE.csv, the data set's results in FILE.json",
+        meta="FILE")
     report: str = flag(O, None, "one self-contained page; several runs: side by side", meta="FILE.html")
-    attention: int = flag(O, 0, "attention maps of N pictures, of the base and of each run", int, low=0, high=64)
+    attention: int = flag(O, 0, "attention maps of N pictures, base and runs, in RUN/evaluation/", int, low=0, high=64)
     per_head: bool = flag(O, False, "attention maps of each head too", bool)
     spectrum: bool = flag(O, False, "what the updates are like: norms, singular values, rank", bool)
     latency: bool = flag(O, False, "seconds per forward pass, batch 1 and 32", bool)

@@ -96,9 +96,19 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, argparse.Name
     typed, args = train_parser().read(argv)
     from_file = read_toml(typed["config"]) if "config" in typed else {}
     recipe = typed.get("recipe", from_file.get("recipe"))
-    config = Config(**(read_recipe(recipe) if recipe else {}) | from_file | typed)
+    given = (read_recipe(recipe) if recipe else {}) | from_file | typed
+    config = Config(**given)
+    config.given = frozenset(given)
     check(config, typed)
     return config, args
+
+
+def given(config: Config) -> frozenset[str]:
+    """The flags that were given, whatever their value; of a Config made in a program, those that
+    differ from their defaults."""
+    if config.given is not None:
+        return config.given
+    return frozenset(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default)
 
 
 def train_parser() -> Parser:
@@ -161,7 +171,8 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
     while a recipe's LoRA settings may well be run once in another mode.
     """
     for name, rule in rules(Config).items():
-        if getattr(config, name) == getattr(Config, name):
+        value = getattr(config, name)
+        if value == getattr(Config, name) and (name not in typed or value is False):
             continue
         if config.task not in rule.tasks:
             belongs = " and ".join(f"--task {task}" for task in rule.tasks)

@@ -18,6 +18,7 @@ from minilora.errors import UserError
 from minilora.inject import cast_frozen, inject_lora, mark_only_lora_as_trainable, merge_lora
 from minilora.lora_config import LoRAConfig
 from minilora.settings.flags import DEFAULT_LR, DEFAULT_TARGETS, Config
+from minilora.settings.parse import given
 from minilora.settings.values import option
 from minilora.speed.gemm import speed_up
 from minilora.tasks.weights import absolute
@@ -27,6 +28,7 @@ from minilora.training.device import DTYPES
 def resolve(config: Config, default_model: Any) -> None:
     """Fill in what depends on other flags: the model, its targets, the learning
     rate, absolute paths."""
+    config.given = given(config)
     config.model = config.model or default_model
     config.target_modules = config.target_modules or DEFAULT_TARGETS[config.task]
     config.lr = config.lr or DEFAULT_LR[config.mode]
@@ -102,8 +104,7 @@ def _same_adapter(found: LoRAConfig, config: Config) -> None:
     names = {"lora_r": "r", "lora_alpha": "lora_alpha", "target_modules": "target_modules", "use_dora": "use_dora"}
     for flag, key in names.items():
         wanted, value = getattr(config, flag), getattr(found, key)
-        given = wanted != (DEFAULT_TARGETS[config.task] if flag == "target_modules" else getattr(Config, flag))
-        if given and (set(wanted) != set(value) if isinstance(wanted, tuple) else wanted != value):
+        if flag in given(config) and (set(wanted) != set(value) if isinstance(wanted, tuple) else wanted != value):
             raise UserError(
                 f"{option(flag)} {wanted}: the adapter {config.adapter} has {key} {value}; leave the flag out"
             )

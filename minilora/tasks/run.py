@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class Evaluation:
     scores: {"accuracy", "precision", "recall", "f1", "loss"} as fractions, None where
     nothing has a label.
     text: what evaluate.py prints. header, rows: predictions.csv, one row per input in its order.
-    submission: header and rows for a competition; results: {question_id: answer}, for VQA's.
+    part: which one. submission: header and rows for a competition; results: {question_id: answer},
+    for VQA's.
     metrics, vqa, examples ...: what report.page.ReportData takes.
     """
 
@@ -56,6 +57,7 @@ class Evaluation:
     examples: Sequence[Example] = ()
     samples: dict[str, list] = field(default_factory=dict)
     results: dict[int, str] | list[dict] | None = None
+    part: str = "all"
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Run(ABC):
     """What every task's run has. Each task's own class adds the abstract methods and
     `predict(pictures, ...)`: the top answers for pictures (and texts)."""
 
+    unit: ClassVar[str] = "pictures"  # what is scored
     path: Path
     config: Config
     base: dict[str, Any]  # the record of the base weights in config.toml
@@ -168,6 +171,8 @@ class Run(ABC):
 class TextRun(Run):
     """A run that reads texts too."""
 
+    unit: ClassVar[str] = "questions"
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.path)
@@ -183,14 +188,14 @@ class TextRun(Run):
         """UserError where model and tokenizer do not belong together."""
 
 
-def choose_part(parts: Mapping[str, Any], name: str | None) -> Any:
-    """The part that --split names; without it val, else test, else train. None and empty
-    ones are not there."""
+def choose_part(parts: Mapping[str, Any], name: str | None) -> tuple[str, Any]:
+    """(name, data) of the part that --split names; without it val, else test, else train. None and
+    empty ones are not there."""
     there = {part: data for part, data in parts.items() if data}
     name = name or next(part for part in ("val", "test", "train") if part in there)
     if name not in there:
         raise UserError(f"--split {name}: the data have no such part; they have {', '.join(there)}")
-    return there[name]
+    return name, there[name]
 
 
 def top_columns(k: int) -> list[str]:

@@ -5,6 +5,8 @@ on the same base weights. Data and files that were moved meanwhile are named ane
 --data-dir NEW`.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from minilora.atomic import atomic_write
+from minilora.data.pictures.parts import nfc
 from minilora.errors import UserError
 from minilora.settings.flags import Config
-from minilora.settings.parse import NOT_SAVED, read_run_config, read_toml, to_toml
+from minilora.settings.parse import NOT_SAVED, given, read_run_config, read_toml, to_toml
 from minilora.settings.values import option
 from minilora.tasks.runfiles import read_labels
 from minilora.training.checkpoint import step_of
@@ -25,6 +28,7 @@ FREE = {
     *(*NOT_SAVED, "recipe", "workers", "device", "log_interval", "log_to", "save_every", "time_limit"),
     *("compile", "threads", "deterministic"),
 }
+LIMITS = ("epochs", "max_steps")  # may grow with --resume RUN
 # may be another path where the old one is gone
 PLACES = ("data_dir", "weights", "tokenizer", "teacher")
 
@@ -41,9 +45,13 @@ def continued(config: Config) -> tuple[Config, Path | None]:
     run_dir = path.parents[1] if checkpoint else path
     if config.output and Path(config.output).resolve() != run_dir.resolve():
         raise UserError(f"--resume {path} continues in {run_dir}; leave --output out")
-    given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     saved, _ = read_run_config(run_dir)
-    return replace(saved, **given | {"output": str(run_dir), "resume": "auto"}), checkpoint
+    names = given(config) - {"config", "output", "resume"}
+    resumed = replace(saved, **{name: getattr(config, name) for name in names}, output=str(run_dir), resume="auto")
+    resumed.given = names
+    # 0 steps are no limit
+    resumed.longer = tuple(n for n in LIMITS if (getattr(resumed, n) or math.inf) > (getattr(saved, n) or math.inf))
+    return resumed, checkpoint
 
 
 def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = ()) -> Path:
@@ -119,7 +127,8 @@ def _same_run(path: Path, config: Config, base: dict[str, Any], labels: Sequence
     lies elsewhere now."""
     saved, recorded = read_run_config(path)
     moved = [name for name in PLACES if _moved(getattr(saved, name), getattr(config, name))]
-    if other := differences(path, replace(config, **{name: getattr(saved, name) for name in moved})):
+    as_before = {name: getattr(saved, name) for name in (*moved, *config.longer)}
+    if other := differences(path, replace(config, **as_before)):
         raise UserError(
             f"{path} holds a run of another configuration ({', '.join(other[:5])}); choose another --output, or go "
             f"on from its weights with --adapter {path}"
@@ -129,13 +138,17 @@ def _same_run(path: Path, config: Config, base: dict[str, Any], labels: Sequence
             f"{path}: the base weights {base.get('weights')} are not those that this run began with (their sha256 "
             "differs); bring those back, or choose another --output"
         )
-    # a run that was stopped early has no labels yet
-    if "data_dir" in moved and (path / "labels.json").is_file() and read_labels(path)[0] != list(labels):
+    known, file = labels, path / "labels.json"
+    # a run that was stopped early has no labels yet; damaged ones are written anew
+    if config.resume != "never" and file.is_file() and not file.is_symlink():
+        with contextlib.suppress(UserError):
+            known = read_labels(path)[0]
+    if [*map(nfc, known)] != [*map(nfc, labels)]:
         raise UserError(
             f"--data-dir {config.data_dir} has other classes than the data that {path} began with; "
             "choose another --output"
         )
-    return bool(moved)
+    return bool(moved or config.longer)
 
 
 def _moved(there: Any, here: Any) -> bool:

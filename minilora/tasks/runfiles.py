@@ -9,6 +9,7 @@ from torch import nn
 
 from minilora.data.json_file import read_json
 from minilora.errors import UserError
+from minilora.settings.flags import Config
 from minilora.tasks.weights import weights_sha256
 
 RESIZES = ("squash", "shortest")
@@ -68,6 +69,15 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{path}: {wrong[0]} is not what a run writes; the file is damaged, delete it to continue")
     return found
+
+
+def ended(config: Config, summary: dict[str, Any]) -> bool:
+    """Whether a run came to the end that its configuration sets: epochs, steps or --early-stop."""
+    final, best = (part if isinstance(part := summary.get(key), dict) else {} for key in ("final", "best"))
+    epoch = final.get("epoch") if _whole(final.get("epoch")) else config.epochs if summary else 0
+    steps, waited = summary.get("steps"), epoch - (best.get("epoch") or 0)
+    out_of_steps = _whole(steps) and 0 < config.max_steps <= steps
+    return epoch >= config.epochs or out_of_steps or (epoch > 0 and 0 < config.early_stop <= waited)
 
 
 def check_weight_file(file: Path, summary: dict[str, Any]) -> None:

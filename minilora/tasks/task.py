@@ -1,5 +1,6 @@
 """What a task offers to the Trainer and to train.py, and the part of it that all three share."""
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,8 @@ class Task(Protocol):
     base: dict[str, Any]  # {"weights": ..., "sha256": ...}, for config.toml
     labels: list[str]  # classes or answers
     workers: int  # processes that read pictures
+    unit: str  # what a row is, in the plural
+    data: dict  # {"train": data set, ...}
     # with --teacher, what `loss` asks for its share: teacher.added(loss, logits, batch, counted)
     teacher: Teacher | None
 
@@ -64,6 +67,10 @@ class Task(Protocol):
     def picture_lines(self) -> list[str]:
         """How pictures are brought to the model's size, beside them."""
 
+    def listing(self) -> dict[str, dict]:
+        """{part: {"rows": how many, "sha256": of their files in order}}, for checkpoints: a resumed
+        run says where the data are others."""
+
     def write_files(self, run_dir: Path) -> None:
         """labels.json, preprocess.json and whatever else load_run needs."""
 
@@ -73,6 +80,7 @@ class DataTask(ABC):
     for. A task of its own adds the abstract ones, `train_batches`, `loss` and `data_lines`."""
 
     metric = "accuracy"
+    unit = "pictures"  # what the rows of a part are
     teacher: Teacher | None = None
     tokenizer: Tokenizer | None = None
     labels: list[str]
@@ -101,8 +109,8 @@ class DataTask(ABC):
         """{"loss", "accuracy", ...} of the predictions for a part."""
 
     @abstractmethod
-    def file_of(self, row: int) -> str:
-        """The file of a training row, for messages."""
+    def file_of(self, row: int, part: str = "train") -> str:
+        """The file of a row, for messages and `listing`."""
 
     def answered(self, part: str) -> bool:
         """Whether a part has answers to compare with."""
@@ -139,6 +147,13 @@ class DataTask(ABC):
     def picture_lines(self) -> list[str]:
         """How pictures are brought to the model's size."""
         return [f"pictures: {describe_pictures(self.preprocess)}"]
+
+    def listing(self) -> dict[str, dict]:
+        found = {}
+        for part, data in self.data.items():
+            files = "\n".join(self.file_of(row, part) for row in range(len(data)))
+            found[part] = {"rows": len(data), "sha256": hashlib.sha256(files.encode(errors="replace")).hexdigest()}
+        return found
 
     def write_files(self, run_dir: Path) -> None:
         write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.keys})

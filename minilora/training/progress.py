@@ -48,9 +48,11 @@ class Progress:
     ever used, so NO_COLOR has nothing to switch off.
     """
 
-    def __init__(self, run_dir: Path, device: torch.device, log_interval: int, log_to: str = "none") -> None:
+    def __init__(
+        self, run_dir: Path, device: torch.device, log_interval: int, log_to: str = "none", unit: str = "items"
+    ) -> None:
         self.run_dir, self.device, self.log_interval, self.log_to = run_dir, device, log_interval, log_to
-        self.bar, self.board = None, None
+        self.bar, self.board, self.unit = None, None, unit
         self.counted = (0.0, 0.0)  # loss and items of the epoch before this step
         self.title, self.started, self.before, self.steps = "", time.perf_counter(), 0.0, 0
 
@@ -89,13 +91,13 @@ class Progress:
             self.board.scalars("step", {"loss": own, "lr": state.lr}, state.step)
             self.counted = (loss, items)
         line = f"step {state.step}/{total_steps} loss {loss / max(items, 1):.4f}"
-        line += f" accuracy {correct / max(counted, 1):.4f} lr {state.lr:.2e}"
+        line += f" accuracy {100 * correct / max(counted, 1):.2f} % lr {state.lr:.2e}"
         if self.bar is not None:
             self.bar.set_postfix_str(line, refresh=False)
             self.bar.update()
         if is_main() and self.log_interval > 0 and self.steps % self.log_interval == 0:
             left = clock(elapsed / self.steps * (total_steps - state.step))
-            line = f"{self.title} {line} images/s {items / state.seconds:.1f} left {left}"
+            line = f"{self.title} {line} {self.unit}/s {items / state.seconds:.1f} left {left}"
             line += f" peak {peak_memory_mb(self.device):.0f} MiB"
             self._to_file(line) if self.bar is not None else self.log(line)
 
@@ -116,9 +118,12 @@ class Progress:
         row |= {"peak_memory_mb": peak_memory_mb(self.device)}
         row |= {"fp16_overflows": state.overflows, "skipped_steps": state.skipped}
         row = {name: finite_or_none(value) for name, value in row.items()}
-        shown = ("step", "train_loss", "val_loss", "accuracy", "seconds", "images_per_second", "peak_memory_mb")
-        shown += tuple(name for name in ("fp16_overflows", "skipped_steps") if row[name])
-        words = (f"{name} {row[name]:.5g}" for name in shown if row.get(name) is not None)
+        words = [f"step {state.step}"]
+        words += [f"{name} {row[name]:.4f}" for name in ("train_loss", "val_loss") if row[name] is not None]
+        words += [f"accuracy {100 * row['accuracy']:.2f} %"] if row.get("accuracy") is not None else []
+        words += [f"seconds {state.seconds:.1f} {self.unit}/s {row['images_per_second']:.1f}"]
+        words += [f"peak {row['peak_memory_mb']:.0f} MiB"]
+        words += [f"{name} {row[name]}" for name in ("fp16_overflows", "skipped_steps") if row[name]]
         self.log(f"{self.title} done: {' '.join(words)}")
         if self.board is not None:
             self.board.scalars("epoch", {k: v for k, v in row.items() if k not in ("epoch", "step")}, state.step)

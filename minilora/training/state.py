@@ -188,3 +188,17 @@ def unpack(
         raise UserError(
             f"{where} holds what this run cannot have written ({type(error).__name__}: {reason}); use --resume never"
         ) from None
+
+
+def changed_data(then: object, now: dict[str, dict]) -> str | None:
+    """A line where the data are not those of the checkpoint, None where they are, or where an old
+    checkpoint does not say."""
+    if not isinstance(then, dict) or then == now:
+        return None
+
+    def rows(listing: dict, part: str) -> object:
+        return listing[part].get("rows") if isinstance(listing.get(part), dict) else 0
+
+    parts = (part for part in {**then, **now} if then.get(part) != now.get(part))
+    changes = ", ".join(f"{part} {rows(then, part)} -> {rows(now, part)} rows" for part in parts)
+    return f"data: files were added, removed or renamed since then ({changes}); training continues with those of now"

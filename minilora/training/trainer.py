@@ -87,11 +87,13 @@ class Trainer:
             compile_blocks(self.model)
         rates = options.lr, options.head_lr, options.weight_decay
         self.optimizer = optim.build_optimizer(self.model, options.opt, *rates)
+        self.listing = getattr(task, "listing", dict)()  # what the data are, where the task says so
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # idle but for fp16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.loss = distributed.wrap(distributed.TaskLoss(task))
-        self.progress = Progress(self.run_dir, self.device, options.log_interval, options.log_to)
+        unit = getattr(task, "unit", "items")
+        self.progress = Progress(self.run_dir, self.device, options.log_interval, options.log_to, unit)
         self.signals = StopSignals()
         self.state = state.TrainState()
         self.best_tensors: dict[str, Tensor] = {}  # of epoch self.state.best, on the CPU
@@ -155,9 +157,10 @@ class Trainer:
         run; False where the time limit has cut them short."""
         now, every = self.state, self.options.save_every
         steps = self.steps_of(now.epoch, now.position)[: self.last_step - now.step]
+        # first the clock: features that are computed once count as well
+        self.progress.start_epoch(now, self.options.epochs, len(steps))
         batches = [batch for step in steps for batch in step.batches]
         feed = Feed(self.task.train_loader(now.epoch, batches), self.device)
-        self.progress.start_epoch(now, self.options.epochs, len(steps))
         self.model.train()
         whole = True
         for number, step in enumerate(steps, start=1):
@@ -298,6 +301,7 @@ class Trainer:
         if self.saved == path:
             return
         tensors, values = state.pack(now, self.model, self.optimizer, self.scaler, self.best_tensors)
+        values["data"] = self.listing
         if distributed.is_main():
             checkpoint.save_checkpoint(self.run_dir, tensors, values, self.options.keep_last)
         self.saved = path
@@ -311,7 +315,21 @@ class Trainer:
         parts = (self.model, self.optimizer, self.scaler)
         self.state, self.best_tensors = state.unpack(tensors, values, *parts, where=str(self.saved))
         self.progress.write_metrics(self.state.history)
-        self.progress.log(f"resumed from {self.saved}: epoch {self.state.epoch + 1}, step {self.state.step}")
+        self.progress.log(self.resumed_line())
+        if change := state.changed_data(values.get("data"), self.listing):
+            self.progress.log(change)
+
+    def resumed_line(self) -> str:
+        """Where the run continues and how its learning rate goes on, or that it has ended."""
+        now, o = self.state, self.options
+        if not self.unfinished():
+            why = "by --early-stop" if now.epoch < o.epochs and now.step < self.last_step else "as planned"
+            more = "--resume RUN with a larger --epochs (and --max-steps, if there is one) trains it longer"
+            end = f"this run has ended {why}, after epoch {now.epoch} of {o.epochs}, step {now.step}"
+            return f"resumed from {self.saved}: {end}; {more}"
+        rate = self.lr_factor() * self.optimizer.param_groups[0]["base_lr"]
+        line = f"resumed from {self.saved}: epoch {now.epoch + 1} of {o.epochs}, step {now.step} of {self.total_steps}"
+        return f"{line}; {o.sched} schedule, the next learning rate is {rate:.3g}"
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -143,3 +143,13 @@ def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if 2 * sum(key.startswith(wrapper) for key in state) > len(state) == len(inner):
             return strip_wrappers(inner)
     return state
+
+
+def file_layout(config, layouts: Iterable[str], layout: str) -> str:
+    """The one of a family's layouts that is meant, or "minilora"; ModelError where it has none."""
+    known = {layout: layout for layout in ("minilora", *layouts)}
+    if "transformers4" in known:
+        known |= dict.fromkeys(("transformers", "transformers5"), "transformers4")
+    if layout not in known:
+        raise ModelError(f"{config.name} cannot be written in the layout {layout!r}; it knows {', '.join(known)}")
+    return known[layout]

@@ -232,7 +232,7 @@ def test_submission_has_a_row_for_every_line_of_the_test_file(clip, tmp_path, ca
     data = write_scpc(tmp_path / "data")
     run = trained(clip, data, tmp_path / "run")
     (data / "img/p1.png").write_bytes(b"nothing")
-    files = ["--submission", str(tmp_path / "s.csv"), "--predictions", str(tmp_path / "p.csv")]
+    files = ["--split", "test", "--submission", str(tmp_path / "s.csv"), "--predictions", str(tmp_path / "p.csv")]
     assert program("evaluate").main([str(run), *files]) == 0
     assert "2 of 6 questions have a picture that cannot be read" in capsys.readouterr().out
     with open(tmp_path / "s.csv") as file:
@@ -258,7 +258,7 @@ def test_visual7w_results_and_accuracy_by_type(run_of_visual7w, tmp_path, capsys
     run, data = run_of_visual7w
     assert program("evaluate").main([str(run), "--submission", str(tmp_path / "r.json")]) == 0
     out = capsys.readouterr().out
-    assert "chance 0.2500" in out and "who" in out and "where" in out
+    assert "baseline: chance 25.00 %" in out and "who" in out and "where" in out
     records = json.loads((tmp_path / "r.json").read_text())
     assert [record["qa_id"] for record in records] == [20, 21, 50, 51]
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -344,7 +344,8 @@ def test_zero_shot_scores_the_base_model_on_questions(clip, scpc, capsys):
     with torch.no_grad():
         accuracy = task.evaluate(task.model.eval())["accuracy"]
     assert program("evaluate").main([*words, "--data-dir", str(scpc), "--split", "val"]) == 0
-    assert f"accuracy {accuracy:.4f} (chance 0.2500)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"accuracy {100 * accuracy:.2f} % ±" in out and "baseline: chance 25.00 %" in out
 
 
 def test_zero_shot_scores_class_folders_by_prompts(clip, tmp_path, capsys):
@@ -352,7 +353,8 @@ def test_zero_shot_scores_class_folders_by_prompts(clip, tmp_path, capsys):
     words = ["--model", str(clip), "--data-dir", str(photos), "--device", "cpu"]
     assert program("evaluate").main(words) == 0
     out = capsys.readouterr().out
-    assert "zero-shot with 'a photo of a {}.', 6 pictures: top-1" in out and "among 3 classes (chance 33.33 %)" in out
+    assert "zero-shot with 'a photo of a {}.', val, 6 pictures: accuracy" in out
+    assert "among 3 classes | baseline: chance 33.33 %" in out
     assert class_texts(["Border_terrier", "orange"], None) == ["a photo of a Border terrier.", "a photo of an orange."]
     assert class_texts(["orange"], "{}, a dog") == ["orange, a dog"]
     with pytest.raises(UserError, match="must contain {} once"):

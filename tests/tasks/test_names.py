@@ -147,7 +147,7 @@ def test_zero_shot_accuracy_stands_before_the_first_step_and_in_the_comparison(r
     (said,) = [line for line in log[:first] if "zero-shot" in line]
     base = task_of(clip, photos, "--prompt", "a {}", "the {}")
     scores = base.evaluate(base.model.eval())
-    assert f"accuracy {scores['accuracy']:.4f}" in said and "chance 0.3333" in said
+    assert f"accuracy {100 * scores['accuracy']:.2f} % ±" in said and "baseline: chance 33.33 %" in said
     assert json.loads((run / "summary.json").read_text())["zero_shot"]["accuracy"] == scores["accuracy"]
     assert program("evaluate").main([str(run), "--report", str(run / "page.html")]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("zero-shot")]

@@ -3,11 +3,14 @@
 Each case stops at every step of a short run, moves the run directory, and goes on in it.
 """
 
+import json
 import shutil
 
 import pytest
 
+from minilora.errors import UserError
 from minilora.training.signals import Interrupted
+from minilora.training.state import changed_data
 from minilora.training.trainer import Trainer
 from tests.support.tiny_tasks import bits, run_quickly, write_tasks
 
@@ -81,3 +84,65 @@ def test_resume_in_other_settings_and_with_workers_is_bit_equal(tasks, task, cas
     if case in ("rand, clipping, dora", "linear"):
         words += OWN.get(task, ())
     assert resumed_equals_whole(words, tmp_path, monkeypatch, workers, every=2) >= 4
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("add", "train 15 -> 16 rows)"),
+        ("remove", "train 15 -> 14 rows)"),
+        ("rename", "train 15 -> 15 rows)"),
+        ("val", "val 6 -> 7 rows)"),
+        (None, None),
+    ],
+)
+def test_pictures_changed_before_a_resume_are_reported(tasks, change, said, tmp_path, monkeypatch, capsys):
+    words = [*tasks["classify"], "--epochs", "2", "--output", tmp_path / "run"]
+    data = shutil.copytree(words[words.index("--data-dir") + 1], tmp_path / "photos")
+    words[words.index("--data-dir") + 1] = data
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(Interrupted):
+            run_quickly(words, patch)
+    first = sorted((data / "train" / "class_0").iterdir())[0]
+    if change in ("add", "val"):
+        shutil.copy(first, data / {"add": "train", "val": "val"}[change] / "class_1" / "new.png")
+    elif change:
+        first.rename(first.with_name("z.png")) if change == "rename" else first.unlink()
+    capsys.readouterr()
+    run_quickly(["--resume", tmp_path / "run"], monkeypatch)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "added, removed or renamed" in line]
+    assert [said in line for line in lines] == [True] * (change is not None)
+
+
+def test_questions_changed_before_a_resume_are_reported_and_other_classes_refused(tasks, tmp_path, monkeypatch, capsys):
+    for task in TASKS:
+        words = [*tasks[task], "--epochs", "2", "--output", tmp_path / task]
+        data = shutil.copytree(words[words.index("--data-dir") + 1], tmp_path / f"data-{task}")
+        words[words.index("--data-dir") + 1] = data
+        with monkeypatch.context() as patch:
+            stop_after(2, patch)
+            with pytest.raises(Interrupted):
+                run_quickly(words, patch)
+        if task == "classify":
+            for part in ("train", "val"):
+                (data / part / "class_2").rename(data / part / "other")
+            with pytest.raises(UserError, match="other classes than the data that"):
+                run_quickly(["--resume", tmp_path / task], monkeypatch)
+            continue
+        capsys.readouterr()
+        file = data / "train.csv" if task == "choice" else data / "train_questions.json"
+        if task == "choice":
+            file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+        else:
+            for name in ("questions", "annotations"):
+                content = json.loads((data / f"train_{name}.json").read_text())
+                content[name] = content[name][:-1]
+                (data / f"train_{name}.json").write_text(json.dumps(content))
+        run_quickly(["--resume", tmp_path / task], monkeypatch)
+        assert "added, removed or renamed since then (train " in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_list_its_data_resumes_without_a_word():
+    assert changed_data(None, {"train": {"rows": 3}}) is None
+    assert "(train 0 -> 3 rows)" in changed_data({"train": "damaged"}, {"train": {"rows": 3}})

@@ -302,7 +302,7 @@ def test_compiled_training_ends_near_the_eager_one(tmp_path):
 def test_log_lines_are_greppable(tmp_path, capsys):
     train(tmp_path, log_interval=2)
     line = capsys.readouterr().out.splitlines()[0]
-    for word in ("epoch 1/3 step 2/18 loss ", " accuracy ", " lr ", " images/s ", " left 0:00:0", " peak ", " MiB"):
+    for word in ("epoch 1/3 step 2/18 loss ", " accuracy ", " lr ", " items/s ", " left 0:00:0", " peak ", " MiB"):
         assert word in line
     assert "\x1b" not in line and line in (tmp_path / "train.log").read_text()
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,8 +1,8 @@
 """Pictures in class folders, ImageWoof's layout: `train/<class>/*.jpg`, `val/<class>/*.jpg`,
 optionally `test/`.
 
-A folder named like a part (parts.py) that holds no folders is no part; beside class folders it is a
-class.
+A folder named like a part (parts.py) that holds no folders is no part: beside class folders it is
+one of the classes.
 
 Here is also what every picture set gives: a `Split` is a sequence of `Sample(path, label)` that
 loads its own pictures, and `Splits` holds train, val and test with the names of the classes.
@@ -12,7 +12,7 @@ Listing opens no picture, so that a folder of 100,000 files is there in a second
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +124,7 @@ def class_names(root: Path, keys: list[str]) -> tuple[list[str], list[str], dict
 
 
 def read_folders(root: Path) -> Splits:
-    """Class folders below the parts of `root`; without parts, class folders right below it are train.
+    """Class folders below the parts of `root`; without parts, those right below it are train.
 
     What is taken otherwise than a plain layout says, and what is left out, stands in the notes.
     """

@@ -1,9 +1,9 @@
 """Picture classification from csv files.
 
-A folder with tables named like its parts (train.csv, valid.csv, seg_test.csv: parts.py), or with one
-csv; an `is_valid` (True / False) or `split` (train / val / test) column divides the rows. Columns
-are found by their header, see COLUMNS. A picture is a path relative to the csv, or the name or id of
-a file below its folder. Other readers (multiple choice) use `read_rows` and `contained` from here.
+A folder with tables named like its parts (train.csv, valid.csv, seg_test.csv: parts.py), or with
+one csv; an `is_valid` (True / False) or `split` (train / val / test) column divides the rows.
+Columns are found by their header, see COLUMNS. A picture is a path relative to the csv, or the name
+or id of a file below its folder. Multiple choice uses `read_rows` and `contained` from here.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def read_unlabelled(path: Path) -> Split:
 def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """(column names, [(line number, row)]) of a csv or tsv in UTF-8, or in UTF-16 with its mark.
 
-    A first line `sep=;` names the separator. Empty columns at the end are left out. Raises UserError
-    for broken text, a missing header, a column named twice, or a row of another length.
+    A first line `sep=;` names the separator. Empty columns at the end are left out. Raises
+    UserError for broken text, a missing header, a column named twice, or a row of another length.
     """
     try:
         content = Path(path).read_bytes()
@@ -165,8 +165,8 @@ def contained(file: str, where: str, root: Path | None = None) -> str:
 
 
 def located(files: Iterable[str], root: Path) -> dict[str, str]:
-    """{as a table names it: where it lies below `root`}, itself where that exists or nothing else is
-    found.
+    """{as a table names it: where it lies below `root`}; the same name where it exists there, or
+    where nothing else fits.
 
     A name may lack its extension, have its accents written in another form, and, without a folder,
     lie in any folder; UserError where two files then fit.
@@ -217,7 +217,7 @@ def refuse_several(labels: Collection[str], path: Path) -> list[str]:
 
 
 def find_column(header: Collection[str], kind: str, path: Path, required: bool = True, but: str = "") -> str | None:
-    """The column of a kind of COLUMNS by its usual names; None, or UserError, where there is none."""
+    """The column of a kind of COLUMNS by its usual names; None or UserError where there is none."""
     names = {re.sub(r"[\W_]+", "_", name.strip().lower()): name for name in reversed(header)}
     known = [name for name in COLUMNS[kind] if name != but]
     column = next((names[name] for name in known if name in names), None)

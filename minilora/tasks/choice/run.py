@@ -18,7 +18,7 @@ from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.data.questions.visual7w import results
 from minilora.errors import UserError
-from minilora.report.metrics import classification_metrics
+from minilora.report.metrics import classification_metrics, percent
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.report.tables import text_table
 from minilora.settings.flags import Config
@@ -85,21 +85,21 @@ class ChoiceRun(TextRun):
 
     def evaluate(self, options: Any) -> Evaluation:
         options = self.settled(options)
-        (split, source), prompt = self.split(options), self.prompt
+        (name, split, source), prompt = self.split(options), self.prompt
         dataset = ChoiceDataset(split, prompt.of_split(split), self.preprocess, bad_data=options.bad_data)
         collate = choice_collate(self.tokenizer.pad_id)
         batches = in_order(len(split), options.batch_size)
         loader = make_loader(dataset, batches, options.workers, collate_fn=collate)
-        return evaluation(self.answers(loader, options.amp, len(batches)), split, source, prompt.note())
+        return evaluation(self.answers(loader, options.amp, len(batches)), split, source, name, prompt.note())
 
-    def split(self, options: Any) -> tuple[ChoiceSplit, str]:
-        """--data-dir and --split as questions, with their format; the data of the training where
+    def split(self, options: Any) -> tuple[str, ChoiceSplit, str]:
+        """--data-dir and --split as (name, questions, their format); the data of the training where
         they are not given."""
         splits = open_data(self.data_config(options), require_train=False)
-        return scored_split(splits, options), splits.source
+        return *scored_split(splits, options), splits.source
 
     def batch(self, n: int, options: Any) -> dict:
-        split, _ = self.split(options)
+        _, split, _ = self.split(options)
         chosen = by_picture(split, n)
         asked = split.take(chosen)
         dataset = ChoiceDataset(asked, self.prompt.of_split(asked), self.preprocess, bad_data=options.bad_data)
@@ -126,18 +126,15 @@ def by_picture(split: ChoiceSplit, n: int) -> list[int]:
     return [order[i % len(order)] for i in range(n)]
 
 
-def scored_split(splits: ChoiceSplits, options: Any) -> ChoiceSplit:
-    """The part that --split names. Without it: test for --submission; everything of a --data-dir
-    without parts; else val, test or train, the first that is there."""
-    part = options.split
-    if part is None and options.submission and splits.test:
-        part = "test"
-    if part is None and options.data_dir is not None and splits.whole is not None:
-        return splits.whole
-    return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, part)
+def scored_split(splits: ChoiceSplits, options: Any) -> tuple[str, ChoiceSplit]:
+    """(name, questions) of the part that --split names; without it everything of a --data-dir
+    without parts, else val, test or train, the first that is there."""
+    if options.split is None and options.data_dir is not None and splits.whole is not None:
+        return "all", splits.whole
+    return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, options.split)
 
 
-def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Sequence[str] = ()) -> Evaluation:
+def evaluation(found: Predictions, split: ChoiceSplit, source: str, name: str, notes: Sequence[str] = ()) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers.
 
     A question whose picture is broken has an empty row in the predictions; in a submission, where
@@ -154,7 +151,7 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Seque
         rows.append([question.id, split.path(i), *(cells if found.valid[i] else [""] * len(cells))])
     answers = [[question.id, letters[place]] for question, place in zip(split, chosen, strict=True)]
     table = header, rows, (["ID", "answer"], answers)
-    files = {"results": results(split, order.tolist())} if source == "visual7w" else {}
+    files = {"part": name} | ({"results": results(split, order.tolist())} if source == "visual7w" else {})
     lines, broken = list(notes), int((~found.valid).sum())
     if broken:
         lines.append(f"{broken} of {len(split)} questions have a picture that cannot be read: not scored")
@@ -181,13 +178,13 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, notes: Seque
 def score_lines(scores: dict, by_type: dict, found: Predictions, split: ChoiceSplit) -> list[str]:
     """Accuracy beside chance, and by type of question."""
     count, chance = int(found.scored.sum()), 1 / found.probabilities.shape[1]
-    line = f"accuracy {scores['accuracy']:.4f} (chance {chance:.4f})"
+    line = f"accuracy {percent(scores['accuracy'], count)} | baseline: chance {percent(chance)}"
     line += f" | log loss {scores['loss']:.4f} | {count} questions"
     if not by_type:
         return [line]
     kinds = [split[i].kind for i in np.flatnonzero(found.scored)]
-    table = [[kind, f"{value:.4f}", kinds.count(kind)] for kind, value in by_type.items()]
-    return [line, text_table(["type", "accuracy", "questions"], table)]
+    table = [[kind, f"{100 * value:.2f}", kinds.count(kind)] for kind, value in by_type.items()]
+    return [line, text_table(["type", "accuracy %", "questions"], table)]
 
 
 def type_scores(scores: dict, by_type: dict, found: Predictions) -> dict | None:
@@ -223,4 +220,5 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     model, record, tokenizer = load_clip(config)
     run = ChoiceRun(Path(config.model), config, record, [], [], device, model.to(device).eval(), model.preprocess)
     run.tokenizer = tokenizer
-    return f"{config.model}, zero-shot\n{run.evaluate(options).text}"
+    found = run.evaluate(options)
+    return f"{config.model}, zero-shot, {found.part}, {len(found.rows)} questions\n{found.text}"

@@ -80,6 +80,8 @@ def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]
 class Choice(Labelled):
     """The task that the Trainer trains; task.Task says what each method is for."""
 
+    unit = "questions"
+
     def __init__(
         self,
         config: Config,
@@ -117,8 +119,8 @@ class Choice(Labelled):
         by_type = accuracy_by_type(found, self.data[part].split)
         return found.scores() | {f"accuracy/{kind}": value for kind, value in by_type.items()}
 
-    def file_of(self, row: int) -> str:
-        return self.data["train"].split.path(row)
+    def file_of(self, row: int, part: str = "train") -> str:
+        return self.data[part].split.path(row)
 
     def data_lines(self) -> list[str]:
         where = self.config.data_dir or "generated shapes"

@@ -19,13 +19,14 @@ from minilora import ticker
 from minilora.data.pictures.folder import Sample, Split, Splits
 from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
-from minilora.data.pictures.tables import LABEL_COLUMNS, find_tables, read_rows
+from minilora.data.pictures.parts import entries
+from minilora.data.pictures.tables import find_column, is_labelled, list_tables, read_rows
 from minilora.data.pictures.transforms import build_transform
-from minilora.data.sets import spelled, unlabelled
+from minilora.data.sets import loose_part, parts_of, spelled, unlabelled
 from minilora.data.shards.files import check_geometry, is_shards
 from minilora.data.shards.pictures import ShardSplit
 from minilora.errors import UserError
-from minilora.report.metrics import classification_metrics, format_metrics
+from minilora.report.metrics import classification_metrics, format_metrics, percent
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.settings.flags import Config
 from minilora.tasks.classify.prompts import NamesPredictor, check_names
@@ -37,8 +38,6 @@ from minilora.tasks.run import SHOWN, Evaluation, Run, choose_part, top_answers,
 from minilora.tasks.weights import load_base, picture_flags, restoring
 from minilora.training.device import autocast, to_device
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
-
-PARTS = ("train", "val", "test")
 
 
 class ClassifyRun(Run):
@@ -97,25 +96,26 @@ class ClassifyRun(Run):
 
     def evaluate(self, options: Any) -> Evaluation:
         options = self.settled(options)
-        split = self.split(options)
+        part, split = self.split(options)
         found = predict_split(self.predictor, self.model, split, self.preprocess, options)
-        return evaluation(found, split, self.labels)
+        return evaluation(found, split, self.labels, part)
 
-    def split(self, options: Any) -> Split:
-        """--data-dir and --split as a Split; the data of the training where they are not given."""
+    def split(self, options: Any) -> tuple[str, Split]:
+        """--data-dir and --split as (name, Split); without them the data of the training."""
         config = self.data_config(options)
         if options.data_dir is not None:
-            known = {*self.keys, *self.labels, *map(spelled, self.labels)}
+            known = {*self.keys, *self.labels, *map(spelled, (*self.keys, *self.labels))}
             if (loose := loose_pictures(config, options.split, known)) is not None:
-                return loose
+                return options.split or "all", loose
         splits = open_data(config, self.keys, require_train=False)
-        part = scored_split(splits, options.split, options.data_dir)
-        if isinstance(part, ShardSplit):
-            check_geometry(part.index["preprocess"], self.preprocess, config.data_dir)
-        return part
+        part, split = scored_split(splits, options.split, options.data_dir)
+        if isinstance(split, ShardSplit):
+            check_geometry(split.index["preprocess"], self.preprocess, config.data_dir)
+        split.notes = splits.notes
+        return part, split
 
     def batch(self, n: int, options: Any) -> dict[str, Tensor]:
-        split = self.split(options)
+        _, split = self.split(options)
         chosen = by_class(split, n) if n < len(split) else [i % len(split) for i in range(n)]
         dataset = PictureDataset(split, self.preprocess, bad_data=options.bad_data)
         (batch,) = make_loader(dataset, [chosen])
@@ -138,37 +138,29 @@ def by_class(split: Split, n: int) -> list[int]:
     return [i for _, i in sorted(turn)[:n]]
 
 
-def has_parts(data_dir: str) -> bool:
-    """True where a folder has train/, val/ or test/, tables of these names, or shards."""
-    path = Path(data_dir)
-    if is_shards(path):
-        return True
-    tables = find_tables(path) if path.is_dir() and not any((path / part).is_dir() for part in PARTS) else {}
-    return any((path / part).is_dir() for part in PARTS) or any(part in tables for part in PARTS)
-
-
 def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split | None:
     """The pictures of --data-dir as rows without a label, None where it has labels."""
     path = Path(config.data_dir)
     if path.is_file():
         header = read_rows(path)[0] if path.suffix.lower() in (".csv", ".tsv") else ()
-        return None if set(LABEL_COLUMNS) & {name.lower() for name in header} else unlabelled(path)
+        return None if find_column(header, "label", path, required=False) else unlabelled(path)
     if not path.is_dir() or config.data_format in ("csv", "shapes", "shards") or is_shards(path):
         return None
-    if has_parts(config.data_dir):
-        folder = path / (part or "")
-        empty = part and folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir())
-        return unlabelled(folder) if empty else None
-    folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    return None if {*folders, *map(spelled, folders)} & known or find_tables(path) else unlabelled(path)
+    parts = parts_of(path)
+    if part and part not in parts and (folder := loose_part(path, part)):
+        return unlabelled(folder)
+    folders = {entry.name for entry in entries(path, path, lenient=True) if entry.is_dir()}
+    named = {*folders, *map(spelled, folders)} & known
+    return None if parts or named or any(map(is_labelled, list_tables(path))) else unlabelled(path)
 
 
-def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> Split:
-    """The part that --split names; without it all of a --data-dir without parts, else val, test or
-    train, the first that is there."""
-    if part is None and data_dir is not None and not has_parts(data_dir) and splits.train is not None:
+def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> tuple[str, Split]:
+    """(name, rows) of the part that --split names; without it all of a --data-dir without parts,
+    else val, test or train, the first that is there."""
+    whole = data_dir is not None and not is_shards(data_dir) and not parts_of(Path(data_dir))
+    if part is None and whole and splits.train is not None:
         samples = sorted([*splits.train, *(splits.val or ())], key=lambda sample: (sample.label, sample.path))
-        return Split((Sample(*sample) for sample in samples), splits.train.root)
+        return "all", Split((Sample(*sample) for sample in samples), splits.train.root)
     return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, part)
 
 
@@ -183,7 +175,9 @@ def predict_split(
         return predictor.predict(model, loader)
 
 
-def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: int = 5) -> Evaluation:
+def evaluation(
+    found: Predictions, split: Split, labels: Sequence[str], part: str = "all", top_k: int = 5
+) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers."""
     order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, : min(top_k, len(labels))]
     chosen, sure = order[:, 0], np.take_along_axis(found.probabilities, order, 1)
@@ -196,10 +190,11 @@ def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: i
     table = header, rows, (["file", "label"], [row[:2] for row in rows])
     broken = int((~found.valid).sum())
     lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
+    lines += [f"data: {note}" for note in split.notes]
     truth = found.truth
     if not found.scored.any():
         lines.insert(0, f"{len(split)} pictures without labels")
-        return Evaluation(None, "\n".join(lines), *table)
+        return Evaluation(None, "\n".join(lines), *table, part=part)
     metrics = classification_metrics(truth, chosen, labels, found.probabilities)
     lines.insert(0, format_metrics(metrics))
     scores = found.scores() | {key: metrics[key] for key in ("precision", "recall", "f1")}
@@ -215,6 +210,7 @@ def evaluation(found: Predictions, split: Split, labels: Sequence[str], top_k: i
         scores,
         "\n".join(lines),
         *table,
+        part=part,
         metrics=metrics,
         mistakes=examples(most_confident_mistakes(truth, chosen, sure[:, 0], SHOWN)),
         unsure=examples(least_sure(found.probabilities, SHOWN)),
@@ -249,7 +245,7 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     )
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
-    split = scored_split(splits, options.split, config.data_dir)
+    part, split = scored_split(splits, options.split, config.data_dir)
     # (K,): where the folder's classes are in the head
     columns = np.array(head_columns(model, splits, name))
     found = predict_split(ClassifyPredictor(device), model, split, model.preprocess, options)
@@ -258,8 +254,8 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     over_all = float((probabilities.argmax(1) == columns[labels]).mean())
     among = float((probabilities[:, columns].argmax(1) == labels).mean())
     return (
-        f"{name}, its own head, {len(rows)} pictures: top-1 {100 * over_all:.2f} % over all "
-        f"{probabilities.shape[1]} classes, {100 * among:.2f} % among the folder's {len(columns)}"
+        f"{name}, its own head, {part}, {len(rows)} pictures: accuracy {percent(over_all, len(rows))} over all "
+        f"{probabilities.shape[1]} classes, {percent(among, len(rows))} among the folder's {len(columns)}"
     )
 
 
@@ -269,14 +265,14 @@ def zero_shot_names(config: Config, options: Any, device: torch.device) -> str:
     model = model.to(device).eval()
     splits = open_data(config, options.classes, require_train=False)
     predictor = NamesPredictor(device, model, tokenizer, splits.classes, config.prompt)
-    split = scored_split(splits, options.split, config.data_dir)
+    part, split = scored_split(splits, options.split, config.data_dir)
     found = predict_split(predictor, model, split, model.preprocess, options)
     if not (count := int(found.scored.sum())):
         raise UserError(f"{config.data_dir}: no picture with a label to score")
-    prompts = " and ".join(map(repr, predictor.templates))
+    prompts, chance = " and ".join(map(repr, predictor.templates)), percent(1 / len(splits.classes))
     return (
-        f"{config.model}, zero-shot with {prompts}, {count} pictures: top-1 {100 * found.scores()['accuracy']:.2f} % "
-        f"among {len(splits.classes)} classes (chance {100 / len(splits.classes):.2f} %)"
+        f"{config.model}, zero-shot with {prompts}, {part}, {count} pictures: accuracy "
+        f"{percent(found.scores()['accuracy'], count)} among {len(splits.classes)} classes | baseline: chance {chance}"
     )
 
 

@@ -147,10 +147,11 @@ class Classify(Labelled):
         test = self.test(self.model) or {}
         return {"accuracy": scores["accuracy"]} | {f"test_{key}": test[key] for key in ("accuracy",) if test}
 
-    def file_of(self, row: int) -> str:
-        return self.data["train"].split[row].path
+    def file_of(self, row: int, part: str = "train") -> str:
+        return self.data[part].split[row].path
 
     def data_lines(self) -> list[str]:
         where = self.config.data_dir or "generated shapes"
         counts = ", ".join(f"{len(data)} {part}" for part, data in self.data.items())
-        return [f"data: {where}: {counts} pictures, {len(self.labels)} classes"]
+        notes = [f"data: {note}" for note in self.splits.notes]
+        return [f"data: {where}: {counts} pictures, {len(self.labels)} classes", *notes]

@@ -17,7 +17,7 @@ from minilora.data.questions.vqa2 import VQAPart, clean_question
 from minilora.data.questions.vqa_batches import Texts, VQADataset, grouped_batches, vqa_loader
 from minilora.data.vqa_sets import Answers, VQASplits, question_only_guess
 from minilora.errors import UserError
-from minilora.report.metrics import classification_metrics
+from minilora.report.metrics import classification_metrics, weighted_line
 from minilora.report.samples import Example
 from minilora.report.tables import text_table
 from minilora.report.vqa_metric import format_vqa
@@ -82,21 +82,21 @@ class VQARun(TextRun):
     def evaluate(self, options: Any) -> Evaluation:
         options = self.settled(options)
         splits = self.splits(options)
-        part = choose_part(splits.parts, options.split)
+        name, part = choose_part(splits.parts, options.split)
         data = self.dataset(part, options.bad_data)
         batches = grouped_batches(data.picture, options.batch_size)
         loader = vqa_loader(data, batches, None, options.workers)
         found = self.in_order(loader, batches, options.amp)
         said = found.answers(part, self.labels)
         if not part.answered:
-            return evaluation(found, said, part, self.labels)
+            return evaluation(found, said, part, self.labels, name)
         baselines = {}
         grey = self.in_order(grey_batches(data, batches), batches, options.amp)
-        baselines["question only: this model, picture greyed out"] = score(grey.answers(part, self.labels), part)
+        baselines["baseline: this model with every picture greyed out"] = score(grey.answers(part, self.labels), part)
         if splits.train is not None and splits.train is not part:
             guess = question_only_guess(splits.train.questions, part.questions)
-            baselines["question only: the most frequent training answer"] = score(guess, part)
-        return evaluation(found, said, part, self.labels, data.labels, baselines)
+            baselines["baseline: the most frequent answer in training, no model"] = score(guess, part)
+        return evaluation(found, said, part, self.labels, name, data.labels, baselines)
 
     def in_order(self, loader: Iterable[dict], batches: list[list[int]], amp: str) -> BestAnswers:
         """The answers in the order of the questions."""
@@ -112,7 +112,7 @@ class VQARun(TextRun):
         return open_data(self.data_config(options, val_split=0.0), require_train=False)
 
     def batch(self, n: int, options: Any) -> dict[str, Tensor]:
-        part = choose_part(self.splits(options).parts, options.split)
+        _, part = choose_part(self.splits(options).parts, options.split)
         data = self.dataset(part, options.bad_data)
         first = np.unique(data.picture, return_index=True)[1]  # one question for each picture
         numbers = [int(first[i % len(first)]) for i in range(n)]
@@ -135,6 +135,7 @@ def evaluation(
     said: dict[int, str],
     part: VQAPart,
     labels: Sequence[str],
+    name: str,
     classes: np.ndarray | None = None,
     baselines: dict[str, dict] | None = None,
 ) -> Evaluation:
@@ -147,18 +148,17 @@ def evaluation(
     ]
     table = header, rows, (["question_id", "answer"], [[number, answer] for number, answer in said.items()])
     if classes is None:
-        return Evaluation(None, f"{len(rows)} questions without answers", *table, results=said)
+        return Evaluation(None, f"{len(rows)} questions without answers", *table, results=said, part=name)
     scores = score(said, part)
     truth = [labels[k] if k >= 0 else q.answer for q, k in zip(part.questions, classes, strict=True)]
     metrics = classification_metrics(truth, [said[q.question_id] for q in part.questions])
     lines = [
         format_vqa(scores),
-        f"most common answer: accuracy {metrics['accuracy']:.4f}, weighted precision {metrics['precision']:.4f} "
-        f"recall {metrics['recall']:.4f} F1 {metrics['f1']:.4f}",
+        f"against the most common answer, as classes: {weighted_line(metrics)}",
         f"out of the vocabulary: {int((classes < 0).sum())} of {len(rows)} answers, counted as wrong",
         text_table(
-            ["what is seen", scores["metric"]],
-            [["picture and question", f"{scores['overall']:.2f}"]]
+            ["beside it, on the same questions", "accuracy %"],
+            [["the model", f"{scores['overall']:.2f}"]]
             + [[name, f"{one['overall']:.2f}"] for name, one in (baselines or {}).items()],
         ),
     ]
@@ -189,6 +189,7 @@ def evaluation(
         unsure=examples(np.argsort(gap, kind="stable")[:SHOWN]),
         examples=examples(spread),
         results=said,
+        part=name,
     )
 
 

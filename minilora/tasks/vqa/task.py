@@ -124,6 +124,8 @@ class VQAPredictor(Predictor):
 class VQA(DataTask):
     """The task that the Trainer trains; task.Task says what each method is for."""
 
+    unit = "questions"
+
     def __init__(
         self,
         config: Config,
@@ -193,8 +195,8 @@ class VQA(DataTask):
     def eval_batches(self, part: str) -> list[list[int]]:
         return grouped_batches(self.data[part].picture, self.predictor.batches * self.config.batch_size)
 
-    def file_of(self, row: int) -> str:
-        question, pictures = self.data["train"].part.questions[row], self.data["train"].part.pictures
+    def file_of(self, row: int, part: str = "train") -> str:
+        question, pictures = self.data[part].part.questions[row], self.data[part].part.pictures
         return f"{pictures[question.picture].path} (question {question.question_id})"
 
     def data_lines(self) -> list[str]:
@@ -222,5 +224,5 @@ class VQA(DataTask):
         guess = score(question_only_guess(self.splits.train.questions, part.questions), part)
         return (
             f"{name}: {outside:,} of {len(part.questions):,} answers are out of the vocabulary and count as wrong; "
-            f"guessed from the question alone: {guess['overall']:.2f} % {guess['metric']}"
+            f"baseline guessed from the question alone, the most frequent in training: {guess['overall']:.2f} %"
         )
