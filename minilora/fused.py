@@ -57,8 +57,8 @@ class FusedLoRALinear(torch.autograd.Function):
     """Scale and add happen inside the matrix product (`addmm_`), and nothing is kept twice.
 
     Of the activations x' is kept for backward, since a frozen W needs no x, and in half precision
-    also h (N, r); in float32 that is computed again. Where `merging_pays`, W' = W + s B A takes W's
-    place and both additions fall away: y = x W'^T + b, dL/dx = g W'.
+    and on a GPU also h (N, r); else that is computed again. Where `merging_pays`, W' = W + s B A
+    takes W's place and both additions fall away: y = x W'^T + b, dL/dx = g W'.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class FusedLoRALinear(torch.autograd.Function):
             y = product(x.reshape(rows.shape), W, b)  # (N, out)
             h = narrow(rows, A)  # (N, r)
             y.addmm_(h, B.T, alpha=s)  # y = y + s h B^T, in place
-        ctx.save_for_backward(dropped, *given, h if x.dtype.itemsize == 2 else None)
+        ctx.save_for_backward(dropped, *given, h if x.is_cuda or x.dtype.itemsize == 2 else None)
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
