@@ -55,8 +55,9 @@ class Attention(nn.Module):
         self.keep_map, self.map = False, None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not in each of q, k and v
+        # once, not in each of q, k and v; autocast leaves float64 alone and knows no meta device
+        if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         q = self.split_heads(self.q_proj(take_rows(x, rows)))  # (B, h, T, d/h), or fewer with rows
         k = self.split_heads(self.k_proj(x))  # (B, h, T, d/h)
         v = self.split_heads(self.v_proj(x))  # (B, h, T, d/h)

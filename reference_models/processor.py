@@ -3,21 +3,21 @@
 Nothing is timed in a run, so that a machine always gives the same bits, also when it is busy.
 """
 
-import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+try:
+    _WORDS = frozenset(Path("/proc/cpuinfo").read_text().split())
+except OSError:
+    _WORDS = frozenset()
 
-@functools.cache
+
 def instructions() -> frozenset[str]:
     """The instruction sets in Linux's /proc/cpuinfo, such as avx512f, avx512_bf16 and amx_bf16;
-    none elsewhere."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
+    none elsewhere. Read once: torch.compile cannot follow into a file."""
+    return _WORDS
 
 
 def has(name: str) -> bool:

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
+from minilora import LoRAConfig, inject_lora
 from minilora.errors import RunError
-from minilora.training.trainer import Trainer, TrainOptions
+from minilora.training.trainer import Trainer, TrainOptions, compile_blocks
+from reference_models.load import FAMILIES
 from tests.support.cli_data import QUICK, program
+from tests.support.families import inputs_of, small_model
 from tests.support.lora_steps import Step, gradients
 from tests.support.toy_task import ToyTask
+
+LORA = [family for family in FAMILIES if family not in ("mobilenet", "student")]  # an LSTM breaks every graph
 
 
 def compiled_gradients(name: str, backend: str) -> dict[str, torch.Tensor]:
@@ -27,6 +34,65 @@ def assert_same(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("name", ["vit", "bert", "clip"])
 def test_the_lora_step_is_one_graph_with_the_loss_and_gradients_of_eager(name):
     assert_same(compiled_gradients(name, "aot_eager"), gradients(Step(name)))
+
+
+def breaks(family: str, amp: str | None, **method) -> list[str]:
+    """Why torch.compile would leave its graph in the forward pass of a LoRA model."""
+    torch._dynamo.reset()
+    model = small_model(family)
+    if family in LORA:
+        inject_lora(model, LoRAConfig(r=4, **method))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp is not None):
+        found = torch._dynamo.explain(model.train())(*inputs_of(family, model))
+    assert found.graph_count == 1 + found.graph_break_count
+    return [reason.reason for reason in found.break_reasons]
+
+
+@pytest.mark.parametrize("family, method", [
+    ("vit", {"lora_dropout": 0.1}), ("vit", {"use_dora": True}), ("bert", {"lora_dropout": 0.1}),
+])  # fmt: skip
+def test_no_graph_break_under_autocast(family, method):
+    assert not breaks(family, "bf16", **method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", [None, "bf16"])
+@pytest.mark.parametrize("method", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=["lora", "dropout", "dora"])
+@pytest.mark.parametrize("family", LORA)
+def test_no_graph_break_in_a_lora_model_of_any_family(family, method, amp):
+    assert not breaks(family, amp, **method)
+
+
+@pytest.fixture
+def eagerly(monkeypatch):
+    """Blocks are compiled into one graph each, which runs without a C++ compiler; a graph break is an error."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", pytest.param("clip", marks=pytest.mark.slow)])
+def test_a_model_compiled_block_by_block_has_the_loss_and_gradients_of_eager(name, eagerly):
+    step = Step(name)
+    compile_blocks(step.model)
+    assert_same(gradients(step), gradients(Step(name)))
+
+
+def test_blocks_of_one_shape_share_their_compilation(eagerly):
+    model = small_model("vit", depth=8)
+    inject_lora(model, LoRAConfig(r=4, lora_dropout=0.1))
+    compile_blocks(model)
+    for _ in range(2):
+        model(*inputs_of("vit", model)).sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 3  # the first block, those in the middle, the last one
+
+
+def test_a_model_without_blocks_is_compiled_whole(eagerly):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    compile_blocks(model)
+    model(torch.randn(2, 3)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow

@@ -98,3 +98,11 @@ def test_under_autocast_q_k_and_v_keep_one_rounded_x_together():
     assert before == set(map(id, layer.parameters()))
     rounded = [tensor for tensor in kept.values() if torch.equal(tensor.float(), x.bfloat16().float())]
     assert len(rounded) == 1 and rounded[0].dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone_and_shapes_are_found_on_the_meta_device():
+    layer, x = Attention(DIM, HEADS), torch.randn(B, T, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.double()(x.double()).dtype == torch.float64
+    with torch.device("meta"):
+        assert Attention(DIM, HEADS)(torch.empty(B, T, DIM)).shape == x.shape

@@ -16,20 +16,11 @@ from minilora.tasks.method import make_trainable
 from minilora.tasks.teacher import Teacher
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import create_model
-from reference_models.load import FAMILIES, family_module
 from tests.support.fake_cuda import CUDA, gpu
+from tests.support.families import SEES, small_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
-SMALL_SWIN = {"dim": 24, "depths": (2, 2), "heads": (3, 6)}
-SIZES = {  # of families whose first model is too large to be tried in a second
-    "vit": {"image_size": 32, "dim": 24, "heads": 3, "hidden": 48, "depth": 2, "distilled": True},
-    "beit": {"dim": 24, "heads": 3, "hidden": 48, "depth": 2},
-    "swin": SMALL_SWIN,
-    "swinv2": SMALL_SWIN,
-    "mobilenet": {"image_size": 64},
-}
-SEES = [family for family in FAMILIES if family not in ("bert", "clip", "fusion", "student")]
 METHODS = {
     "lora": {},
     "dropout": {"lora_dropout": 0.05, "base_dtype": "amp"},
@@ -84,8 +75,7 @@ def shapes():
 
 
 def family_step(shapes, family: str, amp: str, method: str, folder) -> list[str]:
-    name = family_module(family).names()[0]
-    model = create_model(name, num_classes=7, **SIZES.get(family, {}))
+    model = small_model(family)
     flags = {key: amp if value == "amp" else value for key, value in METHODS[method].items()}
     if family == "mobilenet" and method != "full":
         flags = {"mode": "linear"}

@@ -1,0 +1,35 @@
+"""One small model of every family that sees pictures, with its LoRA; and the inputs of all families."""
+
+import torch
+from torch import Tensor, nn
+
+from reference_models import create_model
+from reference_models.load import FAMILIES, family_module
+
+SMALL_SWIN = {"dim": 24, "depths": (2, 2), "heads": (3, 6)}
+SIZES = {  # of families whose first model is too large to be tried in a second
+    "vit": {"image_size": 32, "dim": 24, "heads": 3, "hidden": 48, "depth": 2, "distilled": True},
+    "beit": {"dim": 24, "heads": 3, "hidden": 48, "depth": 2},
+    "swin": SMALL_SWIN,
+    "swinv2": SMALL_SWIN,
+    "bert": {"dim": 24, "heads": 3, "hidden": 48, "depth": 2},
+    "clip": {"vision_depth": 2, "text_depth": 2, "vision_dim": 48, "text_dim": 48, "vision_heads": 3, "text_heads": 3},
+    "mobilenet": {"image_size": 64},
+}
+READ = ("bert", "clip", "fusion", "student")  # text, alone or beside pictures
+SEES = [family for family in FAMILIES if family not in READ]
+
+
+def small_model(family: str, **sizes) -> nn.Module:
+    """The first model that a family names, in SIZES."""
+    classes = {} if family in ("bert", "clip") else {"num_classes": 7}
+    return create_model(family_module(family).names()[0], **SIZES.get(family, {}) | classes | sizes)
+
+
+def inputs_of(family: str, model: nn.Module) -> tuple[Tensor, ...]:
+    """A batch of two for `model(*inputs)`."""
+    side = getattr(model.config, "image_size", 0)
+    pictures = (torch.randn(2, 3, side, side),) if side else ()
+    ids = torch.randint(5, 900, (2, 10))
+    mask = (torch.arange(10) < torch.tensor([[10], [6]])).long()
+    return pictures + {"clip": (ids,)}.get(family, (ids, mask) if family in READ else ())
