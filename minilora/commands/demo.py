@@ -52,8 +52,8 @@ DemoConfig = make_dataclass("DemoConfig", OWN + SHARED)
 
 
 class Demo:
-    """A run and the one thread that asks it: who comes meanwhile waits. A thread rather than a lock,
-    as each thread that computes brings its own pool of OpenMP threads."""
+    """A run and the one thread that asks it: who comes meanwhile waits. A thread rather than a
+    lock, as each thread that computes brings its own pool of OpenMP threads."""
 
     def __init__(self, name: str, run: Run, samples: int):
         self.name, self.run, self.worker = name, run, ThreadPoolExecutor(1)
@@ -115,10 +115,7 @@ def own_samples(run: Run, count: int) -> list[dict[str, Any]]:
         asked = [{"title": title} | ({"question": title} if run.task == "vqa" else {}) for title in run.titles(batch)]
         if run.task == "choice":
             split, _ = run.split(EvalConfig())
-            asked = [
-                {"title": q.question, "question": q.question, "choices": q.choices}
-                for q in (split[i] for i in by_picture(split, count))
-            ]
+            asked = [split[i]._asdict() | {"title": split[i].question} for i in by_picture(split, count)]
     except (UserError, OSError) as error:
         print(f"{run.name}: no samples: {cli.printable(str(error))}", file=sys.stderr)
         return []

@@ -5,14 +5,14 @@ from minilora.report.page_style import STYLE
 OWN_STYLE = """
 form { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr)); gap:16px 28px }
 label { display:block; font-weight:600; margin-bottom:8px }
-input, textarea, button { font:inherit; font-weight:400; color:inherit; background:var(--card);
-  border:1px solid var(--soft); border-radius:6px; padding:6px 10px; max-width:100% }
+input, textarea, button { font:inherit; font-weight:400; color:inherit; background:var(--card); max-width:100%;
+  border:1px solid var(--soft); border-radius:6px; padding:6px 10px }
 #question, textarea { width:100% }
 .drop { border:2px dashed var(--rule); border-radius:8px; padding:14px; text-align:center; background:var(--card) }
 .drop.over, .drop:focus-within { border-color:var(--accent) }
 #shown { display:block; margin:10px auto 0; max-width:100%; height:220px; object-fit:contain }
-#samples { display:flex; flex-wrap:wrap; gap:6px }
-#samples button { padding:3px; line-height:0 }
+#samples { display:flex; flex-wrap:wrap; gap:6px; line-height:0 }
+#samples button { padding:3px }
 #samples img { width:64px; height:64px; object-fit:cover; border-radius:4px }
 #runs { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr)); gap:0 32px }
 #runs .two { grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr)); gap:6px 28px }
@@ -22,11 +22,7 @@ input, textarea, button { font:inherit; font-weight:400; color:inherit; backgrou
 """
 SCRIPT = """
 const at = id => document.getElementById(id), set = Object.assign, texts = ["question", "choices", "classes"]
-const make = (tag, known, ...parts) => {
-  const element = set(document.createElement(tag), known)
-  element.append(...parts)
-  return element
-}
+const make = (tag, known, ...kids) => { const e = set(document.createElement(tag), known); e.append(...kids); return e }
 const lines = id => at(id).value.split("\\n").filter(line => line.trim()), say = text => at("note").textContent = text
 let runs = [], picture = null, turn = 0
 function take(file) {

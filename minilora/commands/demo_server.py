@@ -3,7 +3,7 @@
     GET /              the page
     GET /api/runs      [{"name", "about", "takes", "lora", "samples"}, ...]
     POST /api/answer   body: a picture; query: run, question, choices, classes, base=1, attention=1
-                       {"run", "answers": [[label, probability], ...], "milliseconds", "base": {...}}
+                       {"run", "answers": [[label, probability], ...], "milliseconds", "base"}
 
 An error is {"error": sentence}. A page from elsewhere may not ask (Origin), nor one that has given
 its own name the address of this machine (Host).
@@ -33,9 +33,12 @@ SLOTS = 64  # requests at once; more of them wait to be accepted
 SECONDS = 15  # for a request to arrive, and for its answer to be taken
 MAX_BYTES = 20 * 2**20  # of a picture
 MAX_TEXT = 4000  # characters of all texts together
-POLICY = """default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:;
-connect-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'""".replace("\n", " ")
-HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Connection": "close",
+}
 
 
 class Refusal(Exception):
@@ -129,8 +132,8 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def check_sender(self) -> None:
-        """Refusal unless it is this page, or a program, that asks this server by its own name. To
-        an open one any number may lead: a stranger can let names mean our address, but no number."""
+        """Refusal unless it is this page, or a program, that asks this server by its own name, or a
+        public one by a number: a stranger can let a name mean our address, but no number."""
         hosts, origins = ([text.lower() for text in self.headers.get_all(name, [])] for name in ("Host", "Origin"))
         found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(:\d+)?", hosts[0]) if len(hosts) == 1 else None
         name = found[1].strip("[]") if found else ""
@@ -141,9 +144,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "a page from elsewhere may not ask this server")
 
     def answer(self) -> dict[str, Any]:
-        demos, asked = self.server.demos, self.path.partition("?")[2]
+        demos = self.server.demos
         try:  # UTF-8, which http.server hands on as Latin-1
-            asked = asked.encode("latin-1").decode()
+            asked = self.path.partition("?")[2].encode("latin-1").decode()
             query = parse_qs(asked, keep_blank_values=True, errors="strict", max_num_fields=MAX_TEXT)
         except ValueError:
             raise Refusal(400, "the query cannot be read; it is name=text&name=text in percent-encoded UTF-8") from None
@@ -184,10 +187,9 @@ class Handler(BaseHTTPRequestHandler):
         page = isinstance(content, str)
         body = (content if page else json.dumps(content, allow_nan=False)).encode()
         kind = f"{'text/html' if page else 'application/json'}; charset=utf-8"
-        own = {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": POLICY}
         self.connection.settimeout(SECONDS)
         self.send_response(status)
-        for name, value in (HEADERS | own).items():
+        for name, value in (HEADERS | {"Content-Type": kind, "Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
