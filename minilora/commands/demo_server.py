@@ -126,8 +126,8 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
+            self.server.handle_error(self.request, self.client_address)
             self.send_error(500, "the model could not answer; the terminal of the server says why")
-            raise
 
     do_POST = do_GET
 
