@@ -114,7 +114,7 @@ def own_samples(run: Run, count: int) -> list[dict[str, Any]]:
         batch = run.batch(count, EvalConfig())
         asked = [{"title": title} | ({"question": title} if run.task == "vqa" else {}) for title in run.titles(batch)]
         if run.task == "choice":
-            split, _ = run.split(EvalConfig())
+            _, split, _ = run.split(EvalConfig())
             asked = [split[i]._asdict() | {"title": split[i].question} for i in by_picture(split, count)]
     except (UserError, OSError) as error:
         print(f"{run.name}: no samples: {cli.printable(str(error))}", file=sys.stderr)

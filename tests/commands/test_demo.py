@@ -439,6 +439,9 @@ def test_a_picture_is_uploaded_and_asked_about_in_a_browser(page, demos, name, w
     server, run, texts = demo_server.Server("127.0.0.1", 0, {name: demos[name]}), demos[name].run, QUERIES[name]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (picture := tmp_path / "picture.png").write_bytes(png(3))
+    wanted = predicted(run, png(3), **texts)  # before the server's thread uses the model
+    with disable_lora(run.model):
+        base = predicted(run, png(3), **texts)
     page.events.clear()
     try:
         page.open(server.url, width)
@@ -450,11 +453,8 @@ def test_a_picture_is_uploaded_and_asked_about_in_a_browser(page, demos, name, w
             page.type(value if isinstance(value, str) else "\n".join(value))
         page.run("document.querySelector('form button:not([type])').focus()")
         page.press("Enter", 13)
-        wanted = predicted(run, png(3), **texts)
         page.wait(f"document.querySelectorAll('.two > div:first-child .bar').length == {len(wanted)}")
         page.wait("document.getElementById('note').textContent == 'Answered.'")
-        with disable_lora(run.model):
-            base = predicted(run, png(3), **texts)
         ((title, columns),) = page.run(SEEN)
         assert title == name and columns == [shown(wanted), shown(base)]
         slider = "document.querySelector('[type=range]')"
