@@ -10,6 +10,7 @@ here every projection is an nn.Linear of its own.
 
 Read in this order:
   layers, vit             attention, MLP, block; the model that the others vary
+  processor               whether attention is faster fused by torch or written out
   beit, swin, swinv2      position bias, windows, cosine attention
   text_layers, bert, clip who sees whom in a text; text, and text beside pictures
   fusion, student         two towers and a head
