@@ -3,11 +3,10 @@
 The checks are the same whether the values come from code or from somebody's adapter_config.json.
 """
 
-import math
-import re
 from dataclasses import dataclass, field
 
 from minilora.errors import UserError
+from minilora.patterns import BadPattern, fullmatch, is_plain, parse
 
 
 @dataclass
@@ -56,7 +55,10 @@ class LoRAConfig:
         for name in ("target_modules", "modules_to_save", "layers_to_transform"):
             # PEFT writes its sets as lists in any order: sorted, one choice always gives one file
             if isinstance(getattr(self, name), (list, set, frozenset)):
-                setattr(self, name, tuple(sorted(getattr(self, name))))
+                values = getattr(self, name)
+                # of several types they cannot be sorted, and are refused below
+                same = len({*map(type, values)}) < 2
+                setattr(self, name, tuple(sorted(values) if same else values))
         self.modules_to_save = self.modules_to_save or ()
         check_values(self)
 
@@ -72,7 +74,8 @@ class LoRAConfig:
 def from_pattern(name: str, pattern: dict, default):
     """The value of the first key that fits, or `default`; keys are regular expressions for the
     end of the name."""
-    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+    starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+    return next((value for key, value in pattern.items() if any(fullmatch(key, name, i) for i in starts)), default)
 
 
 def check_values(config: LoRAConfig) -> None:
@@ -85,17 +88,30 @@ def check_values(config: LoRAConfig) -> None:
             _check(f"{name}[{key!r}]", value, *RULES[replaced])
 
 
+def _short(value) -> str:
+    huge = isinstance(value, (int, float)) and abs(value) > 10**9
+    return f"{str(value)[:20] if abs(value) < 10**20 else 'one'}, far too large" if huge else repr(value)[:200]
+
+
 def _check(name: str, value, holds, wanted: str) -> None:
-    if not holds(value):
-        raise UserError(f"LoRAConfig: {name} must be {wanted}, got {value!r}")
+    try:
+        fits, reason = holds(value), ""
+    except BadPattern as error:
+        fits, reason = False, f" ({error})"
+    if not fits:
+        raise UserError(f"LoRAConfig: {name} must be {wanted}, got {_short(value)}{reason}")
 
 
 def is_rank(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value) and 1 <= value <= 10**9
 
 
 def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
+
+
+def is_switch(value) -> bool:
+    return isinstance(value, bool)
 
 
 def is_share(value) -> bool:
@@ -106,11 +122,16 @@ def are_names(value) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
 
 
+def is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_layers(value) -> bool:
+    return value is None or (isinstance(value, (list, tuple)) and all(is_whole(n) and 0 <= n < 10**6 for n in value))
+
+
 def is_pattern(value) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
-        return False
+    return isinstance(value, str) and bool(parse(value))
 
 
 def are_targets(value) -> bool:
@@ -118,6 +139,8 @@ def are_targets(value) -> bool:
 
 
 def are_patterns(value) -> bool:
+    if isinstance(value, dict) and sum(isinstance(key, str) and not is_plain(key) for key in value) > 64:
+        raise BadPattern("more than 64 with operators")
     return isinstance(value, dict) and all(map(is_pattern, value))
 
 
@@ -127,6 +150,9 @@ RULES = {
     "lora_dropout": (is_share, "at least 0 and below 1"),
     "target_modules": (are_targets, "names or one regular expression"),
     "modules_to_save": (are_names, "names"),
+    "layers_to_transform": (are_layers, "numbers of layers"),
+    "use_rslora": (is_switch, "true or false"),
+    "use_dora": (is_switch, "true or false"),
     "rank_pattern": (are_patterns, "{regular expression: rank}"),
     "alpha_pattern": (are_patterns, "{regular expression: alpha}"),
     "bias": (("none", "lora_only", "all").__contains__, "one of none, lora_only, all"),

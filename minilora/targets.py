@@ -4,12 +4,11 @@ The rules are PEFT's: a name is a full dotted name or its end after a dot; one s
 expression for the whole name.
 """
 
-import re
-
 from torch import nn
 
 from minilora.errors import UserError
 from minilora.lora_config import LoRAConfig
+from minilora.patterns import fullmatch
 
 HEADS = ("head", "heads", "classifier", "score", "fc")  # of timm, torchvision and transformers
 
@@ -23,7 +22,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         heads = spared + list(getattr(model, "head_modules", HEADS))
         found = [n for n in linears if type(linears[n]) is nn.Linear and not any(below(n, h) for h in heads)]
     elif isinstance(targets, str):
-        found = [name for name in linears if re.fullmatch(targets, name)]
+        found = [name for name in linears if fullmatch(targets, name)]
     else:
         found = [name for name in linears if any(matches(name, target) for target in targets)]
         for target in targets:
