@@ -52,9 +52,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     and the model is left as it was.
     """
     directory = Path(directory)
-    config, tensors = read_adapter(directory)
-    if unknown := [name for name in tensors if not has_place(model, name)]:
-        config, tensors = foreign.adapter_to_ours(model, config, tensors, unknown, str(directory))
+    config, tensors, trained_on = read_adapter(directory)
+    if unknown := [name for name, tensor in tensors.items() if not has_place(model, name, tensor)]:
+        config, tensors = foreign.adapter_to_ours(model, config, tensors, unknown, str(directory), trained_on)
     config = replace(config, modules_to_save=modules_to_save_here(model, config.modules_to_save, tensors))
     check_fit(model, config, tensors, directory)
     if not any(True for _ in lora_layers(model)):

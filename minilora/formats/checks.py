@@ -6,7 +6,7 @@ All of it is checked before the model is touched, so that a wrong file changes n
 import copy
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.errors import UserError
 from minilora.inject import inject_lora, lora_layers, lora_state_dict
@@ -29,9 +29,11 @@ def modules_to_save_here(model: nn.Module, names: tuple[str, ...], tensors: dict
     return (*(name for name in names if meant[name]), *sorted(added))
 
 
-def has_place(model: nn.Module, name: str) -> bool:
+def has_place(model: nn.Module, name: str, tensor: Tensor) -> bool:
     """True if a tensor of an adapter file belongs to a parameter of the model, or to an adapter
-    that inject_lora would make."""
+    that inject_lora would make. A convolution's has four dimensions: another library's form."""
+    if tensor.dim() > 2:
+        return False
     module = name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0].removesuffix(".base_layer")
     try:
         found = model.get_submodule(module)

@@ -36,18 +36,20 @@ from minilora.lora_config import LoRAConfig
 
 
 class Layer(NamedTuple):
-    """One layer of theirs: its name and our layers in it, several where it is fused."""
+    """One layer of theirs: its name and our layers in it, several where it is fused; `kernel` where
+    theirs is the convolution over patches that is a linear layer here."""
 
     theirs: str
     ours: tuple[str, ...]
+    kernel: bool = False
 
 
 def linear_layers(table) -> list[Layer]:
     """The layers of a key table, from the entries of their weights; what is stored transposed has
     no adapter form."""
-    weights = [entry for entry in table if entry.theirs.endswith(".weight") and entry.form in ("same", "cat")]
+    weights = [entry for entry in table if entry.theirs.endswith(".weight") and entry.form in ("same", "cat", "kernel")]
     strip = len(".weight")
-    return [Layer(e.theirs[:-strip], tuple(name[:-strip] for name in e.ours)) for e in weights]
+    return [Layer(e.theirs[:-strip], tuple(name[:-strip] for name in e.ours), e.form == "kernel") for e in weights]
 
 
 # ---- ours -> theirs
@@ -71,6 +73,8 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
     for layer in chosen:
         parts = [model.get_submodule(name) for name in layer.ours]
         values, ranks[layer.theirs], scaling = _joined(parts)
+        if layer.kernel:
+            values = {key: _as_kernel(key, value) for key, value in values.items()}
         tensors |= {f"{layer.theirs}.{key}": value for key, value in values.items()}
         rslora = _config(model).use_rslora and not fused
         alphas[layer.theirs] = scaling * (math.sqrt(ranks[layer.theirs]) if rslora else ranks[layer.theirs])
@@ -127,6 +131,16 @@ def _joined(parts: list[nn.Module]) -> tuple[dict[str, Tensor], int, float]:
     return tensors, rank, scaling
 
 
+def _as_kernel(key: str, value: Tensor) -> Tensor:
+    """A (r, 3 p p) -> (r, 3, p, p), B (d, r) -> (d, r, 1, 1): PEFT's LoRA of a convolution."""
+    if key == "lora_A.weight":
+        side = math.isqrt(value.shape[1] // 3)
+        return value.reshape(-1, 3, side, side)
+    if key == "lora_magnitude_vector":
+        return value.reshape(1, -1, 1, 1)
+    return value[:, :, None, None] if key == "lora_B.weight" else value
+
+
 def _inner(layer: nn.Module) -> nn.Linear:
     return layer.base_layer if isinstance(layer, LoRALinear) else layer
 
@@ -175,41 +189,95 @@ def _plain_number(value: float) -> float | int:
 # ---- theirs -> ours
 
 
-def adapter_to_ours(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor], unknown: list[str], where: str):
-    """Translate an adapter with another library's names: (LoRAConfig, tensors) with ours. UserError
-    where none fits."""
+def adapter_to_ours(
+    model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor], unknown: list[str], where: str, trained_on: str
+):
+    """Translate an adapter with another library's names: (LoRAConfig, tensors) with ours.
+
+    Every layout of the model and every prefix that its names may lack or have in addition is
+    tried; names and shapes must agree. UserError where none fits, naming the tensors that do not,
+    and where two towers fit alike unless `trained_on`, the class that PEFT notes, names one.
+    """
+    own = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in model.named_parameters()}
+    found, nearest = {}, dict.fromkeys(unknown, NO_PLACE)
     for layout in getattr(model, "layouts", ()):
         table = model.key_table(layout)
         layers = {layer.theirs: layer for layer in linear_layers(table)}
-        renamed = _with_prefix(tensors, {entry.theirs for entry in table})
-        if all(_module(name) in layers for name in renamed if ".lora_" in name) and _known(renamed, layers, table):
-            return _translate(config, renamed, layers, table)
-    raise UserError(
-        f"{where}: the adapter belongs to another model: {len(unknown)} of its {len(tensors)} tensors have no place "
-        f"here, such as {', '.join(unknown[:3])}"
-    )
+        for prefix, names in _prefixed(tensors, {entry.theirs: None for entry in table}):
+            misfits = _misfits({names[name]: t for name, t in tensors.items()}, layers, table, own)
+            if len(misfits) < len(nearest):
+                nearest = {name: misfits[theirs] for name, theirs in names.items() if theirs in misfits}
+            if not misfits:
+                renamed = {names[name]: tensor for name, tensor in tensors.items()}
+                translated = _translate(config, renamed, layers, table)
+                found.setdefault(frozenset(translated[1]), (prefix, translated))
+    fitting = [(prefix, one) for prefix, one in found.values() if prefix.split("_")[0] in trained_on.lower()]
+    fitting = fitting if len(found) > 1 and len(fitting) == 1 else list(found.values())
+    if len(fitting) == 1:
+        return fitting[0][1]
+    if fitting:
+        towers, first = " and ".join(f"{prefix}*" for prefix, _ in fitting), fitting[0][0] + next(iter(tensors))
+        raise UserError(
+            f"{where}: the adapter fits {towers} alike; write the one that is meant before the names of its tensors, "
+            f'as in "{PREFIX}{first}"'
+        )
+    other = "belongs to another model" if len(nearest) == len(tensors) else "does not fit this model"
+    counted = f"{len(nearest)} of its {len(tensors)} tensors"
+    if {*nearest.values()} == {NO_PLACE}:
+        raise UserError(
+            f"{where}: the adapter {other}: {counted} have no place here, such as {', '.join([*nearest][:3])}"
+        )
+    listed = ", ".join(f"{name} ({reason})" for name, reason in list(nearest.items())[:5])
+    raise UserError(f"{where}: the adapter {other}: {counted} do not belong here: {listed}")
+
+
+NO_PLACE = "no place here"
 
 
 def _module(name: str) -> str:
     return name.split(".lora_")[0].removesuffix(".base_layer.bias")
 
 
-def _known(tensors: dict, layers: dict, table) -> bool:
-    names = {entry.theirs for entry in table}
-    rest = [name for name in tensors if ".lora_" not in name]
-    return all(name.replace(".base_layer.", ".") in names for name in rest)
+def _prefixed(tensors: dict[str, Tensor], known: dict[str, None]):
+    """(prefix, {name in the file: name to look for}) for every prefix with which a layer of the
+    file is one of the table's, in the table's order: "vit." or none, added or taken away. Names
+    that are the table's as they are stay, such as the head's."""
+    layers = [f"{module}.weight" for module in dict.fromkeys(_module(name) for name in tensors if ".lora_" in name)]
+    pairs = [(full.removesuffix(n), "") for full in known for n in layers if full == n or full.endswith(f".{n}")]
+    pairs += [("", n.removesuffix(full)) for full in known for n in layers if n.endswith(f".{full}")]
+    for added, taken in dict.fromkeys(pairs or [("", "")]):
+        names = {}
+        for name in tensors:
+            plain = _module(name) + ".weight" if ".lora_" in name else name.replace(".base_layer.", ".")
+            names[name] = name if plain in known else added + name.removeprefix(taken)
+        yield added, names
 
 
-def _with_prefix(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """The tensors with the prefix that the table's names have ("vit."), also where the
-    file leaves it out."""
-    plain = {name: _module(name) + ".weight" for name in tensors if name.endswith(".lora_A.weight")}
-    for name in list(plain.values())[:1]:
-        for full in names:
-            if full.endswith("." + name):
-                prefix = full.removesuffix(name)
-                return {n if n in names or n.startswith(prefix) else prefix + n: t for n, t in tensors.items()}
-    return tensors
+def _misfits(tensors: dict, layers: dict[str, Layer], table, own: dict[str, tuple]) -> dict[str, str]:
+    """{name: why} of the tensors that have no place in the model, or another shape than it."""
+    entries, wrong = {entry.theirs: entry for entry in table}, {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            layer = layers.get(_module(name))
+            shapes = [own.get(f"{ours}.weight") for ours in layer.ours] if layer else [None]
+        else:
+            entry = entries.get(name.replace(".base_layer.", "."))
+            known = entry is not None and entry.form in ("same", "cat", "kernel")
+            shapes = [own.get(ours) for ours in entry.ours] if known else [None]
+        if None in shapes:
+            wrong[name] = NO_PLACE
+            continue
+        rows, rest = sum(shape[0] if shape else 1 for shape in shapes), shapes[0][1:]
+        flat = tuple(tensor.flatten(1).shape) if tensor.dim() > 1 else tuple(tensor.shape)
+        if ".lora_A" in name:
+            fits = flat[1:] == rest
+        elif ".lora_" in name:
+            fits = rows == (flat[0] if "lora_B" in name and flat else tensor.numel())
+        else:
+            fits = (flat or (1,)) == (rows, *rest)
+        if not fits:
+            wrong[name] = f"{tuple(tensor.shape)}, here {rows} x {' x '.join(map(str, rest))}".removesuffix(" x ")
+    return wrong
 
 
 def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str, Layer], table):
@@ -231,7 +299,8 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
         if ".lora_" in name or ".base_layer." in name:
             continue
         entry = entries[name]
-        result |= dict(zip(entry.ours, tensor.chunk(len(entry.ours)), strict=True))
+        tensor = tensor.flatten(1) if entry.form == "kernel" else tensor
+        result |= dict(zip(entry.ours, tensor.chunk(len(entry.ours)) if len(entry.ours) > 1 else [tensor], strict=True))
         if name.endswith(".weight"):
             saved += [ours.rpartition(".")[0] for ours in entry.ours]
     power = 0.5 if config.use_rslora else 1.0
@@ -254,6 +323,9 @@ def _split(layer: Layer, theirs: str, tensors: dict[str, Tensor]) -> dict[str, d
     unused parts are left."""
     keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "base_layer.bias")
     whole = {key: tensors[f"{theirs}.{key}"] for key in keys if f"{theirs}.{key}" in tensors}
+    # of a convolution: its kernel has the rows of a matrix
+    whole = {k: t.flatten(1) if t.dim() > 2 and k != keys[2] else t for k, t in whole.items()}
+    whole |= {key: whole[key].flatten() for key in keys[2:3] if key in whole}
     if missing := [key for key in keys[:2] if key not in whole]:
         raise UserError(f"the adapter has no {theirs}.{missing[0]}")
     count = len(layer.ours)

@@ -21,6 +21,20 @@ from minilora.targets import ends
 
 PREFIX = "base_model.model."
 
+# forms that PEFT no longer writes
+OLD_FORMS = {
+    "enable_lora": "PEFT 0.2's LoRA on some parts of one qkv layer, whose B is a grouped convolution; train it anew "
+    "with a PEFT of today, or on a model with separate q, k and v",
+    "fan_in_fan_out": "the adapter was trained on layers that store W transposed (GPT-2's Conv1D), which no model "
+    "here has; if yours were plain linear layers, write false",
+}
+HINTS = {  # what lies in a folder without adapter_model.safetensors
+    "adapter_model.bin": "adapter_model.bin is a pickle, which is not opened; convert it where you trust it: python -c "
+    '"import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in '
+    "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\"",
+    "model.safetensors": "it holds a whole model, which goes with --weights",
+}
+
 
 def adapter_config(model: nn.Module) -> dict:
     """The content of adapter_config.json, with targets from which PEFT finds the same layers."""
@@ -62,17 +76,18 @@ def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     return modules
 
 
-def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of an adapter directory, names without "base_model.model."."""
+def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor], str]:
+    """Configuration and tensors of an adapter directory, names without "base_model.model."; and the
+    class of the model that it was trained on, "" where the file does not say."""
     path = directory / "adapter_config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
         file = directory / "adapter_model.safetensors"
         tensors = parse_safetensors(file.read_bytes())
     except FileNotFoundError as error:
         missing = f"{Path(error.filename).name} is missing" if directory.exists() else "it does not exist"
-        whole = (directory / "model.safetensors").exists()
-        hint = "; it holds a whole model, which goes with --weights" if whole else ""
+        there = next((name for name in HINTS if (directory / name).exists()), None)
+        hint = f"; {HINTS[there]}" if there else ""
         raise UserError(f"{directory}: not an adapter directory: {missing}{hint}") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{directory}: the adapter cannot be read (truncated or damaged?): {error}") from None
@@ -82,19 +97,27 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{file}: {name} holds NaN or infinite values; the file is damaged")
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if old := next((name for name, t in tensors.items() if name.endswith("lora_B.weight") and t.dim() == 3), None):
+        raise UserError(f"{file}: {old} has three dimensions: {OLD_FORMS['enable_lora']}")
+    # of a saved head with bias "all" PEFT stores its wrapper's tensors too, which say nothing new
+    tensors = {name.removeprefix(PREFIX): t for name, t in tensors.items() if ".original_module." not in name}
+    tensors = {name.replace(".modules_to_save.", "."): tensor for name, tensor in tensors.items()}
     config = config_from_json(data, path)
-    # PEFT's way to spare some of the targets: the file's names say what is left
-    if data.get("exclude_modules"):
+    # PEFT's ways to spare some of the targets: the file's names say what is left
+    if data.get("exclude_modules") or data.get("layers_pattern"):
         adapted = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-        config = replace(config, target_modules=tuple(adapted))
-    return config, tensors
+        config = replace(config, target_modules=tuple(adapted), layers_to_transform=None)
+    trained_on = data.get("auto_mapping")
+    return config, tensors, str(trained_on.get("base_model_class")) if isinstance(trained_on, dict) else ""
 
 
 def config_from_json(data: dict, path: Path) -> LoRAConfig:
     """The LoRAConfig in PEFT's adapter_config.json; UserError names a setting that changes the
     mathematics in a way unknown here."""
-    changing = ("fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
+    for key, sentence in OLD_FORMS.items():
+        if data.get(key):
+            raise UserError(f"{path}: {key} = {data[key]!r} is not plain LoRA: {sentence}")
+    changing = ("lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
     changing += ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config")
     for key in changing:
         if data.get(key):

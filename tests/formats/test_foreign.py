@@ -9,15 +9,15 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora import LoRAConfig, export_adapter, inject_lora, load_adapter, save_adapter
 from minilora.errors import UserError
-from minilora.inject import lora_state_dict
+from minilora.inject import lora_layers, lora_state_dict
 from reference_models import create_model, load_pretrained, save_pretrained
 from tests.support.helpers import randomise, randomise_trained, same_bits, tiny_vit
-from tests.support.parity import assert_parity, fill
+from tests.support.parity import assert_parity, distance, fill
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 WEIGHTS = "adapter_model.safetensors"
@@ -280,3 +280,146 @@ def test_an_adapter_trained_by_peft_on_any_family_loads_into_ours_and_survives_s
     save_adapter(ours, tmp_path / "ours")
     again = load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
     assert torch.equal(answers_of(again, name), answers_of(ours, name))
+
+
+# ---- PEFT's adapters on patch projections and on one tower; what does not fit; old forms
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "targets"),
+    [("timm", ["patch_embed.proj"]), ("timm", ["qkv", "proj"]), ("transformers5", ["projection", "q_proj"])],
+    ids=["timm, alone", "timm, all proj", "transformers"],
+)
+def test_lora_on_the_patch_projection_loads_and_is_written_back(base, layout, targets, options, tmp_path):
+    theirs = in_their_library(base, layout, tmp_path / "base")
+    head = "head" if layout == "timm" else "classifier"
+    theirs = by_peft(theirs, targets, tmp_path / "adapter", modules_to_save=[head], **options)
+    ours, x = load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval(), torch.randn(2, 3, 32, 32)
+    assert "patch_embed.proj" in dict(lora_layers(ours)) and ours.patch_embed.proj.lora_B.weight.abs().max() > 0
+    assert_parity(ours, theirs, x)
+    if options.get("bias") != "all":
+        again = load_adapter(copy.deepcopy(base), export_adapter(ours, tmp_path / "out", layout))
+        assert same_bits(lora_state_dict(again), lora_state_dict(ours))
+        plain = in_their_library(base, layout, tmp_path / "again")
+        assert_parity(again, peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval(), x, float32_inside=True)
+
+
+def clip_and_tower(folder, tower: str, same_width: bool):
+    """(our CLIP, PEFT's model of one of its towers, the adapter's folder)."""
+    sizes = dict(vision_dim=64, vision_heads=4, vision_hidden=96, vision_depth=2, image_size=48)
+    text = 64 if same_width else 48
+    sizes |= dict(text_dim=text, text_heads=4, text_hidden=96 * text // 64, text_depth=2)
+    model = fill(create_model("clip-nano", **sizes))
+    save_pretrained(model, folder / "base", "transformers")
+    kind = {"vision": transformers.CLIPVisionModel, "text": transformers.CLIPTextModel}[tower]
+    theirs = kind.from_pretrained(folder / "base")
+    return model, by_peft(theirs, ["q_proj", "fc1"], folder / "adapter"), folder / "adapter"
+
+
+@pytest.mark.parametrize("same_width", [True, False])
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_an_adapter_of_one_tower_of_a_clip_goes_to_that_tower(tower, same_width, tmp_path):
+    model, theirs, folder = clip_and_tower(tmp_path, tower, same_width)
+    ours = load_adapter(copy.deepcopy(model), folder).eval()
+    assert {name.split(".")[0] for name, _ in lora_layers(ours)} == {tower}
+    x = torch.randn(2, 3, 48, 48) if tower == "vision" else torch.randint(5, 300, (2, 7))
+    if tower == "text":
+        x[:, -1] = model.config.eos_token_id
+    with torch.no_grad():
+        pooled = theirs(pixel_values=x) if tower == "vision" else theirs(input_ids=x)
+        projection = ours.visual_projection if tower == "vision" else ours.text_projection
+        found = (ours.encode_image if tower == "vision" else ours.encode_text)(x)
+        assert distance(found, projection(pooled.pooler_output)) < 1e-5
+    change(folder, lambda tensors: None, lambda config: config.pop("auto_mapping"))
+    if same_width:
+        with pytest.raises(UserError, match=r"fits vision_model\.\* and text_model\.\* alike; write the one"):
+            load_adapter(copy.deepcopy(model), folder)
+        named = lambda tensors: {k.replace("model.enc", f"model.{tower}_model.enc"): t for k, t in tensors.items()}  # noqa: E731
+        change(folder, named)
+    again = load_adapter(copy.deepcopy(model), folder).eval()
+    assert same_bits(lora_state_dict(again), lora_state_dict(ours))
+
+
+def change(folder, tensors=None, config=None):
+    """Edit both files of an adapter; `tensors` returns what the file shall hold, or edits in place."""
+    state = load_file(folder / WEIGHTS)
+    state = (tensors(state) if tensors else None) or state
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / WEIGHTS)
+    data = json.loads((folder / "adapter_config.json").read_text())
+    if config:
+        config(data)
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+
+
+def test_of_an_adapter_that_fits_but_for_a_tensor_that_one_is_named(base, tmp_path):
+    theirs = in_their_library(base, "timm", tmp_path / "base")
+    by_peft(theirs, ["qkv"], tmp_path / "adapter", modules_to_save=["head"])
+    whole, count = copy.deepcopy(base), len(load_file(tmp_path / "adapter" / WEIGHTS))
+    wrong = "base_model.model.blocks.0.attn.qkv.lora_A.weight"
+    cases = {
+        "fc_norm.weight": lambda s: s | {"base_model.model.fc_norm.weight": torch.ones(3)},
+        "blocks.0.attn.qkv.lora_A.weight (": lambda s: s | {wrong: torch.ones(4, 7)},
+        "head.weight (": lambda s: s | {"base_model.model.head.weight": torch.ones(9, 7)},
+    }
+    original = load_file(tmp_path / "adapter" / WEIGHTS)
+    for name, edit in cases.items():
+        change(tmp_path / "adapter", lambda _, edit=edit: edit(original))
+        total = count + (name == "fc_norm.weight")
+        with pytest.raises(UserError, match="does not fit this model: 1 of its") as error:
+            load_adapter(whole, tmp_path / "adapter")
+        assert name in str(error.value) and f"1 of its {total} tensors" in str(error.value)
+    assert not list(lora_layers(whole))
+
+
+def test_old_forms_of_pefts_files_are_each_named_in_a_sentence(base, tmp_path):
+    theirs = in_their_library(base, "timm", tmp_path / "base")
+    theirs = by_peft(theirs, ["qkv"], tmp_path / "adapter")
+    folder, path = tmp_path / "adapter", tmp_path / "adapter" / "adapter_config.json"
+    good, x = path.read_text(), torch.randn(1, 3, 32, 32)
+    path.write_bytes(b"\xef\xbb\xbf" + good.encode())  # as an editor of Windows leaves it
+    assert_parity(load_adapter(copy.deepcopy(base), folder).eval(), theirs, x)
+    for key, value, word in (
+        ("enable_lora", [True, False, True], "PEFT 0.2"), ("fan_in_fan_out", True, "GPT-2's Conv1D"),
+        ("r", 10**400, "r must be"), ("r", "8", "r must be"), ("lora_alpha", 10**400, "lora_alpha must be"),
+        ("lora_alpha", 1e308, "lora_alpha must be"), ("layers_to_transform", "abc", "layers_to_transform must be"),
+        ("layers_to_transform", [1, "a"], "layers_to_transform must be"), ("use_dora", "false", "use_dora must be"),
+        ("rank_pattern", {"q": 10**30}, r"rank_pattern\['q'\] must be"), ("target_modules", ["q", 3], "target_modules"),
+        ("alpha_pattern", {"(a)\\1": 3}, "not supported"), ("layers_to_transform", [-1], "layers_to_transform must be"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(json.loads(good) | {key: value}))
+        with pytest.raises(UserError, match=word):
+            load_adapter(copy.deepcopy(base), folder)
+    path.write_text(good)
+    change(folder, lambda s: {k: t[..., None] if "lora_B" in k else t for k, t in s.items()})
+    with pytest.raises(UserError, match="three dimensions: PEFT 0.2"):
+        load_adapter(base, folder)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin is a pickle.*save_file"):
+        load_adapter(base, folder)
+
+
+def test_layers_pattern_is_read_from_the_names_in_the_file(base, tmp_path):
+    theirs = in_their_library(base, "transformers5", tmp_path / "base")
+    options = {"layers_to_transform": [1], "layers_pattern": "layers"}
+    theirs = by_peft(theirs, ["q_proj"], tmp_path / "adapter", **options)
+    ours, x = load_adapter(base, tmp_path / "adapter").eval(), torch.randn(1, 3, 32, 32)
+    assert [name for name, _ in lora_layers(ours)] == ["blocks.1.attn.q_proj"]
+    assert_parity(ours, theirs, x)
+
+
+def test_patterns_in_a_file_cannot_hang_the_loading_of_an_adapter(base, tmp_path):
+    save_adapter(trained(base), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for pattern in (r"(([a-z0-9_]+)+\.?)+!", "(a|[a-z._0-9])*!", ".*" * 9 + "!"):
+        path.write_text(json.dumps(good | {"target_modules": pattern}))
+        with pytest.raises(UserError, match="matches no linear layer"):
+            load_adapter(copy.deepcopy(base), tmp_path)
+        patterns = {"rank_pattern": {pattern: 3}, "alpha_pattern": {f"({pattern})+": 7}}
+        path.write_text(json.dumps(good | patterns))
+        load_adapter(copy.deepcopy(base), tmp_path)  # they fit no name, so nothing changes
+    for pattern in ("(" * 5000 + ")" * 5000, "(" * 400 + "a" + ")" * 400):
+        path.write_text(json.dumps(good | {"target_modules": pattern}))
+        with pytest.raises(UserError, match="target_modules must be names or one regular expression"):
+            load_adapter(copy.deepcopy(base), tmp_path)
