@@ -51,9 +51,10 @@ run = load_run({in_python(str(path))})
 print({PREDICT[config.task]})
 ```
 """
-    if "transformers5" not in layouts or config.task not in CLASSES:
+    kind = "choice" if config.head == "names" else config.task  # both are a CLIP
+    if "transformers5" not in layouts or kind not in CLASSES or isinstance(config.model, dict):
         return text
-    model_class, folder = CLASSES[config.task], shlex.quote(str(path))
+    model_class, folder = CLASSES[kind], shlex.quote(str(path))
     text += f"""
 In transformers, merged to one model:
 
@@ -69,7 +70,7 @@ model = {model_class}.from_pretrained("merged")
     if config.mode != "lora":
         return text
     weights = {"none": '"none"', "bundled": "None"}.get(base["weights"], in_python(base["weights"]))
-    sizes = f", num_classes={classes}" * (config.task == "classify")
+    sizes = f", num_classes={classes}" * (kind == "classify")
     return (
         text
         + f"""

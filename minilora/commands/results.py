@@ -73,7 +73,8 @@ def _by_part(task: Task, shares: dict[str, float | None]) -> str:
 
 def next_commands(run_dir: Path, config: Config) -> list[str]:
     """The run directory, and what to type now."""
-    layout = "minilora" if config.task == "vqa" else "transformers"  # two towers are ours alone
+    # two towers are ours, or need a text tower as transformers has it
+    layout = "minilora" if config.task == "vqa" or isinstance(config.model, dict) else "transformers"
     question = {"classify": "", "vqa": ' --question "..."', "choice": ' --question "..." --choices A B C D'}
     return [
         f"run directory: {run_dir}",

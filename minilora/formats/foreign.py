@@ -160,7 +160,7 @@ def _other_tensors(model: nn.Module, table, adapted: set[str]) -> tuple[dict[str
     everything = {name.replace(".base_layer.", "."): p.detach() for name, p in model.named_parameters()}
     tensors, modules, placed = {}, [], set()
     for entry in table:
-        if not any(name in trained for name in entry.ours):
+        if entry.form == "ones" or not any(name in trained for name in entry.ours):
             continue
         placed.update(entry.ours)
         module = entry.theirs.rpartition(".")[0]
@@ -170,7 +170,8 @@ def _other_tensors(model: nn.Module, table, adapted: set[str]) -> tuple[dict[str
             raise UserError(
                 f"export_adapter: {entry.ours[0]} was trained, but is stored in another form as {entry.theirs}"
             )
-        tensors[entry.theirs] = torch.cat([everything[name].cpu() for name in entry.ours])
+        parts = [everything[name].cpu() for name in entry.ours]
+        tensors[entry.theirs] = torch.cat(parts) if len(parts) > 1 else parts[0]
         if entry.theirs.endswith(".weight"):
             modules.append(module)
     if missed := [name for name in trained if name not in placed]:

@@ -143,8 +143,8 @@ class Config:
     num_answers: int = flag(T, 1000, "vqa: classes are the K most frequent answers", int, low=2, tasks=("vqa",))
     fusion: str = flag(T, None, "vqa: how picture and question meet", tasks=("vqa",),
         choices=("concat", "product", "concat-product"), shown="concat-product; product for a student")
-    text_pooling: str = flag(T, None, "vqa: which vector a text has; auto: as the weights' folder says",
-        choices=("auto", "pooler", "mean", "cls", "max"), tasks=("vqa",), shown="auto")
+    text_pooling: str = flag(T, None, "two towers: which vector a text has; auto: as its folder says",
+        choices=("auto", "pooler", "mean", "cls", "max"), shown="auto")
     max_length: int = flag(T, None, "longest text in tokens", int, low=4, tasks=TEXT, shown="the model's")
     group_by_image: bool = flag(T, False, "vqa: questions of one picture share a batch and its encoding", bool,
         tasks=("vqa",))

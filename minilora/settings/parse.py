@@ -23,7 +23,8 @@ from minilora.version import __version__
 
 RECIPES = Path(__file__).parent / "recipes"
 BASE = "base"  # a table of config.toml that is no flag: the base weights with their sha256
-FIRST = {"fusion": "product", "text_pooling": "pooler"}  # what version 0.1 did unless it says more
+# what version 0.1 did unless it says more
+FIRST = {"vqa": {"fusion": "product", "text_pooling": "pooler"}, "classify": {"head": "linear"}}
 # what config.toml leaves out: how a run was started
 NOT_SAVED = ("config", "dry_run", "output", "resume")
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "layers", "train_norms", "train_bias")
@@ -245,9 +246,10 @@ def read_toml(path: str | os.PathLike) -> dict[str, Any]:
 def as_meant(values: dict[str, Any]) -> dict[str, Any]:
     """The flags of a run's config.toml as they were meant when it was written: version 0.1 did not
     write what it could not choose, and wrote --fusion for every task."""
-    if values.get("task") == "vqa":
-        return FIRST | values
-    return {name: value for name, value in values.items() if FIRST.get(name) != value}
+    task = values.get("task", Config.task)
+    if task != "vqa":
+        values = {name: value for name, value in values.items() if name != "fusion"}
+    return FIRST.get(task, {}) | values
 
 
 def read_run_config(run_dir: str | os.PathLike) -> tuple[Config, dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""A CLIP and its tokenizer: where the tokenizer is, whether the two belong together, and what
-choice and class names share.
+"""A CLIP and its tokenizer, or one made of two encoders: where the tokenizer is, whether the two
+belong together, and what choice and class names share.
 
 logits = exp(logit_scale) * cos(picture, text)
 """
@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from minilora.errors import UserError
 from minilora.settings.flags import Config
+from minilora.settings.values import TOWERS
 from minilora.tasks.method import one_value
+from minilora.tasks.run import Run
+from minilora.tasks.vqa.model import load_pair, moved_weights, open_tokenizer, tower_weights
 from minilora.tasks.weights import (
     RANDOM,
     find_weights,
@@ -23,6 +26,7 @@ from minilora.tasks.weights import (
     restoring,
     tokenizer_beside,
 )
+from reference_models.files.dual import join
 from reference_models.load import config_for, config_of
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -32,11 +36,22 @@ NEEDS = {"choice": "--task choice", "classify": "--head names"}
 
 def is_clip(config: Config) -> bool:
     """Whether --model compares pictures with texts; ModelError for a name that does not exist."""
-    return hasattr(config_of(one_value(config, "model")), "text_dim")
+    return isinstance(config.model, dict) or config_of(config.model).family in ("clip", "dual")
 
 
 def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     """(model, record of its weights, tokenizer) of a configuration; UserError for no CLIP."""
+    if isinstance(config.model, str) and not os.path.isdir(config.model):
+        pair = config_for(config.model)
+        if pair.family == "dual":
+            config.model = {tower: getattr(pair, tower).name for tower in TOWERS}
+    if isinstance(config.model, dict):
+        model, record = load_dual(config, weights := tower_weights(config))
+        tokenizer = open_tokenizer(config, weights)
+        check_tokenizer(model, tokenizer)
+        return model, record, tokenizer
+    if config.text_pooling not in (None, "auto"):
+        raise UserError(f"--text-pooling {config.text_pooling}: {config.model} has one vector of a text; leave it out")
     name, weights = one_value(config, "model"), one_value(config, "weights")
     find_weights(name, weights)  # what is missing first is reported first
     tokenizer = find_tokenizer(config)
@@ -48,9 +63,27 @@ def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     return model, record, tokenizer
 
 
-def restore_clip(config: Config, source: str | None, tokenizer: Tokenizer) -> tuple[nn.Module, dict]:
-    """The base model of a run from its weights, and their record."""
-    sizes = text_sizes(config.model, source, tokenizer)
+def load_dual(config: Config, weights: dict[str, str | None]) -> tuple[nn.Module, dict[str, dict]]:
+    """(a CLIP of the two encoders, the record of their weights); the seed makes the projections."""
+    vision, text, record = load_pair(config, weights)
+    torch.manual_seed(config.seed)
+    return join(vision, text), record
+
+
+def trained_heads(model: nn.Module, config: Config) -> tuple[str, ...]:
+    """Projections and scale are trained in linear mode, and where they are new."""
+    return model.head_modules if config.mode == "linear" or isinstance(config.model, dict) else ()
+
+
+def restore_clip(run: Run, weights: str | dict | None) -> tuple[nn.Module, dict]:
+    """The base model of a run, and the record of its weights. `weights`: where they are now."""
+    config, recorded = run.config, run.base.get("weights")
+    if isinstance(config.model, dict):
+        found = moved_weights(config, recorded, weights)
+        with restoring(found.values()):
+            return load_dual(config, found)
+    source = weights or recorded or config.weights
+    sizes = text_sizes(config.model, source, run.tokenizer)
     with restoring([source]):
         return load_base(config.model, source, config.seed, None, config.image_size, picture_flags(config), **sizes)
 
@@ -87,12 +120,14 @@ def text_limit(model: nn.Module, tokenizer: Tokenizer) -> int:
 def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
     """UserError where model and tokenizer do not belong together: more ids than rows, or
     another end token."""
-    config = model.config
+    config = getattr(model.config, "text", model.config)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"--tokenizer has {tokenizer.vocab_size} tokens, {config.name} knows {config.vocab_size}; it belongs to "
             "another model"
         )
+    if not hasattr(config, "eos_token_id"):
+        return  # a text is not read at its end
     legacy = config.eos_token_id == 2
     if tokenizer.eos_id != (tokenizer.vocab_size - 1 if legacy else config.eos_token_id):
         wanted = "its last token" if legacy else config.eos_token_id

@@ -112,8 +112,7 @@ def _restarted(prefix: str) -> Path | None:
 
 def differences(path: Path, config: Config) -> list[str]:
     """Where `config`, resolved, differs from that of the run in `path`; [] for the same run."""
-    # a run without --head is older than the flag, and was linear
-    there = replace(Config(head=config.head and "linear"), **read_toml(path))
+    there = replace(Config(), **read_toml(path))
     names = [f.name for f in fields(Config) if f.name not in FREE]
     return [
         f"{option(n)} {getattr(there, n)} there, {getattr(config, n)} here"

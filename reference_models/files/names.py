@@ -39,6 +39,8 @@ FORMS = {
     "kernel": (_kernel, lambda t: t.flatten(1)),
     "batch": (lambda t: t.squeeze(0), lambda t: t.unsqueeze(0)),  # (T, d) beside our (1, T, d)
     "vector": (lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, -1)),  # (d,) beside our (1, 1, d)
+    # what they multiply by where ours has nothing, shaped like the one of ours that is named
+    "ones": (torch.ones_like, None),
     "cat": (None, None),  # these two join several of ours, see `_split` and `_join`
     "cat_without_k": (None, None),  # q, zeros, v: a key bias that is stored and not used
 }
@@ -70,7 +72,10 @@ def to_ours(state: dict[str, Tensor], table: list[Entry]) -> tuple[dict[str, Ten
     for key, tensor in state.items():
         if key in known:
             entry = known[key]
-            result.update(zip(entry.ours, _split(entry, tensor), strict=True))
+            if entry.form == "ones" and not (tensor == 1).all():
+                raise ModelError(f"{key} is not 1 everywhere, which this model has no place for")
+            if entry.form != "ones":
+                result.update(zip(entry.ours, _split(entry, tensor), strict=True))
     return result, [key for key in state if key not in known]
 
 

@@ -213,9 +213,9 @@ def test_other_modes_leave_a_run_that_answers(mode, clip, photos, tmp_path):
 
 
 def test_a_config_from_before_head_is_linear(tmp_path):
-    (tmp_path / "config.toml").write_text('task = "classify"\nmodel = "vit-nano-patch8-48"\n')
+    (tmp_path / "config.toml").write_text('task = "classify"\nmodel = "clip-nano"\n[base]\nweights = "none"\n')
     config, _ = read_run_config(tmp_path)
-    assert config.head is None
+    assert config.head == "linear"
     task = build_task(parse_args(["--weights", "none"])[0])
     assert task.config.head == "linear" and task.zero_shot() is None
 

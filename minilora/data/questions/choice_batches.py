@@ -78,9 +78,10 @@ class ChoiceDataset(PictureTensors, Dataset):
 def collate_choices(items: Sequence[dict], pad_id: int) -> dict:
     """Items -> batch. B questions, U different pictures, C choices, T tokens of the longest text.
 
-    image (U, 3, S, S), picture (B,) rows of image, input_ids (B, C, T), label, index (B,) int64,
-    valid (B,) bool, share: whether it pays to encode what a question's choices have in common once,
-    packed_length: shared_size of the batch, which a GPU could only tell by making the host wait.
+    image (U, 3, S, S), picture (B,) rows of image, input_ids (B, C, T), attention_mask (B, C, T) 1
+    for a token and 0 for padding, label, index (B,) int64, valid (B,) bool, share: whether it pays
+    to encode what a question's choices have in common once, packed_length: shared_size of the
+    batch, which a GPU could only tell by making the host wait.
     """
     rows: dict[int, int] = {}
     for item in items:
@@ -88,14 +89,16 @@ def collate_choices(items: Sequence[dict], pad_id: int) -> dict:
     images = {item["picture"]: item["image"] for item in items}
     texts = [item["tokens"] for item in items]
     ids = np.full((len(texts), len(texts[0]), max(len(t) for text in texts for t in text)), pad_id, np.int64)
+    mask = np.zeros_like(ids)
     for b, text in enumerate(texts):
         for c, tokens in enumerate(text):
-            ids[b, c, : len(tokens)] = tokens
+            ids[b, c, : len(tokens)], mask[b, c, : len(tokens)] = tokens, 1
     packed = shared_size(texts)
     return {
         "image": torch.stack([images[number] for number in rows]),
         "picture": torch.tensor([rows[item["picture"]] for item in items]),
         "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
         "share": packed <= WORTH_SHARING * ids[0].size,
         "packed_length": packed,
         **{key: torch.tensor([item[key] for item in items]) for key in ("label", "index", "valid")},

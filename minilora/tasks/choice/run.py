@@ -55,7 +55,7 @@ class ChoiceRun(TextRun):
         return ChoicePrompt(self.tokenizer, self.config, self.model.config.context)
 
     def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
-        return restore_clip(self.config, weights or self.base.get("weights") or self.config.weights, self.tokenizer)
+        return restore_clip(self, weights)
 
     def check(self) -> None:
         check_tokenizer(self.model, self.tokenizer)

@@ -18,7 +18,7 @@ from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits
 from minilora.settings.flags import Config
 from minilora.tasks.choice.text import ChoicePrompt
-from minilora.tasks.clip import cosine_logits, load_clip
+from minilora.tasks.clip import cosine_logits, load_clip, trained_heads
 from minilora.tasks.labelled import Labelled, LabelledPredictor, Predictions
 from minilora.tasks.method import make_trainable, resolve
 from minilora.tasks.teacher import teacher_names
@@ -38,7 +38,7 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
     splits = open_data(config)
     teacher_names(config, LETTERS[: len(splits.train[0].choices)])
     model, record, tokenizer = load_clip(config)
-    make_trainable(model, config, model.head_modules if config.mode == "linear" else ())
+    make_trainable(model, config, trained_heads(model, config))
     return Choice(config, model, record, tokenizer, splits, torch.device(device))
 
 
@@ -60,11 +60,12 @@ class ChoicePredictor(LabelledPredictor):
 
 
 def pooled_texts(model: nn.Module, batch: dict) -> Tensor:
-    """input_ids (B, C, T) -> the text tower's end tokens (B, C, d)."""
-    ids = batch["input_ids"]
-    if batch["share"] if share_prefix is None else share_prefix:
+    """input_ids (B, C, T) -> the text tower's vectors (B, C, d). Where a token sees only those
+    before it, what a question's choices share can be encoded once."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if hasattr(model.text, "pooled_choices") and (batch["share"] if share_prefix is None else share_prefix):
         return model.text.pooled_choices(ids, batch.get("packed_length"))
-    return model.text.pooled(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+    return model.pooled_text(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
 
 
 def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]:
@@ -107,7 +108,7 @@ class Choice(Labelled):
         return make_loader(self.data[part], batches, self.workers, pin, collate)
 
     def encoded(self, batch: dict) -> dict[str, Tensor]:
-        ids = batch | {"input_ids": batch["input_ids"].to(self.device)}
+        ids = batch | {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
         image = self.model.vision.pooled(batch["image"].to(self.device))[batch["picture"].to(self.device)]
         # (B, d), (B, C, d)
         return {"image_features": image, "text_features": pooled_texts(self.model, ids)}

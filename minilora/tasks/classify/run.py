@@ -63,15 +63,15 @@ class ClassifyRun(Run):
         self.__dict__.pop("predictor", None)  # that of the old names
 
     def untrained(self, options: Any) -> Evaluation | None:
-        if self.tokenizer is None or self.config.mode == "full":
+        if self.tokenizer is None or self.config.mode == "full" or isinstance(self.config.model, dict):
             return None
         base = replace(self, model=self.base_model(options.weights))
         return base.evaluate(options)
 
     def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
-        source, model = weights or self.base.get("weights") or self.config.weights, one_value(self.config, "model")
         if self.tokenizer:
-            return restore_clip(self.config, source, self.tokenizer)
+            return restore_clip(self, weights)
+        source, model = weights or self.base.get("weights") or self.config.weights, one_value(self.config, "model")
         if isinstance(source, dict):
             raise UserError(
                 f"--task {self.task} has one encoder, but its weights are named by tower: {source}; give one path"

@@ -18,8 +18,9 @@ from minilora.data.shards.files import check_geometry
 from minilora.data.shards.pictures import ShardDataset, ShardSplit
 from minilora.errors import UserError
 from minilora.settings.flags import Config
+from minilora.settings.values import option
 from minilora.tasks.classify.prompts import NamesPredictor, check_names
-from minilora.tasks.clip import is_clip, load_clip
+from minilora.tasks.clip import is_clip, load_clip, trained_heads
 from minilora.tasks.labelled import Labelled, LabelledPredictor
 from minilora.tasks.method import make_trainable, one_value, resolve
 from minilora.tasks.teacher import teacher_names
@@ -36,9 +37,9 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
     resolve(config, DEFAULT_MODEL)
     config.head = config.head or default_head(config)
     names_head = config.head == "names"
-    for flag in () if names_head else ("prompt", "tokenizer"):
+    for flag in () if names_head else ("prompt", "tokenizer", "text_pooling"):
         if getattr(config, flag):
-            raise UserError(f"--{flag} has no effect with --head linear, where classes are not sentences; leave it out")
+            raise UserError(f"{option(flag)} has no effect with --head linear, where classes are no sentences")
     splits = open_data(config)
     if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
         splits = open_data(config, names["keys"])
@@ -55,18 +56,13 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
         replace_foreign_head(model, splits.classes, config.seed)
         for flag in ("lora_r", "lora_alpha"):
             one_value(config, flag)
-    make_trainable(model, config, model.head_modules if trains_heads(config) else ())
+    make_trainable(model, config, trained_heads(model, config) if names_head else model.head_modules)
     return Classify(config, model, record, splits, torch.device(device), tokenizer)
 
 
 def default_head(config: Config) -> str:
     """A model that compares pictures with texts needs no new head."""
     return "names" if config.model and is_clip(config) else "linear"
-
-
-def trains_heads(config: Config) -> bool:
-    """Whether the head is trained: projections and scale of a CLIP only in linear mode."""
-    return config.head == "linear" or config.mode == "linear"
 
 
 def open_data(config: Config, classes: Sequence[str] | None = None, require_train: bool = True) -> Splits:
@@ -140,8 +136,8 @@ class Classify(Labelled):
         return {"features": tower.pooled(batch["image"].to(self.device))}  # (B, d)
 
     def zero_shot(self) -> dict[str, float] | None:
-        if self.tokenizer is None:
-            return None
+        if self.tokenizer is None or isinstance(self.config.model, dict):
+            return None  # new projections know nothing
         with autocast(self.device, self.amp):
             scores = self.evaluate(self.model.eval())
         test = self.test(self.model) or {}

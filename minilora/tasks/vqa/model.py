@@ -12,6 +12,7 @@ from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.settings.values import TOWERS
 from minilora.tasks.weights import RANDOM, load_base, named, own_weights, picture_flags, tokenizer_beside
+from reference_models import ModelError
 from reference_models.fusion import TwoTower
 from reference_models.load import config_for
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
@@ -45,6 +46,14 @@ def tower_weights(config: Config, given: str | dict | None = None) -> dict[str, 
     return dict.fromkeys(TOWERS, weights)
 
 
+def moved_weights(config: Config, recorded: Any, given: str | dict | None) -> dict[str, str | None]:
+    """{tower: weights} of a run from its record; `given` is where they are now."""
+    if not isinstance(recorded or {}, dict):
+        raise UserError(f"--task {config.task} has two towers, but config.toml names one weight file: {recorded}")
+    moved = tower_weights(config, given) if given is not None else {}
+    return tower_weights(config, (recorded or {}) | {tower: w for tower, w in moved.items() if w is not None})
+
+
 def is_student(config: Config) -> bool:
     """Whether --model is the small student, one model and not a pair of towers."""
     named = isinstance(config.model, str) and not os.path.isdir(config.model)
@@ -67,7 +76,17 @@ def load_towers(config: Config, answers: int, weights: dict[str, str | None]) ->
     parts come from the seed. What --fusion and --text-pooling left open `config` then says."""
     if is_student(config):
         return load_student(config, answers)
+    vision, text, record = load_pair(config, weights)
+    config.fusion = config.fusion or "concat-product"
+    torch.manual_seed(config.seed)
+    return TwoTower(vision, text, answers, fusion=config.fusion), record
+
+
+def load_pair(config: Config, weights: dict[str, str | None]) -> tuple[nn.Module, nn.Module, dict[str, dict]]:
+    """(picture tower, text tower, the record of their weights). What --text-pooling left open
+    `config` then says."""
     names, settings = tower_names(config)
+    names = {tower: folder_now(name, weights[tower]) for tower, name in names.items()}
     sizes = (None, config.image_size, picture_flags(config))
     loaded = {
         "vision": load_base(names["vision"], weights["vision"], config.seed, *sizes, **settings),
@@ -75,10 +94,18 @@ def load_towers(config: Config, answers: int, weights: dict[str, str | None]) ->
     }
     record = {key: {tower: loaded[tower][1][key] for tower in TOWERS} for key in ("weights", "sha256")}
     vision, text = (tower_of(loaded[tower][0], tower) for tower in TOWERS)
-    config.fusion = config.fusion or "concat-product"
     config.text_pooling = getattr(text.config, "pooling", "pooler")
-    torch.manual_seed(config.seed)
-    return TwoTower(vision, text, answers, fusion=config.fusion), record
+    return vision, text, record
+
+
+def folder_now(name: str, source: str | None) -> str:
+    """A model's name; for a folder that is not here any more, where its weights are now."""
+    if os.path.isdir(name) or not os.path.isdir(source or ""):
+        return name
+    try:
+        return config_for(name) and name
+    except ModelError:
+        return source
 
 
 def text_settings(config: Config, name: str) -> dict[str, str]:

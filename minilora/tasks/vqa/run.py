@@ -24,7 +24,7 @@ from minilora.report.vqa_metric import format_vqa
 from minilora.settings.flags import Config
 from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers, top_cells, top_columns
 from minilora.tasks.vqa.features import grey_batches
-from minilora.tasks.vqa.model import load_towers, text_limit, tower_weights
+from minilora.tasks.vqa.model import load_towers, moved_weights, text_limit
 from minilora.tasks.vqa.task import BestAnswers, VQAPredictor, open_data, score
 from minilora.tasks.weights import restoring
 from minilora.training.device import autocast, to_device
@@ -46,14 +46,9 @@ class VQARun(TextRun):
         return Answers(self.labels, self.keys)
 
     def restore(self, weights: str | dict | None) -> tuple[nn.Module, dict]:
-        given = self.base.get("weights") or {}
-        if not isinstance(given, dict):
-            raise UserError(f"--task vqa has two towers, but config.toml names one weight file: {given}")
-        if weights is not None:
-            moved = tower_weights(self.config, weights)
-            given = given | {tower: source for tower, source in moved.items() if source is not None}
-        with restoring(given.values()):
-            return load_towers(self.config, len(self.labels), tower_weights(self.config, given))
+        found = moved_weights(self.config, self.base.get("weights"), weights)
+        with restoring(found.values()):
+            return load_towers(self.config, len(self.labels), found)
 
     def check(self) -> None:
         self.limit = text_limit(self.model, self.tokenizer, self.config.max_length)
