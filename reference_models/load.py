@@ -73,7 +73,7 @@ def create_model(name: str, num_classes: int | None = None, pictures: dict | Non
     `load_pretrained`. `overrides` replace fields of its configuration, such as image_size (pixels)
     or depth (blocks). Raises ModelError for an unknown name or field.
     """
-    config = config_for(name)
+    config = _for_classes(config_for(name), num_classes)
     if num_classes is not None:
         overrides["num_classes"] = num_classes
     known = [field.name for field in fields(config)]
@@ -127,6 +127,7 @@ def load_pretrained(
     checkpoint = find_checkpoint(name_or_dir if weights == "none" else weights)
     with readable(checkpoint.settings):
         config, notes = described(checkpoint, wanted)
+    config = _for_classes(config, num_classes)
     config = config if "pooling" in overrides else with_pooling(config, checkpoint.folder)
     if weights == "none":
         config = _final(config, None, num_classes, image_size, overrides)
@@ -194,6 +195,12 @@ def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "mini
     return write_model_files(directory, state, data, layout, model)
 
 
+def _for_classes(config, num_classes: int | None):
+    """A CLIP, which has no classes, is its picture tower where some are asked for."""
+    tower = num_classes is not None and config.family == "clip"
+    return family_module("vit_variants").tower_of(config) if tower else config
+
+
 def _build(config, assumed: dict, said: dict, chosen: dict) -> nn.Module:
     """The model, and what files say of it: key table, preprocessing; labels and notes for later."""
     model, family = _make(config), family_module(config.family)
@@ -208,7 +215,9 @@ def _build(config, assumed: dict, said: dict, chosen: dict) -> nn.Module:
 
 def _preprocess(config) -> dict:
     """What the family says of pictures; a two-tower model asks its picture tower's family."""
-    return family_module(getattr(config, "vision", config).family).preprocess
+    config = getattr(config, "vision", config)
+    family = family_module(config.family)
+    return family.preprocess_of(config) if hasattr(family, "preprocess_of") else family.preprocess
 
 
 def _make(config) -> nn.Module:

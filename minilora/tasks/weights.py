@@ -40,7 +40,8 @@ def load_base(
     the same base again, or notice that it cannot.
     """
     source = find_weights(model, weights)
-    if num_classes is not None and not os.path.isdir(model) and not hasattr(config_for(model), "num_classes"):
+    config = None if os.path.isdir(model) else config_for(model)
+    if num_classes is not None and config and not hasattr(config, "num_classes") and config.family != "clip":
         raise UserError(f"--model {model} tells no classes apart; it is for another --task")
     torch.manual_seed(seed)
     built = load_pretrained(model, source or RANDOM, num_classes, image_size, pictures, **sizes)

@@ -19,7 +19,8 @@ from reference_models.files.refused import instead
 from reference_models.text.textfiles import read_json
 from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
 
-FAMILIES = ("vit", "vit_variants", "beit", "swin", "swinv2", "bert", "clip", "mobilenet", "fusion", "dual", "student")
+FAMILIES = ("vit", "vit_variants", "beit", "swin", "swinv2", "mobilenet", "bert", "clip", "clip_text")
+FAMILIES += ("fusion", "dual", "student")
 SETTINGS = ("config.json", "open_clip_config.json")
 
 

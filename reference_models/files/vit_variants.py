@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from reference_models.clip import CLIPConfig
 from reference_models.errors import ModelError
-from reference_models.files.clip import PARTS as CLIP_PARTS
+from reference_models.files import clip
 from reference_models.files.names import Entry, fused, linear, rename
 from reference_models.files.shared import BLOCK, NO_DROPOUT, adapt_positions, read_fields, to_timm, write_fields
 from reference_models.files.shared import ENCODER_ARGUMENTS as ARGUMENTS
@@ -57,6 +58,29 @@ def config_for(name: str) -> VariantConfig | None:
     sizes = dict(zip(("dim", "depth", "heads", "hidden"), SIZES[size], strict=True))
     sizes |= {"patch_size": 14, "image_size": 518, "swiglu": match[2] == "giant"}
     return VariantConfig(name=name, registers=4 if match[1] else 0, **sizes, **DINOV2)
+
+
+def tower_of(config: CLIPConfig) -> VariantConfig:
+    """The picture tower of a CLIP, with the head that transformers gives it."""
+    values = {name: getattr(config, f"vision_{name}") for name in ("dim", "depth", "heads", "hidden", "act", "eps")}
+    sizes = {"image_size": config.image_size, "patch_size": config.patch_size, "num_classes": 0}
+    return VariantConfig(config.name, **values, **sizes, **CLIP)
+
+
+def preprocess_of(config: VariantConfig) -> dict:
+    """What a checkpoint wants that does not say it: CLIP's and SigLIP's towers have their own."""
+    if config.pre_norm:
+        return clip.preprocess
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize": "squash"}
+    return preprocess | half if "map" in config.pool else preprocess
+
+
+def lone_file(config: VariantConfig, keys, file_name: str, layout: str) -> tuple[dict, list[str]]:
+    """The activation of a CLIP's file without config.json, as files/clip.py tells it."""
+    if not config.pre_norm:
+        return {}, []
+    told, notes = clip.lone_file(config, keys, file_name, layout)
+    return {"act": told["vision_act"]}, notes
 
 
 def kind_of(config: VariantConfig) -> str | None:
@@ -124,7 +148,7 @@ def _tower(config: VariantConfig, base: str, kind: str) -> list[Entry]:
         table += [rename("pos_embed", f"{base}positional_embedding", "batch")]
         table += [*linear("norm_pre", f"{base}ln_pre"), *linear("norm", f"{base}ln_post")]
         qkv = ("attn.in_proj_weight", "attn.in_proj_bias")
-        return table + _blocks(config, f"{base}transformer.resblocks", CLIP_PARTS[kind], qkv)
+        return table + _blocks(config, f"{base}transformer.resblocks", clip.PARTS[kind], qkv)
     table = [rename("cls_token", f"{base}embeddings.class_embedding", "vector")]
     table += [*_patches(base, "embeddings.patch_embedding")]
     table += [rename("pos_embed", f"{base}embeddings.position_embedding.weight", "batch")]
@@ -135,7 +159,7 @@ def _tower(config: VariantConfig, base: str, kind: str) -> list[Entry]:
     table += fused(qkv, f"{head}.attention.in_proj_weight", f"{head}.attention.in_proj_bias")
     for ours, theirs in (("norm", "layernorm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
         table += linear(f"{pool}.{ours}", f"{head}.{theirs}")
-    return table + _blocks(config, f"{base}encoder.layers", CLIP_PARTS["transformers"])
+    return table + _blocks(config, f"{base}encoder.layers", clip.PARTS["transformers"])
 
 
 def _deit(config: VariantConfig, layout: str) -> list[Entry]:

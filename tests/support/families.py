@@ -9,6 +9,7 @@ from reference_models.load import FAMILIES, family_module
 SMALL_SWIN = {"dim": 24, "depths": (2, 2), "heads": (3, 6)}
 SIZES = {  # of families whose first model is too large to be tried in a second
     "vit": {"image_size": 32, "dim": 24, "heads": 3, "hidden": 48, "depth": 2, "distilled": True},
+    "vit_variants": {"image_size": 28, "dim": 24, "heads": 3, "hidden": 48, "depth": 2},
     "beit": {"dim": 24, "heads": 3, "hidden": 48, "depth": 2},
     "swin": SMALL_SWIN,
     "swinv2": SMALL_SWIN,
@@ -16,7 +17,7 @@ SIZES = {  # of families whose first model is too large to be tried in a second
     "clip": {"vision_depth": 2, "text_depth": 2, "vision_dim": 48, "text_dim": 48, "vision_heads": 3, "text_heads": 3},
     "mobilenet": {"image_size": 64},
 }
-READ = ("bert", "clip", "fusion", "student")  # text, alone or beside pictures
+READ = ("bert", "clip", "clip_text", "fusion", "student")  # text, alone or beside pictures
 SEES = [family for family in FAMILIES if family not in READ]
 
 

@@ -1,0 +1,54 @@
+"""The files of CLIP's text tower alone, as transformers writes it. See load.py for the protocol."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from reference_models.clip import CLIPConfig, TextTower
+from reference_models.files import clip
+from reference_models.files.names import Entry
+
+build = TextTower
+layouts = {"transformers4": ("text_model.",), "transformers5": ("", "text_model.")}
+adapter_layouts = ("transformers5", "transformers4")
+ignored = r"position_ids$|^text_projection\."  # the projection stands behind what a tower returns
+optional = r"^$"
+layout_settings: dict[str, dict] = {}
+preprocess: dict = {}
+
+
+def names() -> list[str]:
+    return ["clip-text-nano"]
+
+
+def config_for(name: str) -> CLIPConfig | None:
+    """clip-text-nano; the other sizes come with the whole CLIP or as a folder."""
+    return replace(clip.config_for("clip-nano"), name=name, family="clip_text") if name in names() else None
+
+
+def key_table(config: CLIPConfig, layout: str) -> list[Entry]:
+    """The rows of CLIP's table for the text tower; transformers 5 has no level above it."""
+    rows = [row for row in clip.key_table(config, layout) if row.ours[0].startswith("text.")]
+    level = "text_model." if layout == "transformers5" else ""
+    return [row._replace(ours=(row.ours[0][len("text.") :],), theirs=row.theirs.removeprefix(level)) for row in rows]
+
+
+def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:
+    return config
+
+
+def adapt(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> None:
+    """A text tower has no picture size."""
+
+
+def config_from_json(data: dict) -> CLIPConfig | None:
+    """Read the config.json of transformers' CLIPTextModel; None where it is of another family."""
+    if data.get("model_type") != "clip_text_model":
+        return None
+    config = clip.config_from_json({"model_type": "clip", "text_config": data})
+    return replace(config, name=f"clip-text-{config.text_dim}", family="clip_text")
+
+
+def config_to_json(config: CLIPConfig, layout: str) -> dict:
+    """config.json as transformers reads it."""
+    return {"architectures": ["CLIPTextModel"], **clip.config_to_json(config, layout)["text_config"]}
