@@ -154,8 +154,10 @@ def test_the_command_renames_prints_one_line_and_exits_2_on_mistakes(tmp_path, c
 
 
 def test_every_family_that_has_both_transformers_layouts_is_converted():
-    both = [name for name in load.FAMILIES if set(LAYOUTS) <= set(load.family_module(name).layouts)]
-    both.remove("dual")  # has names of two families at once: load the adapter and export it
+    # of these the names alone do not tell which model it is: they are loaded and exported
+    several = {"vit_variants", "clip_text", "dual"}
+    families = [name for name in load.FAMILIES if name not in several]
+    both = [name for name in families if set(LAYOUTS) <= set(load.family_module(name).layouts)]
     assert both == list(FAMILIES) == ["vit", "beit", "swin", "swinv2", "bert", "clip"]
 
 

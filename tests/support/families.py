@@ -17,7 +17,7 @@ SIZES = {  # of families whose first model is too large to be tried in a second
     "clip": {"vision_depth": 2, "text_depth": 2, "vision_dim": 48, "text_dim": 48, "vision_heads": 3, "text_heads": 3},
     "mobilenet": {"image_size": 64},
 }
-READ = ("bert", "clip", "clip_text", "fusion", "student")  # text, alone or beside pictures
+READ = ("bert", "clip", "clip_text", "dual", "fusion", "student")  # text, alone or beside pictures
 SEES = [family for family in FAMILIES if family not in READ]
 
 
