@@ -16,6 +16,7 @@ READING_PATH = [
     *CORE,
     "reference_models/layers.py",
     "reference_models/vit.py",
+    "minilora/lessons/loop.py",
     "minilora/tasks/method.py",
     "minilora/training/trainer.py",
     "train.py",

@@ -13,12 +13,13 @@ from reference_models.load import bundled_weights
 from tests.support.cli_data import ROOT, program, write_photos
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = (ROOT / "minilora" / "GUIDE.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README + GUIDE, flags=re.DOTALL)
 COMMANDS = [line.partition("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 SHARDS = "python -m minilora.commands.shards"
 STARTS = ("python train.py", "python evaluate.py", SHARDS)
 PROGRAMS = [command for command in COMMANDS if command.startswith(STARTS)]
-DOWNLOADS = ("hf:", "--recipe")  # what needs the network is only read by the parser
+DOWNLOADS = ("hf:", "--recipe", "minilm")  # what needs the network is only read by the parser
 FEW_STEPS = ["--max-steps", "2", "--subset", "16", "--batch-size", "8"]
 
 
@@ -35,15 +36,30 @@ def test_ci_runs_the_readmes_test_command():
     assert found == "pip install -e '.[test]' && pytest\n"
 
 
-def test_the_example_prints_what_the_readme_says():
+def test_the_example_prints_its_first_line_to_the_letter_and_a_loss_that_falls_as_shown():
     (_, code), (_, printed) = BLOCKS[0], BLOCKS[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (printed, "")
+    assert done.stderr == ""
+    found, shown = done.stdout.splitlines(), printed.splitlines()
+    assert found[0] == shown[0] and len(found) == len(shown) == 4
+    losses = [[float(line.split()[-1]) for line in lines[1:]] for lines in (found, shown)]
+    assert losses[0] == sorted(losses[0], reverse=True) and losses[0] == pytest.approx(losses[1], abs=0.15)
+
+
+def test_the_worked_example_is_the_lessons_output():
+    done = subprocess.run([sys.executable, "-m", "minilora.lessons.equation"], cwd=ROOT, capture_output=True, text=True)
+    shown = [line for line in BLOCKS[2][1].splitlines() if line != "..."]
+    assert len(shown) >= 10 and set(shown) <= {line.rstrip() for line in done.stdout.splitlines()}
+
+
+def test_it_is_short_and_has_two_levels():
+    assert len(README.splitlines()) <= 150
+    assert re.findall(r"^# (.*)", README, flags=re.MULTILINE)[:3] == ["minilora", "1. Understand LoRA", "2. Use it"]
 
 
 def test_line_counts_of_the_reading_path_are_right():
     rows = re.findall(r"^\| \[(\S+\.py)\]\(\1\) \| (\d+) \|", README, flags=re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 10
     for file, said in rows:
         lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
         assert abs(lines - int(said)) <= 0.15 * int(said), f"{file} has {lines} lines, README says about {said}"
@@ -67,6 +83,7 @@ def test_every_command_in_the_readme_takes_the_flags_it_is_given():
     parsers = {name: Parser(table, name, "", "") for name, table in tables.items()} | {"train.py": train_parser()}
     known = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     known["minilora.commands.download"] = set()
+    known["minilora.commands.demo"] = set()  # argparse of its own: the README gives it a run alone
     checked = 0
     for command in (command for command in COMMANDS if "python " in command or command.startswith("torchrun")):
         words = shlex.split(command)
