@@ -86,7 +86,7 @@ def towers(pretrained: bool = True) -> list[str]:
     weights = shared_folder() / "weights"
     deit, minilm = weights / "deit_tiny_patch16_224.fp16.safetensors", weights / "minilm-l6"
     words = ["--model", "vision=vit-tiny-patch16-224", f"text={minilm}", "--text-pooling", "mean"]
-    words += ["--tokenizer", str(minilm), "--batch-size", "64"]
+    words += ["--tokenizer", str(minilm), "--batch-size", "64", "--amp", "fp32"]
     return words + ["--weights", *([f"vision={deit}", f"text={minilm}"] if pretrained else ["none"])]
 
 
