@@ -72,8 +72,8 @@ def test_a_run_is_scored_in_its_own_precision_to_the_digit(fast_bf16, tmp_path, 
     for words, precision in (([], "bf16"), (["--amp", "fp32"], "fp32")):
         assert evaluate.main([str(run), *words]) == 0
         first, second, *_ = capsys.readouterr().out.splitlines()
-        assert first.endswith(f"{precision})")
-        wanted = f"accuracy {summary['best']['accuracy']:.4f}", f"log loss {summary['best']['val_loss']:.4f}"
+        assert f", {precision})" in first
+        wanted = f"accuracy {100 * summary['best']['accuracy']:.2f} %", f"log loss {summary['best']['val_loss']:.4f}"
         assert all(text in second for text in wanted) or precision == "fp32"
     loaded = load_run(run)
     assert loaded.amp == "bf16" and loaded.model.head.weight.dtype == torch.float32
