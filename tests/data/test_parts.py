@@ -302,7 +302,7 @@ def test_json_with_a_mark_and_annotations_with_one_answer_are_read(tmp_path):
     assert sorted(parts) == ["train", "val"] and parts["val"].pictures[0].path == "valid/0.png"
     assert [q.answer for q in parts["train"].questions[:3]] == ["red", "blue", "green"]
     assert parts["train"].questions[0].answers == ("red",) and len(parts["train"].questions[1].answers) == 3
-    for wrong in ({"answer": 3}, {"answers": "red"}, {"answers": [{"text": "x"}]}, {"answers": []}):
+    for wrong in ({"answer": 3}, {"answers": "red"}, {"answers": 7}, {"answers": [{"text": "x"}]}, {"answers": []}):
         write_json(tmp_path / "valid" / "annotations.json", "annotations", [kept[0] | wrong, *kept[1:]])
         with pytest.raises(UserError, match=r"valid/annotations.json: question \d+"):
             read_vqa2(tmp_path)

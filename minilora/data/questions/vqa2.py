@@ -248,9 +248,10 @@ def by_id(path: Path) -> dict[int, dict]:
     for record in records(path, "annotations", {"question_id": int}):
         number, only = record["question_id"], record.get("answer")
         answers = record.get("answers", [] if only is None else [only])
-        texts = [one.get("answer") if isinstance(one, dict) else one for one in answers if isinstance(answers, list)]
+        listed = answers if isinstance(answers, list) else [None]
+        texts = [one.get("answer") if isinstance(one, dict) else one for one in listed]
         common = record.get("multiple_choice_answer", "")
-        if not isinstance(answers, list) or not all(isinstance(text, str) for text in (*texts, common)):
+        if not all(isinstance(text, str) for text in (*texts, common)):
             raise UserError(f'{path}: question {number}: answers must be a list of {{"answer": "text"}}')
         if not any(texts) and not common:
             raise UserError(f"{path}: question {number} has no answers")
