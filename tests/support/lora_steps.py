@@ -48,7 +48,8 @@ class Step:
             self.model, heads = create_model("clip-vit-b-32", **CLIP), ()
             ids = torch.randint(1, 50, (ROWS, CLASSES, 10))
             ids[:, :, :5], ids[:, :, 9] = ids[:, :1, :5], 59  # the choices of a question begin alike
-            self.batch = {"image": self.images, "picture": torch.arange(ROWS), "input_ids": ids, "share": False}
+            texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            self.batch = {"image": self.images, "picture": torch.arange(ROWS), "share": False, **texts}
         inject_lora(self.model, LoRAConfig(r=4, modules_to_save=heads, init_lora_weights=False))
 
     def loss(self) -> Tensor:

@@ -114,7 +114,7 @@ def test_links_in_a_run_directory_lead_no_write_out_of_it(world, monkeypatch):
 def test_starts_of_one_torchrun_share_a_numbered_directory(tmp_path, monkeypatch):
     """Without --output; a new launch, and one without restarts, get a directory of their own."""
     monkeypatch.chdir(tmp_path)
-    config = Config(model="vit-nano-patch8-48", lr=1e-3)
+    config = Config(model="vit-nano-patch8-48", lr=1e-3, head="linear")
 
     def start(count, run_id="a", restarts="3", parent=7):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
