@@ -85,12 +85,10 @@ def test_a_broken_picture_is_named_or_skipped(photos, tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("--model clip-nano", "clip-nano tells no classes apart; it is for another --task"),
         ("--model bert-nano", "bert-nano tells no classes apart"),
         ("--task choice --model vit-nano-patch8-48", "is no CLIP; --task choice needs one"),
         ("--task choice --model bert-nano", "is no CLIP"),
         ("--task vqa --model vit-nano-patch8-48", "needs two towers, such as vision="),
-        ("--model vision=vit-nano-patch8-48 text=bert-nano", "has one encoder; give one value"),
         ("--image-size 50", "cuts pictures into patches of 8; take a multiple"),
     ],
 )

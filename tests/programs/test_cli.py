@@ -21,7 +21,16 @@ from tests.support.cli_data import NANO, QUICK, ROOT, program, write_photos
 
 train, evaluate = program("train"), program("evaluate")
 FILES = {"config.toml", "adapter_config.json", "adapter_model.safetensors", "labels.json", "preprocess.json"}
-FILES |= {"metrics.jsonl", "summary.json", "train.log", "curves.png", "attention.png", "report.html", "checkpoints"}
+FILES |= {
+    "metrics.jsonl",
+    "summary.json",
+    "train.log",
+    "curves.png",
+    "attention.png",
+    "report.html",
+    "README.md",
+    "checkpoints",
+}
 
 
 @pytest.fixture(scope="module")
