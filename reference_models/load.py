@@ -148,7 +148,7 @@ def load_pretrained(
     assumed = assumed_settings(_preprocess(config), layout, Path(files).name, getattr(config, "distilled", False))
     with readable(checkpoint.settings):
         model = _build(config, assumed, checkpoint.pictures, pictures or {})
-    model.notes = [*notes, *_head_notes(model, checkpoint, found, num_classes)]
+    model.notes = [*notes, *_other_sizes(wanted, found), *_head_notes(model, checkpoint, found, num_classes)]
     if hasattr(family, "notes"):
         model.notes += family.notes(config, layout)
     if model.preprocess:
@@ -159,6 +159,16 @@ def load_pretrained(
     own = model.state_dict()
     model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
     return model
+
+
+def _other_sizes(wanted, found) -> list[str]:
+    """What to say where a checkpoint's own settings give other sizes than the name beside it."""
+    if wanted is None or type(wanted) is not type(found):
+        return []
+    sizes = ("dim", "depth", "heads", "hidden", "patch_size")
+    pairs = [(key, getattr(found, key, None), getattr(wanted, key, None)) for key in sizes]
+    other = [f"{key} {own} (not {named})" for key, own, named in pairs if own != named]
+    return [f"{wanted.name}: the checkpoint's own sizes are taken: {', '.join(other)}"] if other else []
 
 
 def _head_notes(model: nn.Module, checkpoint: Checkpoint, found, num_classes: int | None) -> list[str]:

@@ -10,7 +10,7 @@ from minilora.commands import backbones
 from minilora.errors import UserError
 from reference_models import ModelError, create_model, save_pretrained
 from tests.support.cli_data import ROOT, program, write_photos
-from tests.test_readme import README
+from tests.test_readme import GUIDE
 
 VIT, BEIT, SWIN = "vit-nano-patch8-48", "beit-nano-patch8-48", "swin-nano-patch4-window6-48"
 TINY = ["--weights", "none", "--max-steps", "1", "--batch-size", "4", "--lora-r", "2", "--device", "cpu"]
@@ -175,7 +175,7 @@ def test_the_readmes_commands_are_tables_of_8_and_16_runs(tmp_path, monkeypatch)
     write_photos(tmp_path / "photos", train=1, val=1)
     (tmp_path / "deit_tiny.safetensors").touch()
     monkeypatch.chdir(tmp_path)
-    lines = [line for line in README.splitlines() if line.startswith("python -m minilora.commands.backbones")]
+    lines = [line for line in GUIDE.splitlines() if line.startswith("python -m minilora.commands.backbones")]
     plans = [backbones.read_plan(shlex.split(line)[3:])[0] for line in lines]
     assert [len(plan) for plan in plans] == [8, 16]
     first = plans[0]["swin-large-patch4-window12-384-full-none"]

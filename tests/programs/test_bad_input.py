@@ -130,8 +130,16 @@ def test_truncated_weights_are_named(weights):
 
 
 def test_weights_of_another_model_are_named(weights):
-    told = refused(train.main, "--model", "vit-tiny-patch16-224", "--weights", weights)
-    assert str(weights) in told
+    lone = weights.parents[1] / "lone.safetensors"
+    lone.write_bytes(weights.read_bytes())
+    told = refused(train.main, "--model", "vit-tiny-patch16-224", "--weights", lone)
+    assert str(lone) in told
+
+
+def test_sizes_of_a_checkpoint_that_are_not_the_names_are_printed(weights, capsys):
+    assert train.main(["--model", "vit-tiny-patch16-224", "--weights", str(weights), "--dry-run"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "own sizes" in line)
+    assert "dim 128 (not 192)" in line and "patch_size 8 (not 16)" in line
 
 
 def test_weights_with_nan_name_the_tensor(weights):
