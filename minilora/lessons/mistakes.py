@@ -67,8 +67,8 @@ MISTAKES = (
     Mistake(
         "scale forgotten in one gradient",
         "minilora/fused.py",
-        "multiply(g, B).mul_(ctx.s)",
-        "multiply(g, B)",
+        "few(g, B.T).mul_(ctx.s)",
+        "few(g, B.T)",
         "tests/test_fused.py::test_gradcheck_agrees_with_finite_differences",
         "every hand-written backward at one time or another",
         "dA and the low-rank part of dx are too small by s. Loss still falls, only slower: no curve shows it.",
