@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 from minilora import LoRAConfig, inject_lora
 from minilora.errors import RunError
+from minilora.tasks.choice.task import ChoicePredictor
 from minilora.training.trainer import Trainer, TrainOptions, compile_blocks
 from reference_models.load import FAMILIES
 from tests.support.cli_data import QUICK, program
@@ -86,6 +87,27 @@ def test_blocks_of_one_shape_share_their_compilation(eagerly):
     for _ in range(2):
         model(*inputs_of("vit", model)).sum().backward()
     assert counters["stats"]["unique_graphs"] <= 3  # the first block, those in the middle, the last one
+
+
+@pytest.mark.slow
+def test_towers_batches_and_lengths_of_many_kinds_stay_compiled(eagerly):
+    """torch goes back to eager mode after 8 compilations of one code, of which two towers have more."""
+    step = Step("clip")
+    compile_blocks(step.model)
+    for length, rows, trained in (
+        (10, 8, True),
+        (9, 8, True),
+        (8, 5, True),
+        (10, 8, False),
+        (7, 8, False),
+        (9, 3, False),
+    ):
+        ids = step.batch["input_ids"][:rows, :, -length:]
+        batch = {"image": step.images[:rows], "picture": torch.arange(rows), "input_ids": ids, "share": length < 10}
+        batch["attention_mask"] = torch.ones_like(ids)
+        with torch.set_grad_enabled(trained):
+            ChoicePredictor().logits(step.model.train(trained), batch).sum()
+    assert counters["stats"]["unique_graphs"] > 8
 
 
 def test_a_model_without_blocks_is_compiled_whole(eagerly):

@@ -336,8 +336,12 @@ def compile_blocks(model: nn.Module) -> None:
     """torch.compile on every transformer block, else on the whole model; in place, so that the
     names of parameters stay.
 
-    Blocks of one shape share one compilation, which so takes seconds however many there are.
+    Blocks of one shape share one compilation, which so takes seconds however many there are. The
+    kinds of block, batch and mode together are more than the 8 after which torch gives up.
     """
+    settings, limit = torch._dynamo.config, "recompile_limit"
+    limit = limit if hasattr(settings, limit) else "cache_size_limit"  # its old name
+    setattr(settings, limit, max(64, getattr(settings, limit)))
     lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
     for module in [block for blocks in lists for block in blocks] or [model]:
         module.compile()
