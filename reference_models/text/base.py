@@ -1,11 +1,12 @@
-"""What both tokenizers share: special tokens inside a text, truncation,
+"""What the tokenizers share: special tokens inside a text, truncation,
 padding, counting, saving."""
 
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,16 +16,45 @@ from reference_models.text.textfiles import write_atomic
 # Unicode's White_Space. Python's `\s` also takes U+001C..U+001F, which the reference
 # tokenizers do not.
 WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+BLANKS = WHITE_SPACE.replace("-", "".join(map(chr, range(0x2001, 0x200A))))
 CACHE_LIMIT = 1 << 16  # chunks remembered; a few MB
+CACHED_LENGTH = 64  # letters; a longer chunk will hardly come again
 
 
-def numbered(vocab: Mapping[str, int] | Sequence[str], where: str) -> dict[str, int]:
-    """Token -> id, checked: ids 0..n-1, each once. `where` names the file in errors."""
+class Added(NamedTuple):
+    """A token found in the text itself: before the normalizing, or after it; with lstrip or rstrip
+    the white space on that side belongs to it."""
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = True
+
+
+class Table(dict):
+    """Code point -> what `str.translate` puts in its place, found when it is first met."""
+
+    def __init__(self, find: Callable[[str], str]):
+        self.find = find
+
+    def __missing__(self, code: int) -> str:
+        self[code] = self.find(chr(code))
+        return self[code]
+
+
+# letter by letter: str.lower of a word would write a final sigma differently
+LOWER = Table(str.lower)
+
+
+def numbered(vocab: Mapping[str, int] | Sequence[str], where: str, unit: str = "line") -> dict[str, int]:
+    """Token -> id, checked: ids 0..n-1, each once. `where` names the file in errors, `unit` what
+    a list's entries are."""
     if not isinstance(vocab, Mapping):
         ids: dict[str, int] = {}
         for i, token in enumerate(vocab):
             if token in ids:
-                raise ModelError(f"{where}, line {i + 1}: token {token!r} is already on line {ids[token] + 1}")
+                raise ModelError(f"{where}, {unit} {i + 1}: token {token!r} is already on {unit} {ids[token] + 1}")
             ids[token] = i
         return ids
     seen: dict[int, str] = {}
@@ -57,37 +87,40 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 class Tokenizer(ABC):
-    """Text -> ids. Subclasses say how one whitespace-free chunk is cut (`_chunk`) and which
-    ids frame a text.
+    """Text -> ids. Subclasses say how one chunk is cut (`_chunk`) and which ids frame a text:
+    `single` = (before, after), `pair` = (before, between, after).
 
-    `added` are tokens found in the raw text before any cleaning ("[SEP]", "<|endoftext|>" and
-    the like), as the
-    tokenizers library does: a text that contains one gets its id. `truncated` counts the texts that
-    were cut since the tokenizer was made (or since it was set to 0).
+    `added` are tokens found in the text ("[SEP]", "<|endoftext|>" and the like), as the tokenizers
+    library does: a text that contains one gets its id. `truncated` counts the texts that were cut
+    since the tokenizer was made (or since it was set to 0).
     """
 
     kind: str
+    pad_id: int
+    single: tuple[Sequence[int], Sequence[int]]
+    pair: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None
     special: tuple[str, ...]  # tokens every vocabulary of this kind must have
     optional: tuple[str, ...] = ()  # tokens that count as special where the vocabulary has them
     has_types = False
 
-    def __init__(self, vocab, added: Mapping[str, int] | None, max_length: int, where: str):
+    def __init__(self, vocab, added: Mapping[str, int | Added] | None, max_length: int, where: str):
         self.vocab = numbered(vocab, where)
         for token in self.special:
             if token not in self.vocab:
                 raise ModelError(f"{where}: the special token {token!r} is missing; is this a {self.kind} vocabulary?")
-        for token, i in (added or {}).items():
+        added = {token: Added(i) if isinstance(i, int) else i for token, i in (added or {}).items()}
+        for token, (i, *_) in added.items():
             if self.vocab.setdefault(token, i) != i:
                 raise ModelError(f"{where}, added token {token!r}: id {i}, but the vocabulary says {self.vocab[token]}")
         self.vocab = numbered(self.vocab, where)
-        names = (*self.special, *self.optional, *(added or ()))
-        self.added = {token: self.vocab[token] for token in names if token in self.vocab}
+        named = {token: Added(self.vocab[token]) for token in (*self.special, *self.optional) if token in self.vocab}
+        self.added: dict[str, Added] = named | added
         self.tokens = sorted(self.vocab, key=self.vocab.__getitem__)
         self.max_length = max_length
         self.truncated = 0
         self._cache: dict[str, tuple[int, ...]] = {}
-        longest = sorted(filter(None, self.added), key=len, reverse=True)
-        self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
+        self._raw = _finder({t: a for t, a in self.added.items() if not a.normalized})
+        self._normal = _finder({self._normalize(t): a for t, a in self.added.items() if a.normalized})
 
     @property
     def vocab_size(self) -> int:
@@ -97,34 +130,54 @@ class Tokenizer(ABC):
     def text_ids(self, text: str) -> list[int]:
         """Ids of one text without the framing special tokens."""
         ids: list[int] = []
-        for part in self._added_pattern.split(text):
-            if part in self.added:
-                ids.append(self.added[part])
+        for number, part in enumerate(self._parts(text)):
+            if isinstance(part, int):
+                ids.append(part)
                 continue
-            for chunk in self._chunks(part):
+            for chunk in self._chunks(part, number == 0):
                 known = self._cache.get(chunk)
                 if known is None:
+                    known = tuple(self._chunk(chunk))
                     if len(self._cache) >= CACHE_LIMIT:
                         self._cache.clear()
-                    known = self._cache[chunk] = tuple(self._chunk(chunk))
+                    if len(chunk) <= CACHED_LENGTH:
+                        self._cache[chunk] = known
                 ids.extend(known)
         return ids
+
+    def _parts(self, text: str) -> Iterator[int | str]:
+        """The ids of added tokens, and the normalized text between them."""
+        for part in _split(text, *self._raw):
+            if isinstance(part, int):
+                yield part
+            else:
+                yield from _split(self._normalize(part), *self._normal)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text with the framing special tokens, not cut."""
         return self._frame(self.text_ids(text))
 
+    def _normalize(self, text: str) -> str:
+        """A text in which the added tokens that are `normalized` are looked for."""
+        return text
+
     @abstractmethod
-    def _chunks(self, text: str) -> Iterable[str]:
-        """A text cut where no word can cross, so that chunks can be remembered."""
+    def _chunks(self, text: str, first: bool = False) -> Iterable[str]:
+        """A text cut where no word can cross, so that chunks can be remembered. first: it begins
+        the whole text."""
 
     @abstractmethod
     def _chunk(self, chunk: str) -> Iterable[int]:
         """Ids of one chunk."""
 
-    @abstractmethod
     def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
         """A text's ids, or a pair's, between the special tokens."""
+        if pair is None:
+            return [*self.single[0], *ids, *self.single[1]]
+        if self.pair is None:
+            raise ModelError(f"{self.kind} reads single texts; join the two before tokenizing")
+        before, between, after = self.pair
+        return [*before, *ids, *between, *pair, *after]
 
     def __call__(
         self,
@@ -175,11 +228,45 @@ class Tokenizer(ABC):
         return self._frame(first, None if second is None else second[: keep[1]]), len(self._frame(first))
 
     # ---- files
-    def _save_config(self, directory: Path, config: dict) -> None:
-        flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
-        config["model_max_length"] = self.max_length
-        config["added_tokens_decoder"] = {str(i): {"content": token, **flags} for token, i in self.added.items()}
-        write_atomic(directory / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    def save(self, directory: str | Path) -> None:
+        """Write the vocabulary's files and tokenizer_config.json, which load_tokenizer and
+        transformers read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        files, config = self._saved()
+        text = json.dumps(config | {"model_max_length": self.max_length}, indent=2) + "\n"
+        for name, content in (files | {"tokenizer_config.json": text.encode()}).items():
+            write_atomic(directory / name, content)
+
+    @abstractmethod
+    def _saved(self) -> tuple[dict[str, bytes], dict]:
+        """The vocabulary's files, and what tokenizer_config.json says."""
+
+    def _added_config(self) -> dict:
+        entries = [{"content": token, "single_word": False, **entry._asdict()} for token, entry in self.added.items()]
+        return {"added_tokens_decoder": {str(entry.pop("id")): entry for entry in entries}}
+
+
+def _finder(added: Mapping[str, Added]) -> tuple[re.Pattern, Mapping[str, Added]]:
+    """What `_split` looks for: of the tokens that begin at one place the longest."""
+    longest = sorted(filter(None, added), key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest)) or "(?!)") + ")"), added
+
+
+def _split(text: str, pattern: re.Pattern, added: Mapping[str, Added]) -> Iterator[int | str]:
+    """A text cut at its added tokens, which become ids; nothing empty in between."""
+    parts = pattern.split(text)  # text, token, text, ..., text
+    for i in range(0, len(parts), 2):
+        part = parts[i]
+        after = added[parts[i + 1]] if i + 1 < len(parts) else None
+        if i and added[parts[i - 1]].rstrip:
+            part = part.lstrip(BLANKS)
+        if after and after.lstrip:
+            part = part.rstrip(BLANKS)
+        if part:
+            yield part
+        if after:
+            yield after.id
 
 
 def _check_strings(name: str, values: object) -> None:

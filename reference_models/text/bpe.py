@@ -14,11 +14,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from reference_models.errors import ModelError
-from reference_models.text.base import WHITE_SPACE, Tokenizer
-from reference_models.text.textfiles import write_atomic
+from reference_models.text.base import LOWER, WHITE_SPACE, Added, Table, Tokenizer
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # merges CLIP takes from its list of 262,144: the vocabulary is 49,408 with bytes and specials
@@ -26,20 +24,19 @@ MERGES = 49152 - 256 - 2
 
 SPACES = re.compile(f"[{WHITE_SPACE}]+")
 # The cut works on a shadow of the text in which every letter beyond ASCII is "z", every numeral
-# "0", every other sign "!": none of them occurs in the endings or the special names, so spans in
-# the shadow are spans in the text.
+# "0", white space a tab, every other sign "!": none of them occurs in the endings or the special
+# names, so spans in the shadow are spans in the text.
 WORDS = re.compile(r"<\|(?:start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-zA-Z]+|[0-9]|[^a-zA-Z0-9]+")
 SPECIAL_NAME = re.compile(r"(<\|)((?:start|end)oftext)(\|>)")
 
 
-class _Shadow(dict):
-    def __missing__(self, code: int) -> int:
-        group = unicodedata.category(chr(code))[0] if code > 127 else ""
-        self[code] = code if code < 128 else ord({"L": "z", "N": "0"}.get(group, "!"))
-        return self[code]
+def _shadow(char: str) -> str:
+    if char < "\x80":
+        return char
+    return "\t" if SPACES.match(char) else {"L": "z", "N": "0"}.get(unicodedata.category(char)[0], "!")
 
 
-SHADOW = _Shadow()
+SHADOW = Table(_shadow)
 
 
 def byte_letters() -> list[str]:
@@ -82,23 +79,16 @@ class ClipTokenizer(Tokenizer):
         pad_id: int = 0,
         clean_html: bool = False,
         max_length: int = 77,
-        added: Mapping[str, int] | None = None,
+        added: Mapping[str, int | Added] | None = None,
         where: str = "vocabulary",
     ):
         super().__init__(clip_vocab(merges) if vocab is None else vocab, added, max_length, where)
-        self.ranks: dict[tuple[str, str], int] = {}
-        for rank, pair in enumerate(merges):
-            for token in (*pair, "".join(pair)):
-                if token not in self.vocab:
-                    raise ModelError(
-                        f"{where}, merge {rank + 1} {' '.join(pair)!r}: {token!r} is not in the vocabulary"
-                    )
-            if self.ranks.setdefault(tuple(pair), rank) != rank:
-                raise ModelError(f"{where}, merge {rank + 1}: {' '.join(pair)!r} occurs twice")
+        self.ranks = merge_ranks(merges, self.vocab, where)
         if not 0 <= pad_id < self.vocab_size:
             raise ModelError(f"{where}: pad_id {pad_id} is outside 0..{self.vocab_size - 1}")
         self.pad_id, self.clean_html = pad_id, clean_html
-        self.start_id, self.eos_id = self.vocab[START], self.vocab[END]
+        self.bos_id, self.eos_id = self.vocab[START], self.vocab[END]
+        self.single = ((self.bos_id,), (self.eos_id,))
 
     def text_ids(self, text: str) -> list[int]:
         if self.clean_html:
@@ -106,7 +96,7 @@ class ClipTokenizer(Tokenizer):
             text = html.unescape(html.unescape(text))
         return super().text_ids(text)
 
-    def _chunks(self, text: str) -> Iterable[str]:
+    def _chunks(self, text: str, first: bool = False) -> Iterable[str]:
         return filter(None, SPACES.split(text))
 
     def _chunk(self, chunk: str) -> Iterable[int]:
@@ -116,8 +106,7 @@ class ClipTokenizer(Tokenizer):
     def words(self, chunk: str) -> list[str]:
         """A chunk without white space -> what the merges work on. "It's 42!"
         gives it, 's and 4, 2, !"""
-        chunk = unicodedata.normalize("NFC", chunk)
-        chunk = "".join(char.lower() for char in chunk)  # letter by letter: no final sigma
+        chunk = unicodedata.normalize("NFC", chunk).translate(LOWER)
         words: list[str] = []
         for match in WORDS.finditer(chunk.translate(SHADOW)):
             word = chunk[match.start() : match.end()]
@@ -130,11 +119,6 @@ class ClipTokenizer(Tokenizer):
         letters[-1] += WORD_END
         return [self.vocab.get(piece, self.eos_id) for piece in join_pairs(letters, self.ranks)]
 
-    def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
-        if pair is not None:
-            raise ModelError("CLIP reads single texts; join the two before tokenizing")
-        return [self.start_id, *ids, self.eos_id]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The lowered text, words joined by spaces, special tokens left out."""
         tokens = (self.tokens[int(i)] for i in ids)
@@ -143,19 +127,27 @@ class ClipTokenizer(Tokenizer):
         words = [bytes(values[letter] for letter in word if letter in values) for word in text.split(WORD_END)]
         return b" ".join(words).decode("utf-8", errors="replace").strip()
 
-    def save(self, directory: str | Path) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, which load_tokenizer and
-        transformers read."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(directory / "vocab.json", json.dumps(self.vocab, ensure_ascii=False).encode())
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks)]
-        write_atomic(directory / "merges.txt", ("\n".join(lines) + "\n").encode())
+    def _saved(self) -> tuple[dict[str, bytes], dict]:
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks), ""]
+        files = {"vocab.json": json.dumps(self.vocab, ensure_ascii=False).encode()}
         # pad_token is for transformers, which would find a "!" (id 0) of the text and
         # take it for padding.
         names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
         config = {"tokenizer_class": "CLIPTokenizer", **names, "pad_id": self.pad_id, "clean_html": self.clean_html}
-        self._save_config(directory, config)
+        return files | {"merges.txt": "\n".join(lines).encode()}, config | self._added_config()
+
+
+def merge_ranks(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int], where: str) -> dict[tuple[str, str], int]:
+    """Pair -> its place in the list of merges; ModelError for a token that is not in the
+    vocabulary or a pair that occurs twice."""
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, pair in enumerate(merges):
+        for token in (*pair, "".join(pair)):
+            if token not in vocab:
+                raise ModelError(f"{where}, merge {rank + 1} {' '.join(pair)!r}: {token!r} is not in the vocabulary")
+        if ranks.setdefault(tuple(pair), rank) != rank:
+            raise ModelError(f"{where}, merge {rank + 1}: {' '.join(pair)!r} occurs twice")
+    return ranks
 
 
 def join_pairs(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:

@@ -12,11 +12,9 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from reference_models.errors import ModelError
-from reference_models.text.base import Tokenizer
-from reference_models.text.textfiles import write_atomic
+from reference_models.text.base import LOWER, Added, Tokenizer
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 # Separators that survive the cleaning; the control characters among White_Space are deleted
@@ -51,14 +49,13 @@ class WordPieceTokenizer(Tokenizer):
     """BERT's tokenizer: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP] with token types 0 and 1.
 
     vocab: tokens in the order of their ids, or token -> id. lowercase=False is for cased models;
-    strip_accents=None follows lowercase. Raises ModelError for a missing special token or a token
-    that occurs twice.
+    strip_accents=None follows lowercase. special: the model's names of [PAD], [UNK], [CLS], [SEP];
+    separators: how many stand between a pair, 2 for MPNet, which has no token types either. Raises
+    ModelError for a missing special token or a token that occurs twice.
     """
 
     kind = "wordpiece"
-    special = (PAD, UNK, CLS, SEP)
     optional = (MASK,)
-    has_types = True
 
     def __init__(
         self,
@@ -68,16 +65,26 @@ class WordPieceTokenizer(Tokenizer):
         split_cjk: bool = True,
         max_length: int = 512,
         max_word: int = 100,
-        added: Mapping[str, int] | None = None,
+        added: Mapping[str, int | Added] | None = None,
         where: str = "vocabulary",
+        special: Sequence[str] = (PAD, UNK, CLS, SEP),
+        separators: int = 1,
     ):
-        super().__init__(vocab, added, max_length, where)
         self.lowercase, self.split_cjk, self.max_word = lowercase, split_cjk, max_word
-        self.strip_accents = strip_accents
+        self.strip_accents, self.special = strip_accents, tuple(special)
+        super().__init__(vocab, added, max_length, where)
         self.pad_id, self.unk_id, self.cls_id, self.eos_id = (self.vocab[t] for t in self.special)
+        self.bos_id = self.cls_id
+        self.single = ((self.cls_id,), (self.eos_id,))
+        self.pair = ((self.cls_id,), (self.eos_id,) * separators, (self.eos_id,))
+        self.has_types = separators == 1
         self.longest = max(map(len, self.vocab))
 
-    def _chunks(self, text: str) -> Iterable[str]:
+    def _normalize(self, text: str) -> str:
+        # a word is cleaned when it is cut: before that only if tokens are looked for in clean text
+        return self.clean(text) if any(added.normalized for added in self.added.values()) else text
+
+    def _chunks(self, text: str, first: bool = False) -> Iterable[str]:
         return filter(None, SEPARATOR.split(text))
 
     def _chunk(self, chunk: str) -> Iterable[int]:
@@ -87,20 +94,21 @@ class WordPieceTokenizer(Tokenizer):
     def words(self, chunk: str) -> list[str]:
         """A chunk without separators -> its words after cleaning.
         "Tōkyō's" -> ["tokyo", "'", "s"]"""
-        if not chunk.isascii():
-            chunk = "".join(char for char in chunk if not is_dropped(char))
-            if self.split_cjk:
-                chunk = CJK.sub(r" \1 ", chunk)
-            if self.lowercase if self.strip_accents is None else self.strip_accents:
-                decomposed = unicodedata.normalize("NFD", chunk)
-                chunk = "".join(char for char in decomposed if category(char) != "Mn")
-            if self.lowercase:  # letter by letter: str.lower would write a final sigma differently
-                chunk = "".join(char.lower() for char in chunk)
-        else:
-            chunk = "".join(char for char in chunk if " " <= char < "\x7f")
-            chunk = chunk.lower() if self.lowercase else chunk
-        spaced = "".join(f" {char} " if is_punctuation(char) else char for char in chunk)
+        spaced = "".join(f" {char} " if is_punctuation(char) else char for char in self.clean(chunk))
         return [word for word in SEPARATOR.split(spaced) if word]
+
+    def clean(self, text: str) -> str:
+        """No control characters, ideographs set apart, accents and case as the model has them."""
+        text = SEPARATOR.sub(" ", text)
+        if text.isascii():
+            text = "".join(char for char in text if " " <= char < "\x7f")
+            return text.lower() if self.lowercase else text
+        text = "".join(char for char in text if not is_dropped(char))
+        if self.split_cjk:
+            text = CJK.sub(r" \1 ", text)
+        if self.lowercase if self.strip_accents is None else self.strip_accents:
+            text = "".join(char for char in unicodedata.normalize("NFD", text) if category(char) != "Mn")
+        return text.translate(LOWER) if self.lowercase else text
 
     def _pieces(self, word: str) -> list[int]:
         if len(word) > self.max_word:
@@ -117,28 +125,22 @@ class WordPieceTokenizer(Tokenizer):
             start, prefix = end, "##"
         return ids
 
-    def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
-        tail = [] if pair is None else [*pair, self.eos_id]
-        return [self.cls_id, *ids, self.eos_id, *tail]
-
     def decode(self, ids: Iterable[int]) -> str:
         """Words joined by spaces, special tokens left out; case, accents and spacing
         are gone for good."""
         tokens = (self.tokens[int(i)] for i in ids)
         return " ".join(token for token in tokens if token not in self.added).replace(" ##", "")
 
-    def save(self, directory: str | Path) -> None:
-        """Write vocab.txt and tokenizer_config.json, which load_tokenizer and transformers read."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(directory / "vocab.txt", "".join(f"{token}\n" for token in self.tokens).encode())
+    def _saved(self) -> tuple[dict[str, bytes], dict]:
+        names = ("pad_token", "unk_token", "cls_token", "sep_token")
         config = {
-            "tokenizer_class": "BertTokenizer",
+            "tokenizer_class": "BertTokenizer" if self.has_types else "MPNetTokenizer",
+            **dict(zip(names, self.special, strict=True)),
             "do_lower_case": self.lowercase,
             "strip_accents": self.strip_accents,
             "tokenize_chinese_chars": self.split_cjk,
         }
-        self._save_config(directory, config)
+        return {"vocab.txt": "".join(f"{token}\n" for token in self.tokens).encode()}, config | self._added_config()
 
 
 def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
