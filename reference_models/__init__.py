@@ -20,7 +20,7 @@ Read in this order:
                           (vit ... student), names; safetensors without pickle; preprocess and
                           config_check, which believe a checkpoint only where it makes sense; hub
                           and download for hf:org/name; rename_adapter
-  text/                   text -> ids without another library: tokenizers, wordpiece, bpe
+  text/                   text -> ids without another library: tokenizers, wordpiece, bpe, unigram
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding.
+"""CLIP's byte-pair encoding, and the parts of it that RoBERTa's and Gemma's use.
 
 Radford et al. 2021, "Learning Transferable Visual Models" (simple_tokenizer.py of openai/CLIP);
 Sennrich et al. 2016. A text is brought to NFC, its white space made single, its letters lowered; it
@@ -135,6 +135,39 @@ class ClipTokenizer(Tokenizer):
         names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
         config = {"tokenizer_class": "CLIPTokenizer", **names, "pad_id": self.pad_id, "clean_html": self.clean_html}
         return files | {"merges.txt": "\n".join(lines).encode()}, config | self._added_config()
+
+
+class BytePairs:
+    """BPE of a tokenizer.json: text -> ids. What is not in the vocabulary becomes its bytes
+    <0x00>..<0xFF>, or the unknown token (a run of it one with fuse_unk), or nothing."""
+
+    kind = "bpe"
+
+    def __init__(self, model: dict, merges: Iterable[tuple[str, str]], where: str):
+        usual = {"dropout": 0, "continuing_subword_prefix": "", "end_of_word_suffix": "", "ignore_merges": False}
+        for key, value in usual.items():
+            if model.get(key) not in (None, value):
+                raise ModelError(f"{where}, key model.{key}: {model[key]!r:.80} is not supported, only {value!r}")
+        self.vocab, self.ranks = model["vocab"], merge_ranks(merges, model["vocab"], where)
+        self.unknown, self.fuse = model.get("unk_token") or None, model.get("fuse_unk")
+        self.fallback = model.get("byte_fallback")
+        if self.unknown is not None and self.unknown not in self.vocab:
+            raise ModelError(f"{where}, key model.unk_token: {self.unknown!r:.80} is not in the vocabulary")
+
+    def ids(self, text: str) -> list[int]:
+        pieces, waiting = [], []  # unknown tokens wait for the next letter that is known
+        for letter in text:
+            if letter in self.vocab:
+                pieces += [*waiting, letter]
+                waiting = []
+                continue
+            codes = [f"<0x{byte:02X}>" for byte in letter.encode("utf-8", "replace")] if self.fallback else [None]
+            if all(code in self.vocab for code in codes):
+                pieces += codes
+            elif self.unknown is not None and not (waiting and self.fuse):
+                pieces += waiting
+                waiting = [self.unknown]
+        return [self.vocab[piece] for piece in join_pairs(pieces + waiting, self.ranks)]
 
 
 def merge_ranks(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int], where: str) -> dict[tuple[str, str], int]:

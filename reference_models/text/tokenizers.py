@@ -1,12 +1,12 @@
-"""Text to ids: WordPiece (BERT) and CLIP's byte-pair encoding, from the files that
-checkpoints come with.
+"""Text to ids: WordPiece (BERT, MPNet), byte-pair encoding (CLIP, RoBERTa, SigLIP 2) and Unigram
+(XLM-R, SigLIP), from the files that checkpoints come with.
 
     tokenizer = load_tokenizer("bert-base-uncased")            # directory or file
     batch = tokenizer(["what colour is it?"], pairs=["red"])   # int64 tensors (B, T)
 
 A directory may hold tokenizer.json, vocab.txt, vocab.json + merges.txt or
 bpe_simple_vocab_16e6.txt.gz (looked for in this order, as transformers does); tokenizer_config.json
-beside them sets lower-casing, lengths and padding.
+and special_tokens_map.json beside them set lower-casing, lengths, special tokens and padding.
 """
 
 import gzip
@@ -15,21 +15,23 @@ import zlib
 from pathlib import Path
 
 from reference_models.errors import ModelError
-from reference_models.text.base import Tokenizer
-from reference_models.text.bpe import MERGES, WORD_END, ClipTokenizer
+from reference_models.text.base import Added, Tokenizer
+from reference_models.text.bpe import MERGES, START, WORD_END, BytePairs, ClipTokenizer
+from reference_models.text.pipeline import CLEAN, PipelineTokenizer, flat, frames, named_token
 from reference_models.text.textfiles import decode_utf8, read_json, read_text
-from reference_models.text.wordpiece import WordPieceTokenizer, build_wordpiece_vocab
+from reference_models.text.unigram import Unigram
+from reference_models.text.wordpiece import CLS, PAD, SEP, UNK, WordPieceTokenizer, build_wordpiece_vocab
 
 __all__ = ["ClipTokenizer", "Tokenizer", "WordPieceTokenizer", "build_wordpiece_vocab", "load_tokenizer"]
 
-NAMES = ("tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
-# transformers' classes whose algorithm is one of the two here
-CLASSES = r"((Bert|DistilBert|Electra|MobileBert|CLIP|PreTrained)Tokenizer(Fast)?|TokenizersBackend)?"
+MODELS = ("sentencepiece.bpe.model", "spiece.model")
+NAMES = ("tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz", *MODELS)
+# transformers' classes whose algorithm is one of those here
+CLASSES = r"((Bert|DistilBert|Electra|MobileBert|MPNet|CLIP|Roberta|PreTrained)Tokenizer(Fast)?|TokenizersBackend)?"
 CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-# parts of tokenizer.json as they must be: types, and the special tokens around A text
-BERT_PARTS = {"pre_tokenizer": ["BertPreTokenizer"], "post_processor": ["[CLS]", "A", "[SEP]"]}
+# parts of tokenizer.json as they must be: their types
+BERT_PARTS = {"pre_tokenizer": ["BertPreTokenizer"]}
 CLIP_PARTS = {"normalizer": ["NFC", "Replace", "Lowercase"], "pre_tokenizer": ["Split", "ByteLevel"]}
-CLIP_PARTS |= {"post_processor": ["<|startoftext|>", "A", "<|endoftext|>"]}
 OPEN_END = 1_000_000  # transformers writes 1e30 for "no limit"
 
 
@@ -44,8 +46,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found
     if not path.is_file():
         raise ModelError(f"{path}: no such tokenizer file or directory")
+    if path.suffix == ".model":
+        raise ModelError(
+            f"{path}: needs a tokenizer.json beside it; transformers' AutoTokenizer.from_pretrained(FOLDER) writes "
+            "one by save_pretrained(FOLDER), for SigLIP its T5Tokenizer.from_pretrained(FOLDER, extra_ids=0)"
+        )
     settings = path.with_name("tokenizer_config.json")
-    config = read_json(settings) if settings.is_file() and settings != path else {}
+    config: dict = {}
+    for file in (path.with_name("special_tokens_map.json"), settings):
+        config |= read_json(file) if file.is_file() and file != path else {}
     _check_class(path, config, settings)
     if path.suffix == ".gz":
         return ClipTokenizer(_read_gz(path), where=str(path), **_clip_options(config, settings))
@@ -58,8 +67,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         merges = path.with_name("merges.txt")
         if not merges.is_file():
             raise ModelError(f"{merges}: missing; {path.name} needs its merge list beside it")
+        if "<s>" in data and START not in data:
+            return _roberta(data, _read_merges(merges), path, config, settings)
         return ClipTokenizer(_read_merges(merges), data, where=str(path), **_clip_options(config, settings))
-    return WordPieceTokenizer(_read_vocab(path), where=str(path), **_wordpiece_options(config, settings))
+    vocab = _read_vocab(path)
+    options = _wordpiece_options(vocab, config, settings)
+    if "<mask>" in vocab:  # MPNet's, which takes the space before it
+        options["added"] = {"<mask>": Added(vocab.index("<mask>"), lstrip=True)} | options["added"]
+    return WordPieceTokenizer(vocab, where=str(path), **options)
 
 
 def _check_class(path: Path, config: dict, settings: Path) -> None:
@@ -88,13 +103,21 @@ def _read_vocab(path: Path) -> list[str]:
 def _parse_merges(lines: list[str], path: Path) -> list[tuple[str, str]]:
     # CLIP's first line is `"bpe_simple_vocab...#version: 0.2`
     start = 1 if lines and "#version" in lines[0] else 0
-    merges = []
-    for number, line in enumerate(lines[start:], start + 1):
-        pair = tuple(line.removesuffix("\r").split(" "))
-        if len(pair) != 2 or not all(pair):
-            raise ModelError(f"{path}, line {number}: a merge is two pieces with one space between, not {line[:80]!r}")
-        merges.append(pair)
-    return merges
+    return _pairs([line.removesuffix("\r").split(" ") for line in lines[start:]], f"{path}, line", start + 1)
+
+
+def _json_merges(merges: object, path: Path) -> list[tuple[str, str]]:
+    if not isinstance(merges, list):
+        raise ModelError(f"{path}, key model.merges: expected a list of pairs")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return _pairs(pairs, f"{path}, key model.merges, entry")
+
+
+def _pairs(pairs: list, where: str, first: int = 1) -> list[tuple[str, str]]:
+    for i, pair in enumerate(pairs, first):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(piece, str) and piece for piece in pair):
+            raise ModelError(f"{where} {i}: a merge is two pieces with one space between, not {pair!r:.80}")
+    return list(map(tuple, pairs))
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
@@ -112,56 +135,60 @@ def _read_gz(path: Path) -> list[tuple[str, str]]:
 
 
 def _from_tokenizer_json(data: dict, path: Path, config: dict, settings: Path) -> Tokenizer:
-    model = data["model"]
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise ModelError(f"{path}, key model.vocab: expected an object of token: id")
-    added = _added(data.get("added_tokens") or [], path)
-    kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
+    model, where = data["model"], str(path)
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    usual = "Unigram" if isinstance(vocab, list) else "BPE" if "merges" in model else "WordPiece"
+    kind, added = model.get("type") or usual, _added(data.get("added_tokens") or [], path)
+    if kind not in ("WordPiece", "BPE", "Unigram"):
+        raise ModelError(f"{path}, key model.type: {kind!r:.80} is not supported, only WordPiece, BPE and Unigram")
+    if not isinstance(vocab, list if kind == "Unigram" else dict):
+        wanted = "a list of [piece, score]" if kind == "Unigram" else "an object of token: id"
+        raise ModelError(f"{path}, key model.vocab: expected {wanted}")
     if kind == "WordPiece":
         _check_parts(data, BERT_PARTS, path)
-        options = _wordpiece_options(config, settings) | _normalizer_options(data.get("normalizer"), path)
+        options = _wordpiece_options(vocab, config, settings) | _normalizer_options(data.get("normalizer"), path)
         if model.get("continuing_subword_prefix", "##") != "##":
             raise ModelError(f"{path}, key model.continuing_subword_prefix: only '##' is known")
         options |= {"added": added, "max_word": model.get("max_input_chars_per_word", 100)}
-        return WordPieceTokenizer(model["vocab"], where=str(path), **options)
-    if kind == "BPE" and model.get("end_of_word_suffix") == WORD_END:
-        _check_parts(data, CLIP_PARTS, path)
-        lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model.get("merges") or []]
-        options = _clip_options(config, settings) | {"added": added}
-        return ClipTokenizer(_parse_merges(lines, path), model["vocab"], where=str(path), **options)
-    raise ModelError(f"{path}, key model.type: {kind!r} is neither WordPiece (BERT) nor CLIP's byte-pair encoding")
+        options["special"][1] = model.get("unk_token", UNK)
+        return _framed(WordPieceTokenizer(vocab, where=where, **options), data, path)
+    files = {"tokenizer.json": path.read_bytes()}
+    if kind == "Unigram":
+        unigram = Unigram(vocab, model.get("unk_id"), where, bool(model.get("byte_fallback")))
+        return _pipeline(data, unigram, path, config, settings, added, files)
+    merges = _json_merges(model.get("merges"), path)
+    if model.get("end_of_word_suffix") != WORD_END:
+        return _pipeline(data, BytePairs(model, merges, where), path, config, settings, added, files)
+    _check_parts(data, CLIP_PARTS, path)
+    options = _clip_options(config, settings) | {"added": added}
+    return _framed(ClipTokenizer(merges, vocab, where=where, **options), data, path)
 
 
 def _check_parts(data: dict, wanted: dict[str, list[str]], path: Path) -> None:
-    """ModelError where tokenizer.json prepares or frames texts in another way than the tokenizer
-    that its model is read as. A part that is left out is taken to be the usual one."""
+    """ModelError where tokenizer.json prepares texts in another way than the tokenizer that its
+    model is read as. A part that is left out is taken to be the usual one."""
     for key in (key for key in wanted if key in data):
-        try:
-            found = (_framed if key == "post_processor" else _types)(data[key])
-        except (AttributeError, KeyError, TypeError, IndexError):
-            found = None
+        found = []
+        for part in flat(data[key], key, str(path)):
+            pattern = part.get("pattern")
+            regex = str(pattern.get("Regex", "")) if isinstance(pattern, dict) else ""
+            usual = {"Split": regex.endswith(CLIP_WORDS), "Replace": regex == r"\s+"}.get(part["type"], True)
+            found.append(part["type"] if usual else f"{part['type']} at {regex}")
         if found != wanted[key]:
-            raise ModelError(f"{path}, key {key}: {found or data[key]!r} is not supported, only {wanted[key]}")
+            raise ModelError(f"{path}, key {key}: {found} is not supported, only {wanted[key]}")
 
 
-def _types(part: dict) -> list[str]:
-    """The types of a part, or of those in a sequence; CLIP's patterns must be CLIP's."""
-    parts = part.get("normalizers") or part.get("pretokenizers") if part["type"] == "Sequence" else [part]
-    for one in parts:
-        pattern = one.get("pattern", {}).get("Regex", "")
-        if not {"Split": pattern.endswith(CLIP_WORDS), "Replace": pattern == r"\s+"}.get(one["type"], True):
-            return [f"{one['type']} at {pattern}"]
-    return [one["type"] for one in parts]
-
-
-def _framed(part: dict) -> list[str]:
-    """What stands around one text, "A"; for BERT's a pair must be framed and numbered as usual."""
-    if part["type"] in ("BertProcessing", "RobertaProcessing"):
-        return [part["cls"][0], "A", part["sep"][0]]
-    single, pair = ([(e["id"], e["type_id"]) for piece in part[k] for e in piece.values()] for k in ("single", "pair"))
-    first, last = single[0][0], single[-1][0]
-    usual = first != "[CLS]" or pair == [(first, 0), ("A", 0), (last, 0), ("B", 1), (last, 1)]
-    return [name for name, _ in (single if usual else pair)]
+def _framed(tokenizer: Tokenizer, data: dict, path: Path) -> Tokenizer:
+    """The tokenizer, if tokenizer.json puts the same tokens around a text, or a pair, and numbers
+    them in the same way."""
+    part = data.get("post_processor")
+    if "post_processor" in data:
+        single, pair = frames(part, str(path))
+        types = [piece.get("type_id") for entry in part.get("pair", ()) for piece in entry.values()]
+        numbered = not tokenizer.has_types or types in ([], [0, 0, 0, 1, 1])
+        if single != tokenizer.single or tokenizer.pair not in (None, pair) or not numbered:
+            raise ModelError(f"{path}, key post_processor: {part!r:.300} is not supported for {tokenizer.kind}")
+    return tokenizer
 
 
 def _normalizer_options(normalizer: object, path: Path) -> dict:
@@ -174,14 +201,67 @@ def _normalizer_options(normalizer: object, path: Path) -> dict:
     }
 
 
-def _added(entries: list | dict, path: Path) -> dict[str, int]:
+def _roberta(vocab: dict, merges: list, path: Path, config: dict, settings: Path) -> Tokenizer:
+    """vocab.json and merges.txt of RoBERTa, in the words of tokenizer.json."""
+    usual = {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
+    names = {name: named_token(config, f"{name}_token") or token for name, token in usual.items()}
+    added = {token: Added(vocab[token], name == "mask") for name, token in names.items() if token in vocab}
+    for token in (cls := names["cls"], sep := names["sep"]):
+        if token not in vocab:
+            raise ModelError(f"{path}: the special token {token!r:.80} is missing; is this a RoBERTa vocabulary?")
+    data = {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)},
+        "post_processor": {"type": "RobertaProcessing", "cls": [cls, vocab[cls]], "sep": [sep, vocab[sep]]},
+    }
+    added |= _added(config.get("added_tokens_decoder") or {}, settings)
+    files = {"vocab.json": path.read_bytes(), "merges.txt": path.with_name("merges.txt").read_bytes()}
+    config = {"tokenizer_class": "RobertaTokenizer"} | config
+    return _pipeline(data, BytePairs({"vocab": vocab}, merges, str(path)), path, config, settings, added, files)
+
+
+def _pipeline(data, model, path: Path, config: dict, settings: Path, added: dict, files: dict) -> Tokenizer:
+    """A pipeline with what the files beside it say: cleaning, padding, length."""
+    beside = path.with_name("config.json")
+    siglip = beside.is_file() and read_json(beside).get("model_type") in ("siglip", "siglip2")
+    siglip |= str(config.get("tokenizer_class")).startswith("Siglip")
+    lowered = any(part["type"] == "Lowercase" for part in flat(data.get("normalizer"), "normalizer", str(path)))
+    clean = config.get("clean") or _open_clip_cleaning(path.with_name("open_clip_config.json"))
+    if siglip and not lowered and clean is None:
+        clean = "siglip2" if model.kind == "bpe" else "siglip"
+        # the files of SigLIP 2 name Gemma's class, which does not lower
+        config |= {"tokenizer_class": "Siglip2Tokenizer"} if model.kind == "bpe" else {}
+    if clean is not None and clean not in CLEAN:
+        raise ModelError(f"{settings}, key clean: {clean!r:.80} is none of {', '.join(CLEAN)}")
+    config |= {"clean": clean} if clean else {}
+    pad = named_token(config, "pad_token") or ("</s>" if siglip and model.kind == "unigram" else "<pad>")
+    length = _length(config, settings, 64 if siglip else 512)
+    return PipelineTokenizer(data, model, pad, length, str(path), added, CLEAN.get(clean), config, files)
+
+
+def _open_clip_cleaning(path: Path) -> str | None:
+    """How open_clip cleans the texts for a tokenizer of the hub; None where no such file is."""
+    data = read_json(path) if path.is_file() else {}
+    for key in ("model_cfg", "text_cfg"):
+        data = data[key] if isinstance(data.get(key), dict) else {}
+    kwargs = data.get("tokenizer_kwargs")
+    usual = "whitespace" if data.get("hf_tokenizer_name") else None
+    return kwargs.get("clean", usual) if isinstance(kwargs, dict) else usual
+
+
+def _added(entries: list | dict, path: Path) -> dict[str, Added]:
     """Added tokens from tokenizer.json (a list) or tokenizer_config.json (id -> entry)."""
     if isinstance(entries, dict):
         entries = [{"id": key, **entry} for key, entry in entries.items() if isinstance(entry, dict)]
+    flags = Added._fields[1:]
     try:
-        return {entry["content"]: int(entry["id"]) for entry in entries}
-    except (KeyError, TypeError, ValueError):
+        alone = [entry["content"] for entry in entries if entry.get("single_word")]
+        found = {entry["content"]: [bool(entry.get(flag, flag == "special")) for flag in flags] for entry in entries}
+        added = {entry["content"]: Added(int(entry["id"]), *found[entry["content"]]) for entry in entries}
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ModelError(f"{path}: an added token needs `content` and a whole-number `id`") from None
+    if alone:
+        raise ModelError(f"{path}, added token {alone[0]!r:.80}: single_word is not supported")
+    return added
 
 
 def _length(config: dict, settings: Path, default: int) -> int:
@@ -191,8 +271,13 @@ def _length(config: dict, settings: Path, default: int) -> int:
     return default if length > OPEN_END else int(length)
 
 
-def _wordpiece_options(config: dict, settings: Path) -> dict:
+def _wordpiece_options(vocab: list | dict, config: dict, settings: Path) -> dict:
+    mpnet = "<s>" in vocab and "</s>" in vocab
+    usual = ("<pad>", UNK, "<s>", "</s>") if mpnet else (PAD, UNK, CLS, SEP)
+    names = ("pad_token", "unk_token", "cls_token", "sep_token")
     return {
+        "special": [named_token(config, name) or token for name, token in zip(names, usual, strict=True)],
+        "separators": 1 + mpnet,
         "lowercase": bool(config.get("do_lower_case", True)),
         "strip_accents": config.get("strip_accents"),
         "split_cjk": bool(config.get("tokenize_chinese_chars", True)),

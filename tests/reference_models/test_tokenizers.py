@@ -368,8 +368,9 @@ class TestBadFiles:
     def test_a_tokenizer_json_of_another_kind_names_the_key(self, tmp_path):
         path = tmp_path / "tokenizer.json"
         for data, word in [
-            ({"model": {"type": "Unigram", "vocab": {}}}, "model.type"),
-            ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "model.type"),
+            ({"model": {"type": "WordLevel", "vocab": {}}}, "model.type"),
+            ({"model": {"type": "Unigram", "vocab": {}}}, "model.vocab"),
+            ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "padding"),
             ({"model": {"type": "WordPiece"}}, "model.vocab"),
             ({"model": {"type": "WordPiece", "vocab": {}}, "normalizer": {"type": "NFC"}}, "normalizer.type"),
             ({"model": {"type": "WordPiece", "vocab": {}}, "added_tokens": [{"id": 1}]}, "added token"),
