@@ -14,6 +14,7 @@ task         what a task offers to the Trainer, and the part of it that all shar
 predictor    from a batch to answers: the same in training and in a finished run
 labelled     what classification and multiple choice share: one label for each row
 teacher      --teacher: the share of the loss that comes from a finished run
+towers       a picture tower and a text tower of models of their own, and the tokenizer
 clip         a CLIP and its tokenizer, for choice and for zero-shot classification
 rundir       the directory of a run: made, found again, resumed
 runfiles     the small files in it: labels, preprocessing, summary

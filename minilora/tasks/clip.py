@@ -15,7 +15,7 @@ from minilora.settings.flags import Config
 from minilora.settings.values import TOWERS
 from minilora.tasks.method import one_value
 from minilora.tasks.run import Run
-from minilora.tasks.vqa.model import load_pair, moved_weights, open_tokenizer, tower_weights
+from minilora.tasks.towers import load_pair, moved_weights, open_tokenizer, tower_weights
 from minilora.tasks.weights import (
     RANDOM,
     find_weights,

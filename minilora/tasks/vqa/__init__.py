@@ -1,3 +1,3 @@
-"""Open-ended questions: task (training), run (a finished run), model (two towers), features (kept),
-targets (soft), shards (what they are made of).
+"""Open-ended questions: task (training), run (a finished run), features (kept), targets (soft),
+shards (what they are made of); the two towers are in tasks/towers.py.
 """

@@ -10,7 +10,7 @@ from minilora import ticker
 from minilora.data.pictures.loader import in_order
 from minilora.data.questions.vqa_batches import VQADataset, distinct, vqa_loader
 from minilora.errors import UserError
-from minilora.tasks.vqa.model import frozen_towers
+from minilora.tasks.towers import frozen_towers
 from minilora.training.device import autocast, to_device
 
 

@@ -23,8 +23,8 @@ from minilora.report.tables import text_table
 from minilora.report.vqa_metric import format_vqa
 from minilora.settings.flags import Config
 from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers, top_cells, top_columns
+from minilora.tasks.towers import load_towers, moved_weights, text_limit
 from minilora.tasks.vqa.features import grey_batches
-from minilora.tasks.vqa.model import load_towers, moved_weights, text_limit
 from minilora.tasks.vqa.task import BestAnswers, VQAPredictor, open_data, score
 from minilora.tasks.weights import restoring
 from minilora.training.device import autocast, to_device

@@ -9,7 +9,7 @@ from minilora.data.questions.vqa_batches import Texts
 from minilora.data.vqa_sets import VQASplits
 from minilora.settings.flags import Config
 from minilora.tasks.method import resolve
-from minilora.tasks.vqa.model import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights
+from minilora.tasks.towers import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights
 from minilora.tasks.vqa.task import open_data
 from minilora.tasks.weights import load_base, picture_flags
 from reference_models.load import config_for

@@ -33,8 +33,8 @@ from minilora.tasks.method import make_trainable, resolve
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.task import DataTask
 from minilora.tasks.teacher import teacher_names
+from minilora.tasks.towers import DEFAULT_MODEL, load_towers, open_tokenizer, text_limit, tower_weights
 from minilora.tasks.vqa.features import FeatureCache
-from minilora.tasks.vqa.model import DEFAULT_MODEL, load_towers, open_tokenizer, text_limit, tower_weights
 from minilora.tasks.vqa.targets import SoftTargets
 from minilora.training.device import to_device
 from reference_models.fusion import TwoTower
