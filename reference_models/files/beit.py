@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_models.beit import Beit, BeitConfig
-from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.names import Entry, linear, rename
 from reference_models.files.shared import (
     BLOCK,
     ENCODER_ARGUMENTS,
     ENCODER_FIELDS,
     NO_DROPOUT,
+    PACKED,
     adapt_positions,
+    blocks,
+    patches,
     read_fields,
     timm_name,
     to_timm,
@@ -78,36 +81,22 @@ def key_table(config: BeitConfig, layout: str) -> list[Entry]:
     """Our names beside those of transformers 4 and 5 and timm; rows of parts that a configuration
     lacks do no harm."""
     timm = layout == "timm"
-    patch = "patch_embed.proj" if timm else "beit.embeddings.patch_embeddings.projection"
-    outside = "" if timm else "beit.embeddings."
-    table = [rename("patch_embed.proj.weight", f"{patch}.weight", "kernel")]
-    table += [rename("patch_embed.proj.bias", f"{patch}.bias")]
+    outside, gamma = ("", "gamma") if timm else ("beit.embeddings.", "lambda")
+    table = patches("patch_embed.proj" if timm else "beit.embeddings.patch_embeddings.projection")
     table += [rename("cls_token", f"{outside}cls_token")]
     table += [rename("pos_embed", "pos_embed" if timm else f"{outside}position_embeddings")]
     table += linear("norm", "norm" if timm else "beit.layernorm")
     table += linear("fc_norm", "fc_norm" if timm else "beit.pooler.layernorm")
     table += linear("head", "head" if timm else "classifier")
-    shared, blocks = {
-        "transformers4": ("beit.encoder.relative_position_bias", "beit.encoder.layer"),
-        "transformers5": ("beit.shared_position_bias", "beit.layers"),
-        "timm": ("rel_pos_bias", "blocks"),
+    shared, place = {
+        "transformers4": ("beit.encoder.relative_position_bias", "beit.encoder.layer."),
+        "transformers5": ("beit.shared_position_bias", "beit.layers."),
+        "timm": ("rel_pos_bias", "blocks."),
     }[layout]
     table += [rename("rel_pos_bias.table", f"{shared}.relative_position_bias_table")]
-    for i in range(config.depth):
-        table += _block(f"blocks.{i}", f"{blocks}.{i}", layout)
-    return table
-
-
-def _block(ours: str, theirs: str, layout: str) -> list[Entry]:
-    table = [rename(f"{ours}.rel_pos_bias.table", f"{theirs}.{TABLES[layout]}")]
-    gamma = "gamma" if layout == "timm" else "lambda"
-    table += [rename(f"{ours}.gamma_{n}", f"{theirs}.{gamma}_{n}") for n in (1, 2)]
-    for part, name in BLOCK[layout].items():  # a key has no bias
-        table += linear(f"{ours}.{part}", f"{theirs}.{name}", bias=not part.endswith("k_proj"))
-    if layout == "timm":
-        table += fused([f"{ours}.attn.{name}_proj" for name in "qkv"], f"{theirs}.attn.qkv.weight")
-        table += [rename(f"{ours}.attn.{n}_proj.bias", f"{theirs}.attn.{n}_bias") for n in "qv"]
-    return table
+    single = {"rel_pos_bias.table": TABLES[layout], "gamma_1": f"{gamma}_1", "gamma_2": f"{gamma}_2"}
+    single |= {f"attn.{n}_proj.bias": f"attn.{n}_bias" for n in "qv" if timm}
+    return table + blocks(config.depth, place, BLOCK[layout], PACKED.get(layout), single)
 
 
 def fit_config(config: BeitConfig, shapes: dict[str, tuple]) -> BeitConfig:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from reference_models.clip import CLIP, CLIPConfig
 from reference_models.errors import ModelError
-from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.names import Entry, rename, under
+from reference_models.files.preprocess import OPENAI
 from reference_models.files.shared import adapt_positions
+from reference_models.files.towers import text_rows, vision_rows
 
 build = CLIP
 layouts = {"transformers4": ("",), "transformers5": ("",), "open_clip": ("",)}
@@ -19,12 +21,7 @@ adapter_layouts = ("transformers5", "transformers4")
 ignored = r"position_ids$|^(input_resolution|context_length|vocab_size)$"
 optional = r"^$"
 layout_settings = {}
-preprocess = {
-    "mean": [0.48145466, 0.4578275, 0.40821073],
-    "std": [0.26862954, 0.26130258, 0.27577711],
-    "interpolation": "bicubic",
-    "resize": "shortest",
-}
+preprocess = {**OPENAI, "interpolation": "bicubic", "resize": "shortest"}
 
 #        e, patch, vision (d, depth, heads, hidden), text (d, depth, heads, hidden)
 SIZES = {
@@ -35,26 +32,6 @@ SIZES = {
 }
 TOWER = ("dim", "depth", "heads", "hidden")
 NANO = {"image_size": 48, "vocab_size": 4000}
-
-PARTS = {
-    "transformers": {
-        "norm1": "layer_norm1",
-        "norm2": "layer_norm2",
-        "attn.q_proj": "self_attn.q_proj",
-        "attn.k_proj": "self_attn.k_proj",
-        "attn.v_proj": "self_attn.v_proj",
-        "attn.out_proj": "self_attn.out_proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    },
-    "open_clip": {
-        "norm1": "ln_1",
-        "norm2": "ln_2",
-        "attn.out_proj": "attn.out_proj",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    },
-}
 
 
 def names() -> list[str]:
@@ -79,48 +56,14 @@ def config_for(name: str) -> CLIPConfig | None:
 
 def key_table(config: CLIPConfig, layout: str) -> list[Entry]:
     """Our names beside transformers' (4 and 5 alike) or open_clip's."""
+    open_clip = layout == "open_clip"
+    kind, vision, text = ("open_clip", "visual.", "") if open_clip else ("clip", "vision_model.", "text_model.")
     table = [rename("logit_scale", "logit_scale")]
-    if layout == "open_clip":
-        table += [
-            rename("vision.patch_embed.proj.weight", "visual.conv1.weight", "kernel"),
-            rename("vision.cls_token", "visual.class_embedding", "vector"),
-            rename("vision.pos_embed", "visual.positional_embedding", "batch"),
-            rename("text.token_embed.weight", "token_embedding.weight"),
-            rename("text.pos_embed", "positional_embedding", "batch"),
-            rename("visual_projection.weight", "visual.proj", "transpose"),
-            rename("text_projection.weight", "text_projection", "transpose"),
-            *linear("vision.norm_pre", "visual.ln_pre"),
-            *linear("vision.norm", "visual.ln_post"),
-            *linear("text.norm", "ln_final"),
-        ]
-        table += _blocks("vision.blocks", "visual.transformer.resblocks", config.vision_depth, "open_clip")
-        return table + _blocks("text.blocks", "transformer.resblocks", config.text_depth, "open_clip")
-    vision, text = "vision_model.embeddings", "text_model.embeddings"
-    table += [
-        rename("vision.patch_embed.proj.weight", f"{vision}.patch_embedding.weight", "kernel"),
-        rename("vision.cls_token", f"{vision}.class_embedding", "vector"),
-        rename("vision.pos_embed", f"{vision}.position_embedding.weight", "batch"),
-        rename("text.token_embed.weight", f"{text}.token_embedding.weight"),
-        rename("text.pos_embed", f"{text}.position_embedding.weight", "batch"),
-        rename("visual_projection.weight", "visual_projection.weight"),
-        rename("text_projection.weight", "text_projection.weight"),
-        *linear("vision.norm_pre", "vision_model.pre_layrnorm"),  # so spelled in the files
-        *linear("vision.norm", "vision_model.post_layernorm"),
-        *linear("text.norm", "text_model.final_layer_norm"),
-    ]
-    table += _blocks("vision.blocks", "vision_model.encoder.layers", config.vision_depth, "transformers")
-    return table + _blocks("text.blocks", "text_model.encoder.layers", config.text_depth, "transformers")
-
-
-def _blocks(ours: str, theirs: str, depth: int, layout: str) -> list[Entry]:
-    table = []
-    for i in range(depth):
-        for our_part, their_part in PARTS[layout].items():
-            table += linear(f"{ours}.{i}.{our_part}", f"{theirs}.{i}.{their_part}")
-        if layout == "open_clip":
-            qkv = [f"{ours}.{i}.attn.{name}_proj" for name in "qkv"]
-            table += fused(qkv, f"{theirs}.{i}.attn.in_proj_weight", f"{theirs}.{i}.attn.in_proj_bias")
-    return table
+    for ours, theirs in (("visual_projection", "visual.proj"), ("text_projection", "text_projection")):
+        weight = f"{ours}.weight"
+        table += [rename(weight, theirs, "transpose") if open_clip else rename(weight, weight)]
+    table += under("vision.", "", vision_rows(config.vision_depth, vision, kind))
+    return table + under("text.", "", text_rows(config.text_depth, text, kind))
 
 
 def lone_file(config: CLIPConfig, keys, file_name: str, layout: str) -> tuple[dict, list[str]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from reference_models.clip import CLIPConfig, TextTower
 from reference_models.files import clip
 from reference_models.files.names import Entry
+from reference_models.files.towers import text_rows
 
 build = TextTower
 layouts = {"transformers4": ("text_model.",), "transformers5": ("", "text_model.")}
@@ -27,10 +28,9 @@ def config_for(name: str) -> CLIPConfig | None:
 
 
 def key_table(config: CLIPConfig, layout: str) -> list[Entry]:
-    """The rows of CLIP's table for the text tower; transformers 5 has no level above it."""
-    rows = [row for row in clip.key_table(config, layout) if row.ours[0].startswith("text.")]
-    level = "text_model." if layout == "transformers5" else ""
-    return [row._replace(ours=(row.ours[0][len("text.") :],), theirs=row.theirs.removeprefix(level)) for row in rows]
+    """Our names beside open_clip's, or transformers', whose version 5 has no level above it."""
+    kind = "open_clip" if layout == "open_clip" else "clip"
+    return text_rows(config.text_depth, "text_model." if layout == "transformers4" else "", kind)
 
 
 def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reference_models.dual import DualConfig, DualEncoder
 from reference_models.errors import ModelError
 from reference_models.files import bert, vit
-from reference_models.files.names import Entry, linear, rename
+from reference_models.files.names import Entry, linear, rename, under
 from reference_models.vit import ViTConfig
 
 layouts = {"transformers4": ("",), "transformers5": ("",)}
@@ -59,18 +59,10 @@ def key_table(config: DualConfig, layout: str) -> list[Entry]:
     table = [rename(name, name) for name in ("visual_projection.weight", "text_projection.weight", "logit_scale")]
     if config.vision.family == "vit":
         own = vit.key_table(config.vision, layout) if config.vision.pooler else dino_table(config.vision, layout)
-        table += _under("vision", "vision_model", own, "vit.")
+        table += under("vision.", "vision_model.", own, "vit.")
     if config.text.family == "bert":
-        table += _under("text", "text_model", bert.key_table(config.text, layout), "")
+        table += under("text.", "text_model.", bert.key_table(config.text, layout))
     return table
-
-
-def _under(ours: str, theirs: str, table: list[Entry], base: str) -> list[Entry]:
-    """The rows of a tower's own table, its names below `ours` and `theirs`."""
-    return [
-        Entry(tuple(f"{ours}.{name}" for name in e.ours), f"{theirs}.{e.theirs.removeprefix(base)}", e.form)
-        for e in table
-    ]
 
 
 def dino_table(config: ViTConfig, layout: str) -> list[Entry]:

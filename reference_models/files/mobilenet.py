@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from reference_models.files.names import Entry, linear, rename
+from reference_models.files.preprocess import IMAGENET
 from reference_models.mobilenet import MobileNet, MobileNetConfig
 
 build = MobileNet
@@ -14,13 +15,8 @@ adapter_layouts = ("torchvision", "timm")
 ignored = r"num_batches_tracked$"
 optional = r"^head"
 layout_settings = {}
-preprocess = {
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "interpolation": "bilinear",
-    "resize": "shortest",
-    "scale": (224, 256),  # crop 224 of 256, and in proportion at other sizes
-}
+# crop 224 of 256, and in proportion at other sizes
+preprocess = {**IMAGENET, "interpolation": "bilinear", "resize": "shortest", "scale": (224, 256)}
 
 # blocks of each stage, in the order of timm's blocks.{stage}.{block}
 STAGES = (1, 2, 3, 4, 3, 3, 1)

@@ -64,6 +64,15 @@ def fused(ours: Iterable[str], theirs_weight: str, theirs_bias: str | None = Non
     return entries + [Entry(tuple(f"{name}.bias" for name in ours), theirs_bias, "cat")] * bool(theirs_bias)
 
 
+def under(ours: str, theirs: str, table: list[Entry], base: str = "") -> list[Entry]:
+    """The rows of a tower's own table, its names below `ours` and `theirs`, there without
+    the prefix `base`."""
+    return [
+        Entry(tuple(ours + name for name in row.ours), theirs + row.theirs.removeprefix(base), row.form)
+        for row in table
+    ]
+
+
 def to_ours(state: dict[str, Tensor], table: list[Entry]) -> tuple[dict[str, Tensor], list[str]]:
     """Translate `state` into our names. Returns (tensors, keys of `state` that the
     table does not know)."""

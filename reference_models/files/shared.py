@@ -1,5 +1,5 @@
-"""What the files of several picture families have in common: a block's parts, fields of
-config.json, positions.
+"""What the files of several picture families have in common: a block's parts and rows of key
+tables, fields of config.json, positions.
 """
 
 import re
@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from reference_models.errors import ModelError
+from reference_models.files.names import Entry, fused, linear, rename
 from reference_models.layers import resize_positions
 
-# ours: theirs, of one block with separate projections; timm has one qkv beside these
+# ours: theirs, of one block with separate projections; "clip" is transformers', 4 and 5 alike
 BLOCK = {
     "transformers4": {
         "norm1": "layernorm_before",
@@ -40,7 +41,27 @@ BLOCK = {
         "mlp.fc1": "mlp.fc1",
         "mlp.fc2": "mlp.fc2",
     },
+    "clip": {
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "attn.q_proj": "self_attn.q_proj",
+        "attn.k_proj": "self_attn.k_proj",
+        "attn.v_proj": "self_attn.v_proj",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    "open_clip": {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    },
 }
+QKV = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
+# beside these, what a library stores as one: {its name up to "weight" or "bias": ours}
+PACKED = {"timm": {"attn.qkv.": QKV}, "open_clip": {"attn.in_proj_": QKV}}
 
 # ours: (transformers' name in config.json, transformers' default), of ViT, DeiT and BEiT
 ENCODER_FIELDS = {
@@ -54,15 +75,29 @@ ENCODER_FIELDS = {
     "act": ("hidden_act", "gelu"),
 }
 # theirs: ours, of timm's model_args
-ENCODER_ARGUMENTS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "embed_dim": "dim",
-    "depth": "depth",
-    "num_heads": "heads",
-    "qkv_bias": "qkv_bias",
-}
+ENCODER_ARGUMENTS = {"img_size": "image_size", "embed_dim": "dim", "num_heads": "heads"}
+ENCODER_ARGUMENTS |= {name: name for name in ("patch_size", "depth", "qkv_bias")}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def patches(theirs: str, bias: bool = True) -> list[Entry]:
+    """Rows of the projection of patches, which in their files is a convolution."""
+    kernel = rename("patch_embed.proj.weight", f"{theirs}.weight", "kernel")
+    return [kernel, rename("patch_embed.proj.bias", f"{theirs}.bias")][: 1 + bias]
+
+
+def blocks(depth: int, theirs: str, parts: dict, packed: dict | None = None, single: dict | None = None) -> list[Entry]:
+    """Rows of all blocks, in their files `theirs` and a number: layers {ours: theirs} in parts,
+    what is `packed` (see PACKED), single parameters {ours: theirs}."""
+    table = []
+    for i in range(depth):
+        own, other = f"blocks.{i}.", f"{theirs}{i}."
+        for name, part in parts.items():
+            table += linear(own + name, other + part)
+        for part, names in (packed or {}).items():
+            table += fused([own + name for name in names], f"{other}{part}weight", f"{other}{part}bias")
+        table += [rename(own + name, other + part) for name, part in (single or {}).items()]
+    return table
 
 
 def read_fields(data: dict, known: dict[str, tuple[str, Any]]) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from reference_models.errors import ModelError
 from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.preprocess import IMAGENET
 from reference_models.files.shared import (
     BLOCK,
     NO_DROPOUT,
     adapt_positions,
+    patches,
     read_fields,
     timm_name,
     to_timm,
@@ -25,24 +27,14 @@ from reference_models.swin import SwinConfig, SwinTransformer
 
 build = SwinTransformer
 # "original": the Swin repository and timm before 0.9, which merge at the end of a stage
-layouts = {
-    "transformers4": ("swin.",),
-    "transformers5": ("swin.",),
-    "timm": ("",),
-    "torchvision": ("",),
-    "original": ("",),
-}
+layouts = {"transformers4": ("swin.",), "transformers5": ("swin.",)}
+layouts |= dict.fromkeys(("timm", "torchvision", "original"), ("",))
 adapter_layouts = ("transformers5", "transformers4", "timm")
 # computed, or of pretraining
 ignored = r"relative_position_index|attn_mask|relative_coords_table|mask_token$"
 optional = r"^head"
 layout_settings: dict[str, dict] = {}
-preprocess = {
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "interpolation": "bicubic",
-    "resize": "squash",
-}
+preprocess = {**IMAGENET, "interpolation": "bicubic", "resize": "squash"}
 
 #             width depths heads of the stages
 SIZES = {
@@ -79,16 +71,8 @@ FIELDS = {  # that Swin and Swin V2 share; ours: (transformers' name, its defaul
     "qkv_bias": ("qkv_bias", True),
     "absolute_positions": ("use_absolute_embeddings", False),
 }
-TIMM_ARGUMENTS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "embed_dim": "dim",
-    "depths": "depths",
-    "num_heads": "heads",
-    "window_size": "window",
-    "mlp_ratio": "mlp_ratio",
-    "qkv_bias": "qkv_bias",
-}
+TIMM_ARGUMENTS = {"img_size": "image_size", "embed_dim": "dim", "num_heads": "heads", "window_size": "window"}
+TIMM_ARGUMENTS |= {name: name for name in ("patch_size", "depths", "mlp_ratio", "qkv_bias")}
 
 
 def config_for(name: str) -> SwinConfig | None:
@@ -131,8 +115,7 @@ def stem(config: SwinConfig, layout: str, base: str) -> list[Entry]:
         layout,
         (f"{base}embeddings.patch_embeddings.projection", f"{base}embeddings.norm", f"{base}layernorm", "classifier"),
     )
-    table = [rename("patch_embed.proj.weight", f"{patch}.weight", "kernel")]
-    table += [rename("patch_embed.proj.bias", f"{patch}.bias"), *linear("patch_norm", patch_norm)]
+    table = [*patches(patch), *linear("patch_norm", patch_norm)]
     if layout.startswith("transformers"):
         table += [rename("pos_embed", f"{base}embeddings.position_embeddings")]
     table += [*linear("norm", norm), *linear("head", head)]
@@ -149,16 +132,10 @@ def stem(config: SwinConfig, layout: str, base: str) -> list[Entry]:
 
 def block_names(config: SwinConfig, layout: str, base: str):
     """(ours, theirs) for every block: ours count through, theirs start anew in every stage."""
-    place = {"timm": "layers.{}.blocks.{}", "original": "layers.{}.blocks.{}"}
-    number = 0
-    for stage, depth in enumerate(config.depths):
-        for i in range(depth):
-            if layout == "torchvision":
-                theirs = f"features.{2 * stage + 1}.{i}"
-            else:
-                theirs = place.get(layout, base + "encoder.layers.{}.blocks.{}").format(stage, i)
-            yield f"blocks.{number}", theirs
-            number += 1
+    place = {"torchvision": "features.{1}.{2}"} | dict.fromkeys(("timm", "original"), "layers.{0}.blocks.{2}")
+    place = place.get(layout, base + "encoder.layers.{0}.blocks.{2}")
+    pairs = ((stage, i) for stage, depth in enumerate(config.depths) for i in range(depth))
+    return ((f"blocks.{n}", place.format(stage, 2 * stage + 1, i)) for n, (stage, i) in enumerate(pairs))
 
 
 def block(ours: str, theirs: str, parts: dict[str, str]) -> list[Entry]:
@@ -166,10 +143,8 @@ def block(ours: str, theirs: str, parts: dict[str, str]) -> list[Entry]:
     others are layers."""
     table = []
     for part, name in parts.items():
-        if part.endswith(("table", "scale")):
-            table += [rename(f"{ours}.{part}", f"{theirs}.{name}")]
-        else:
-            table += linear(f"{ours}.{part}", f"{theirs}.{name}")
+        alone, names = part.endswith(("table", "scale")), (f"{ours}.{part}", f"{theirs}.{name}")
+        table += [rename(*names)] if alone else linear(*names)
     return table
 
 

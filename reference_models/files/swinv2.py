@@ -13,13 +13,8 @@ from reference_models.files.swin import SIZES, block, block_names, stem
 from reference_models.swinv2 import SwinTransformerV2, SwinV2Config
 
 build = SwinTransformerV2
-layouts = {
-    "transformers4": ("swinv2.",),
-    "transformers5": ("swinv2.",),
-    "timm": ("",),
-    "torchvision": ("",),
-    "original": ("",),
-}
+layouts = {"transformers4": ("swinv2.",), "transformers5": ("swinv2.",)}
+layouts |= dict.fromkeys(("timm", "torchvision", "original"), ("",))
 # timm's Swin V2 reads qkv.weight instead of calling qkv: an adapter would do nothing there
 adapter_layouts = ("transformers5", "transformers4")
 ignored, optional = swin_files.ignored + r"|\.k_bias$", swin_files.optional

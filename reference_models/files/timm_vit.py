@@ -1,5 +1,5 @@
-"""config.json of timm's vision transformers: the architecture's name and its arguments, as a
-configuration of vit.py or vit_variants.py.
+"""Files of timm's vision transformers: the architecture's name and its arguments in config.json, as
+a configuration of vit.py or vit_variants.py, and the names of the variants' tensors.
 
 A name is a size, a patch, and words: vit_medium_patch16_reg4_gap_256. Only what changes the
 mathematics is read; layer scale, biases and the place of the final norm are seen in the file.
@@ -9,7 +9,8 @@ import re
 from dataclasses import fields
 
 from reference_models.errors import ModelError
-from reference_models.files.shared import ENCODER_ARGUMENTS, check_arguments
+from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.shared import BLOCK, ENCODER_ARGUMENTS, PACKED, blocks, check_arguments, patches, to_timm
 from reference_models.vit import ViTConfig
 from reference_models.vit_variants import VariantConfig
 
@@ -50,6 +51,9 @@ TANH = re.compile(r"patch32_siglip|giantopt|large_patch16_siglip(_gap)?_512|so40
 ARGUMENTS = ("mlp_ratio", "act_layer", "class_token", "reg_tokens", "no_embed_class", "pre_norm", "init_values")
 ARGUMENTS += ("global_pool", "fc_norm", "final_norm")
 POOLS = ("token", "avg", "map")
+# ours that timm calls otherwise
+ACTS = {"gelu_python": "gelu"}
+ACTS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh")
 
 
 def read_timm(data: dict) -> ViTConfig | VariantConfig | None:
@@ -74,7 +78,8 @@ def read_timm(data: dict) -> ViTConfig | VariantConfig | None:
     said = _said_by_name(kind, size, words)
     arguments = data.get("model_args") or {}
     check_arguments(arguments, {*ENCODER_ARGUMENTS, *ARGUMENTS})
-    values |= {ours: _value(arguments[theirs]) for theirs, ours in ENCODER_ARGUMENTS.items() if theirs in arguments}
+    given = {ours: arguments[theirs] for theirs, ours in ENCODER_ARGUMENTS.items() if theirs in arguments}
+    values |= {ours: tuple(value) if isinstance(value, list) else value for ours, value in given.items()}
     values["act"] = arguments.get("act_layer") or values["act"]
     ratio = arguments.get("mlp_ratio", (1 + said["swiglu"]) * values["hidden"] / SIZES[size][0])
     values["hidden"] = int(values["dim"] * ratio + 1e-6) // (1 + said["swiglu"])
@@ -127,5 +132,57 @@ def _said_by_arguments(said: dict, arguments: dict, pool: str | None) -> dict:
     return changed
 
 
-def _value(value):
-    return tuple(value) if isinstance(value, list) else value
+# ---- the other direction: rows of the key table, config.json
+
+
+def timm_rows(config: VariantConfig) -> list[Entry]:
+    """Our names of a variant beside timm's."""
+    table = [*patches("patch_embed.proj"), *linear("norm_pre", "norm_pre")]
+    table += [rename(name, name) for name in ("cls_token", "dist_token", "reg_token", "pos_embed")]
+    table += [*linear("norm", "norm"), *linear("fc_norm", "fc_norm"), *head_rows(config, "head", "head_dist")]
+    pool = "attn_pool"
+    table += [rename(f"{pool}.probe", f"{pool}.latent"), *linear(f"{pool}.q_proj", f"{pool}.q")]
+    table += fused([f"{pool}.{n}_proj" for n in "kv"], f"{pool}.kv.weight", f"{pool}.kv.bias")
+    for ours, theirs in (("out_proj", "proj"), ("norm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+        table += linear(f"{pool}.{ours}", f"{pool}.{theirs}")
+    scales = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    return table + blocks(
+        config.depth, "blocks.", *with_swiglu(config, BLOCK["timm"], "mlp.fc1.", PACKED["timm"]), scales
+    )
+
+
+def head_rows(config: VariantConfig, token: str, dist: str) -> list[Entry]:
+    """DeiT's own two heads, or one."""
+    two = [*linear("head.token", token), *linear("head.dist", dist)]
+    return two if "pair" in config.steps else linear("head", token.removeprefix("cls_"))
+
+
+def with_swiglu(config: VariantConfig, parts: dict, name: str, packed: dict | None = None) -> tuple[dict, dict]:
+    """The parts of a block and what is packed in it; of a SwiGLU its gate and fc1, which are one in
+    their files, called `name`."""
+    if not config.swiglu:
+        return parts, packed or {}
+    rest = {ours: theirs for ours, theirs in parts.items() if ours != "mlp.fc1"}
+    return rest, {**(packed or {}), name: ("mlp.gate_proj", "mlp.fc1")}
+
+
+def timm_json(config: VariantConfig) -> dict:
+    """config.json as timm reads it; ModelError where it has no such model."""
+    steps = [step for step in config.steps if step != "norm"]
+    none = not config.prefix_positions and config.prefix > 0
+    if steps[0] == "token+avg" or config.prefix_positions not in (0, config.prefix):
+        raise ModelError(f"{config.name}: timm has no such pooling or positions; save it with layout='transformers'")
+    if config.distilled:
+        if config.num_classes and config.num_classes != config.distilled_classes:
+            raise ModelError(f"{config.name}: timm's distilled models have two heads, this one has one")
+        return to_timm(config, "deit_base_distilled_patch16_224", ENCODER_ARGUMENTS, config.dim)
+    architecture = "vit_giant_patch14_dinov2" if config.swiglu else "vit_base_patch16_224"
+    architecture = "vit_base_patch16_clip_224" if config.eps == 1e-5 else architecture
+    data = to_timm(config, architecture, ENCODER_ARGUMENTS, config.dim)
+    norm = "norm" in config.steps
+    options = {"class_token": config.class_token, "reg_tokens": config.registers, "no_embed_class": none}
+    options |= {"pre_norm": config.pre_norm, "init_values": config.layer_scale or None, "global_pool": steps[0]}
+    options |= {"fc_norm": config.steps[-1] == "norm", "final_norm": norm}
+    options |= {} if config.swiglu else {"act_layer": ACTS.get(config.act, config.act)}
+    data["model_args"] |= options | {"mlp_ratio": (1 + config.swiglu) * config.hidden / config.dim}
+    return data

@@ -9,13 +9,17 @@ from dataclasses import replace
 from torch import Tensor
 
 from reference_models.errors import ModelError
-from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.names import Entry, linear, rename
 from reference_models.files.shared import (
     BLOCK,
     ENCODER_ARGUMENTS,
     ENCODER_FIELDS,
     NO_DROPOUT,
+    PACKED,
+    QKV,
     adapt_positions,
+    blocks,
+    patches,
     read_fields,
     to_timm,
     write_fields,
@@ -52,6 +56,7 @@ PARTS = BLOCK | {
         "mlp.fc2": "mlp.3",
     }
 }
+ONE = PACKED | {"torchvision": {"self_attention.in_proj_": QKV}}
 
 
 def config_for(name: str) -> ViTConfig | None:
@@ -75,37 +80,21 @@ def key_table(config: ViTConfig, layout: str) -> list[Entry]:
     and torchvision."""
     if layout.startswith("transformers"):
         base = "deit." if config.distilled else "vit."
-        table = _outside(base, "embeddings.patch_embeddings.projection", "classifier")
+        table = [*patches(f"{base}embeddings.patch_embeddings.projection"), *linear("head", "classifier")]
         table += [rename("cls_token", f"{base}embeddings.cls_token")]
         table += [rename("pos_embed", f"{base}embeddings.position_embeddings"), *linear("norm", f"{base}layernorm")]
         table += [rename("dist_token", f"{base}embeddings.distillation_token")]
         table += linear("pooler.dense", f"{base}pooler.dense")
-        blocks = f"{base}encoder.layer" if layout == "transformers4" else f"{base}layers"
+        place = f"{base}encoder.layer." if layout == "transformers4" else f"{base}layers."
     elif layout == "timm":
-        table = [*_outside("", "patch_embed.proj", "head"), *linear("norm", "norm")]
+        table = [*patches("patch_embed.proj"), *linear("head", "head"), *linear("norm", "norm")]
         table += [rename(token, token) for token in ("cls_token", "dist_token", "pos_embed")]
-        blocks = "blocks"
+        place = "blocks."
     else:
-        table = [*_outside("", "conv_proj", "heads.head"), *linear("norm", "encoder.ln")]
+        table = [*patches("conv_proj"), *linear("head", "heads.head"), *linear("norm", "encoder.ln")]
         table += [rename("cls_token", "class_token"), rename("pos_embed", "encoder.pos_embedding")]
-        blocks = "encoder.layers.encoder_layer_"
-    separator = "" if layout == "torchvision" else "."
-    for i in range(config.depth):
-        block = f"{blocks}{separator}{i}"
-        for ours, theirs in PARTS[layout].items():
-            table += linear(f"blocks.{i}.{ours}", f"{block}.{theirs}")
-        qkv = [f"blocks.{i}.attn.{name}_proj" for name in "qkv"]
-        if layout == "timm":
-            table += fused(qkv, f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias")
-        elif layout == "torchvision":
-            attention = f"{block}.self_attention"
-            table += fused(qkv, f"{attention}.in_proj_weight", f"{attention}.in_proj_bias")
-    return table
-
-
-def _outside(base: str, patch: str, head: str) -> list[Entry]:
-    kernel = rename("patch_embed.proj.weight", f"{base}{patch}.weight", "kernel")
-    return [kernel, rename("patch_embed.proj.bias", f"{base}{patch}.bias"), *linear("head", head)]
+        place = "encoder.layers.encoder_layer_"
+    return table + blocks(config.depth, place, PARTS[layout], ONE.get(layout))
 
 
 def fit_config(config: ViTConfig, shapes: dict[str, tuple]) -> ViTConfig:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from reference_models.clip import CLIPConfig
 from reference_models.errors import ModelError
-from reference_models.files import clip
-from reference_models.files.names import Entry, fused, linear, rename
-from reference_models.files.shared import BLOCK, NO_DROPOUT, adapt_positions, read_fields, to_timm, write_fields
-from reference_models.files.shared import ENCODER_ARGUMENTS as ARGUMENTS
+from reference_models.files import clip, vit
+from reference_models.files.names import Entry, linear, rename
+from reference_models.files.preprocess import HALF, IMAGENET
+from reference_models.files.shared import BLOCK, NO_DROPOUT, adapt_positions, blocks, patches, read_fields, write_fields
 from reference_models.files.shared import ENCODER_FIELDS as FIELDS
-from reference_models.files.timm_vit import SIZES
+from reference_models.files.timm_vit import SIZES, head_rows, timm_json, timm_rows, with_swiglu
+from reference_models.files.towers import vision_rows
 from reference_models.vit_variants import VariantConfig, VariantViT
 
 build = VariantViT
@@ -32,7 +33,6 @@ ignored = (
 )
 optional = r"^(head|norm|attn_pool)\."  # parts that another pooling leaves out
 layout_settings: dict[str, dict] = {}
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 preprocess = {**IMAGENET, "interpolation": "bicubic", "resize": "shortest"}
 
 DINOV2 = {"pool": "norm token", "head_pool": "norm token+avg", "layer_scale": 1.0}
@@ -41,8 +41,6 @@ SIGLIP = {"pool": "norm map", "head_pool": "norm avg", "class_token": False, "pr
 DEIT = {"distilled": True, "prefix_positions": 2, "num_classes": 1, "distilled_classes": 1}
 CLIP_DEFAULTS = {"patch_size": 32, "act": "quick_gelu", "eps": 1e-5}
 SIGLIP_DEFAULTS = {"act": "gelu_pytorch_tanh", "eps": 1e-6}
-TIMM_ACTS = {"gelu_python": "gelu"}
-TIMM_ACTS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh")
 
 
 def names() -> list[str]:
@@ -71,8 +69,7 @@ def preprocess_of(config: VariantConfig) -> dict:
     """What a checkpoint wants that does not say it: CLIP's and SigLIP's towers have their own."""
     if config.pre_norm:
         return clip.preprocess
-    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize": "squash"}
-    return preprocess | half if "map" in config.pool else preprocess
+    return preprocess | HALF | {"resize": "squash"} if "map" in config.pool else preprocess
 
 
 def lone_file(config: VariantConfig, keys, file_name: str, layout: str) -> tuple[dict, list[str]]:
@@ -108,109 +105,37 @@ def key_table(config: VariantConfig, layout: str) -> list[Entry]:
     """Our names beside those of transformers 4 and 5, timm and open_clip; no rows where the library
     has no such model."""
     if layout == "timm":
-        return _timm(config)
-    if layout == "open_clip":
-        return _tower(config, "visual.", "open_clip")
+        return timm_rows(config)
     kind = kind_of(config)
+    if layout == "open_clip":
+        norm, scales = (
+            "norm" if config.steps[0] == "norm" else "fc_norm",
+            {f"gamma_{n}": f"ls_{n}.gamma" for n in (1, 2)},
+        )
+        return vision_rows(config.depth, "visual.", layout, norm, scales)
     if kind in ("clip", "siglip"):
         # without a head transformers 5 has no level above the tower
         base = "vision_model." if config.num_classes or layout == "transformers4" else ""
-        return _tower(config, base, kind) + linear("head", "classifier")
+        return vision_rows(config.depth, base, kind) + linear("head", "classifier")
     if kind == "deit":
-        return _deit(config, layout)
+        return vit.key_table(config, layout) + head_rows(config, "cls_classifier", "distillation_classifier")
     return _dinov2(config, f"{kind}.", layout) if kind else []
-
-
-def _timm(config: VariantConfig) -> list[Entry]:
-    table = [*_patches("", "patch_embed.proj"), *linear("norm_pre", "norm_pre")]
-    table += [rename(name, name) for name in ("cls_token", "dist_token", "reg_token", "pos_embed")]
-    table += [*linear("norm", "norm"), *linear("fc_norm", "fc_norm")]
-    pool = "attn_pool"
-    table += [rename(f"{pool}.probe", f"{pool}.latent"), *linear(f"{pool}.q_proj", f"{pool}.q")]
-    table += fused([f"{pool}.{n}_proj" for n in "kv"], f"{pool}.kv.weight", f"{pool}.kv.bias")
-    for ours, theirs in (("out_proj", "proj"), ("norm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
-        table += linear(f"{pool}.{ours}", f"{pool}.{theirs}")
-    table += _heads(config, "head", "head_dist")
-    scales = ("ls1.gamma", "ls2.gamma")
-    return table + _blocks(config, "blocks", BLOCK["timm"], ("attn.qkv.weight", "attn.qkv.bias"), scales)
-
-
-def _heads(config: VariantConfig, token: str, dist: str) -> list[Entry]:
-    """DeiT's own two heads, or one."""
-    two = [*linear("head.token", token), *linear("head.dist", dist)]
-    return two if "pair" in config.steps else linear("head", token.removeprefix("cls_"))
-
-
-def _tower(config: VariantConfig, base: str, kind: str) -> list[Entry]:
-    """The picture tower of CLIP or SigLIP."""
-    if kind == "open_clip":
-        table = [rename("cls_token", f"{base}class_embedding", "vector"), *_patches(base, "conv1")]
-        table += [rename("pos_embed", f"{base}positional_embedding", "batch")]
-        table += [*linear("norm_pre", f"{base}ln_pre"), *linear("norm", f"{base}ln_post")]
-        qkv = ("attn.in_proj_weight", "attn.in_proj_bias")
-        return table + _blocks(config, f"{base}transformer.resblocks", clip.PARTS[kind], qkv)
-    table = [rename("cls_token", f"{base}embeddings.class_embedding", "vector")]
-    table += [*_patches(base, "embeddings.patch_embedding")]
-    table += [rename("pos_embed", f"{base}embeddings.position_embedding.weight", "batch")]
-    table += [*linear("norm_pre", f"{base}pre_layrnorm"), *linear("norm", f"{base}post_layernorm")]
-    pool, head = "attn_pool", f"{base}head"
-    table += [rename(f"{pool}.probe", f"{head}.probe"), *linear(f"{pool}.out_proj", f"{head}.attention.out_proj")]
-    qkv = [f"{pool}.{n}_proj" for n in "qkv"]
-    table += fused(qkv, f"{head}.attention.in_proj_weight", f"{head}.attention.in_proj_bias")
-    for ours, theirs in (("norm", "layernorm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
-        table += linear(f"{pool}.{ours}", f"{head}.{theirs}")
-    return table + _blocks(config, f"{base}encoder.layers", clip.PARTS["transformers"])
-
-
-def _deit(config: VariantConfig, layout: str) -> list[Entry]:
-    outside = "deit.embeddings."
-    table = [*_patches(outside, "patch_embeddings.projection"), *linear("norm", "deit.layernorm")]
-    table += [rename("cls_token", f"{outside}cls_token"), rename("dist_token", f"{outside}distillation_token")]
-    table += [rename("pos_embed", f"{outside}position_embeddings")]
-    table += _heads(config, "cls_classifier", "distillation_classifier")
-    blocks = "deit.encoder.layer" if layout == "transformers4" else "deit.layers"
-    return table + _blocks(config, blocks, BLOCK[layout])
 
 
 def _dinov2(config: VariantConfig, base: str, layout: str) -> list[Entry]:
     outside = f"{base}embeddings."
-    table = [*_patches(outside, "patch_embeddings.projection"), *linear("norm", f"{base}layernorm")]
+    table = [*patches(f"{outside}patch_embeddings.projection"), *linear("norm", f"{base}layernorm")]
     table += [rename("cls_token", f"{outside}cls_token"), rename("reg_token", f"{outside}register_tokens")]
     table += [rename("pos_embed", f"{outside}position_embeddings"), *linear("head", "classifier")]
-    scales = ("layer_scale1.lambda1", "layer_scale2.lambda1")
     parts = {name: theirs for name, theirs in BLOCK[layout].items() if name.startswith("attn.")}
-    parts |= {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    packed = layout == "transformers4"
-    if config.swiglu:
-        parts |= {"mlp.fc2": "mlp.weights_out"} if packed else {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
-        parts |= {} if packed else {"mlp.gate_proj": "mlp.gate_proj"}
-    return table + _blocks(config, f"{base}encoder.layer", parts, (), scales, "mlp.weights_in" if packed else "")
-
-
-def _patches(base: str, name: str) -> list[Entry]:
-    kernel = rename("patch_embed.proj.weight", f"{base}{name}.weight", "kernel")
-    return [kernel, rename("patch_embed.proj.bias", f"{base}{name}.bias")]
-
-
-def _blocks(
-    config: VariantConfig, theirs: str, parts: dict, qkv: tuple = (), scales: tuple = (), glu: str = "mlp.fc1"
-) -> list[Entry]:
-    """The rows of all blocks. qkv: their weight and bias of a fused projection; scales: of layer
-    scale; glu: their name of SwiGLU's gate and fc1 as one, "" where they are two."""
-    table = []
-    for i in range(config.depth):
-        block, other = f"blocks.{i}", f"{theirs}.{i}"
-        fuse = config.swiglu and glu
-        for ours, name in parts.items():
-            if not (fuse and ours == "mlp.fc1"):
-                table += linear(f"{block}.{ours}", f"{other}.{name}")
-        if fuse:
-            packed = [f"{block}.mlp.gate_proj", f"{block}.mlp.fc1"]
-            table += fused(packed, f"{other}.{glu}.weight", f"{other}.{glu}.bias")
-        if qkv:
-            table += fused([f"{block}.attn.{n}_proj" for n in "qkv"], *(f"{other}.{name}" for name in qkv))
-        table += [rename(f"{block}.gamma_{n}", f"{other}.{name}") for n, name in enumerate(scales, 1)]
-    return table
+    parts |= {name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
+    packed: dict = {}
+    if config.swiglu and layout == "transformers4":
+        parts, packed = with_swiglu(config, parts | {"mlp.fc2": "mlp.weights_out"}, "mlp.weights_in.")
+    elif config.swiglu:
+        parts |= {"mlp.gate_proj": "mlp.gate_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
+    scales = {"gamma_1": "layer_scale1.lambda1", "gamma_2": "layer_scale2.lambda1"}
+    return table + blocks(config.depth, f"{base}encoder.layer.", parts, packed, scales)
 
 
 def fit_config(config: VariantConfig, shapes: dict[str, tuple]) -> VariantConfig:
@@ -238,10 +163,11 @@ def adapt(state: dict[str, Tensor], old: VariantConfig, new: VariantConfig) -> N
 def config_from_json(data: dict) -> VariantConfig | None:
     """Read transformers' config.json of a DINOv2, a distilled DeiT or a picture tower; None where
     it is of another family. timm's are read by files/vit.py."""
-    kind, classes = data.get("model_type"), int(_is_classifier(data))
+    kind, architectures = data.get("model_type"), " ".join(data.get("architectures") or ())
+    classes = int("ForImageClassification" in architectures)
     if kind in ("dinov2", "dinov2_with_registers"):
         return _read_dinov2(data, classes)
-    if kind == "deit" and "DeiTForImageClassificationWithTeacher" in (data.get("architectures") or ()):
+    if kind == "deit" and "DeiTForImageClassificationWithTeacher" in architectures:
         values = read_fields(data, FIELDS)
         return VariantConfig(_name("deit", values), **values, **DEIT)
     if kind in ("clip_vision_model", "siglip_vision_model") or (kind in ("clip", "siglip") and classes):
@@ -250,18 +176,13 @@ def config_from_json(data: dict) -> VariantConfig | None:
     return None
 
 
-def _is_classifier(data: dict) -> bool:
-    return any("ForImageClassification" in name for name in data.get("architectures") or ())
-
-
 def _name(kind: str, values: dict) -> str:
     return f"{kind}-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
 
 
 def _read_tower(data: dict, kind: str, classes: int) -> VariantConfig:
-    defaults = {**CLIP_DEFAULTS} if kind == "clip" else SIGLIP_DEFAULTS
-    known = {ours: (theirs, defaults.get(ours, default)) for ours, (theirs, default) in FIELDS.items()}
-    values, options = read_fields(data, known), CLIP if kind == "clip" else SIGLIP
+    options, defaults = (CLIP, CLIP_DEFAULTS) if kind == "clip" else (SIGLIP, SIGLIP_DEFAULTS)
+    values = read_fields(data, {ours: (name, defaults.get(ours, default)) for ours, (name, default) in FIELDS.items()})
     if data.get("vision_use_head") is False:
         options = options | {"pool": "norm avg"}
     return VariantConfig(_name(kind, values), num_classes=classes, **values, **options)
@@ -285,7 +206,7 @@ def config_to_json(config: VariantConfig, layout: str) -> dict:
     """config.json as transformers or timm read it; labels and preprocessing are added by the
     caller. ModelError where the library has no such model."""
     if layout == "timm":
-        return _timm_json(config)
+        return timm_json(config)
     kind, head = kind_of(config), "ForImageClassification" if config.num_classes else "Model"
     if kind is None or layout == "open_clip":
         raise ModelError(f"{config.name}: {layout} has no model with its options; save it with layout='minilora'")
@@ -306,24 +227,3 @@ def config_to_json(config: VariantConfig, layout: str) -> dict:
     data |= {"mlp_ratio": ratio, "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.swiglu}
     data["layerscale_value"] = config.layer_scale
     return data | ({"num_register_tokens": config.registers} if config.registers else {})
-
-
-def _timm_json(config: VariantConfig) -> dict:
-    steps = [step for step in config.steps if step != "norm"]
-    none = not config.prefix_positions and config.prefix > 0
-    if steps[0] == "token+avg" or config.prefix_positions not in (0, config.prefix):
-        raise ModelError(f"{config.name}: timm has no such pooling or positions; save it with layout='transformers'")
-    if config.distilled:
-        if config.num_classes and config.num_classes != config.distilled_classes:
-            raise ModelError(f"{config.name}: timm's distilled models have two heads, this one has one")
-        return to_timm(config, "deit_base_distilled_patch16_224", ARGUMENTS, config.dim)
-    architecture = "vit_giant_patch14_dinov2" if config.swiglu else "vit_base_patch16_224"
-    architecture = "vit_base_patch16_clip_224" if config.eps == 1e-5 else architecture
-    data = to_timm(config, architecture, ARGUMENTS, config.dim)
-    norm = "norm" in config.steps
-    options = {"class_token": config.class_token, "reg_tokens": config.registers, "no_embed_class": none}
-    options |= {"pre_norm": config.pre_norm, "init_values": config.layer_scale or None, "global_pool": steps[0]}
-    options |= {"fc_norm": config.steps[-1] == "norm", "final_norm": norm}
-    options |= {} if config.swiglu else {"act_layer": TIMM_ACTS.get(config.act, config.act)}
-    data["model_args"] |= options | {"mlp_ratio": (1 + config.swiglu) * config.hidden / config.dim}
-    return data
