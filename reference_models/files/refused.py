@@ -8,7 +8,6 @@ VIT = "a plain ViT of that size (vit_base_patch16_224, deit3_base_patch16_224)"
 REFUSED = (  # pattern in model_type or architecture, what differs, what to take instead
     (r"dinov3|lingbot|sapiens", "positions by rotation (DINOv3)", DINOV2),
     (r"swinv2_cr", "other blocks than Microsoft's Swin V2", "swinv2_base_window8_256"),
-    (r"swin_s3", "a window of its own in each stage", "swin_tiny_patch4_window7_224"),
     (r"^eva|rope|_pe_(core|lang|spatial)|mvitv2", "positions by rotation, or EVA's own blocks", CLIP),
     (r"s?relpos|_rpn", "relative positions outside BEiT's", "BEiT (beit_base_patch16_224) or Swin"),
     (r"(^|_)sam|^samvit|vitdet", "windows and an encoder for masks, no classifier", DINOV2),

@@ -45,6 +45,9 @@ SIZES = {
     "large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 
+# of timm's swin_s3: the depth of the third stage, the windows of all
+S3 = {"tiny": (6, (7, 7, 14, 7)), "small": (18, (14, 14, 14, 7)), "base": (30, (7, 7, 14, 7))}
+
 TABLE = "attn.relative_position_bias_table"
 PARTS = {  # of a block; the three libraries with one qkv have it in `key_table`
     "transformers4": {
@@ -76,8 +79,11 @@ TIMM_ARGUMENTS |= {name: name for name in ("patch_size", "depths", "mlp_ratio", 
 
 
 def config_for(name: str) -> SwinConfig | None:
-    """swin-{size}-patch{p}-window{w}-{side}, such as "swin-base-patch4-window7-224"; None
-    for other families."""
+    """swin-{size}-patch{p}-window{w}-{side}, such as "swin-base-patch4-window7-224", or
+    swin-s3-{size}-{side}; None for other families."""
+    if match := re.fullmatch(rf"swin-s3-({'|'.join(S3)})-(\d+)", name):
+        depth, windows = S3[match[1]]
+        return SwinConfig(name, int(match[2]), depths=(2, 2, depth, 2), window=windows)
     match = re.fullmatch(rf"swin-({'|'.join(SIZES)})-patch(\d+)-window(\d+)-(\d+)", name)
     if not match:
         return None
