@@ -94,6 +94,7 @@ def load_pretrained(
     num_classes: int | None = None,
     image_size: int | None = None,
     pictures: dict | None = None,
+    texts: bool = False,
     **overrides,
 ) -> nn.Module:
     """A model with the weights of a checkpoint.
@@ -108,6 +109,8 @@ def load_pretrained(
       name or the checkpoint
     pictures: what is known better than the files know it: mean and std (three numbers each, for
       pixels in 0..1), interpolation, resize ("squash" or "crop"), crop_pct
+    texts: of timm's picture tower and open_clip's whole CLIP in one folder the latter is meant, as
+      where a CLIP's name is given
 
     Every key must find its place and every tensor its weights, with the right shape and finite
     values; otherwise ModelError names the file and the keys. Nothing is printed: what was assumed
@@ -124,7 +127,8 @@ def load_pretrained(
     if by_name and weights == "none":
         sizes = {"image_size": image_size} if image_size else {}
         return create_model(name_or_dir, num_classes, pictures, **sizes, **overrides)
-    checkpoint = find_checkpoint(name_or_dir if weights == "none" else weights)
+    texts = texts or getattr(wanted, "family", "") == "clip"
+    checkpoint = find_checkpoint(name_or_dir if weights == "none" else weights, texts)
     with readable(checkpoint.settings):
         config, notes = described(checkpoint, wanted)
     config = _for_classes(config, num_classes)
@@ -148,6 +152,7 @@ def load_pretrained(
     assumed = assumed_settings(_preprocess(config), layout, Path(files).name, getattr(config, "distilled", False))
     with readable(checkpoint.settings):
         model = _build(config, assumed, checkpoint.pictures, pictures or {})
+    model.source = checkpoint.path
     model.notes = [*notes, *_other_sizes(wanted, found), *_head_notes(model, checkpoint, found, num_classes)]
     if hasattr(family, "notes"):
         model.notes += family.notes(config, layout)

@@ -100,16 +100,17 @@ def find_tokenizer(config: Config) -> Tokenizer:
         if not os.path.isdir(name) and config_for(name).family != "clip":
             raise UserError(NO_CLIP.format(name, NEEDS[config.task]))
         where = f"beside {source}" if source else f"bundled for {name}"
-        raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder")
+        other = ", or take --head linear" * (config.task == "classify")
+        raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder{other}")
     return load_tokenizer(folder)
 
 
 def text_sizes(name: str, weights: str | None, tokenizer: Tokenizer) -> dict[str, int]:
-    """Settings of a text tower with random weights, so that it fits the tokenizer; {} for a
-    tower with weights."""
+    """For load_pretrained: a text tower is wanted, and one with random weights that fits the
+    tokenizer's ids."""
     if weights != RANDOM or not name.startswith("clip-"):
-        return {}
-    return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
+        return {"texts": True}
+    return {"texts": True, "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
 
 
 def text_limit(model: nn.Module, tokenizer: Tokenizer) -> int:

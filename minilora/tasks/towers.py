@@ -1,5 +1,5 @@
-"""The two towers of a question answerer: which models, from which weights, and the tokenizer
-of the text tower.
+"""A picture tower and a text tower: which models, from which weights, and the tokenizer of the
+text tower. A question answerer has them, and a CLIP that is made of two encoders.
 """
 
 import os
@@ -14,7 +14,7 @@ from minilora.settings.values import TOWERS
 from minilora.tasks.weights import RANDOM, load_base, named, own_weights, picture_flags, tokenizer_beside
 from reference_models import ModelError
 from reference_models.fusion import TwoTower
-from reference_models.load import config_for
+from reference_models.load import config_for, config_of
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 STUDENTS_TEXT = "bert-nano"  # whose vocabulary a student reads where nothing is said
@@ -108,17 +108,17 @@ def folder_now(name: str, source: str | None) -> str:
         return source
 
 
-def text_settings(config: Config, name: str) -> dict[str, str]:
-    """Settings of the text tower from --text-pooling; UserError where a tower has one vector."""
+def text_settings(config: Config, name: str) -> dict[str, Any]:
+    """For load_pretrained: a text tower, with --text-pooling; UserError where it has one vector."""
     if config.text_pooling in (None, "auto"):
-        return {}
-    if os.path.isdir(name) or hasattr(config_for(name), "pooling"):
-        return {"pooling": config.text_pooling}
+        return {"texts": True}
+    if hasattr(config_of(name), "pooling"):
+        return {"texts": True, "pooling": config.text_pooling}
     if config.text_pooling != "pooler":
         raise UserError(
             f"--text-pooling {config.text_pooling}: the texts of {name} have one vector; leave the flag out"
         )
-    return {}
+    return {"texts": True}
 
 
 def tower_of(model: nn.Module, tower: str) -> nn.Module:
@@ -149,18 +149,17 @@ def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str |
 
 
 def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int:
-    """The longest text in tokens; UserError where the text tower cannot read so many, or
-    this vocabulary."""
+    """The longest text in tokens; UserError where the text tower cannot read so many."""
     config = model.text.config
-    longest = getattr(config, "max_positions", tokenizer.max_length)
+    longest = positions(config) or tokenizer.max_length
     if wanted and wanted > longest:
         raise UserError(f"--max-length {wanted}: {config.name} reads at most {longest} tokens; use at most that")
-    size = getattr(config, "vocab_size", tokenizer.vocab_size)
-    if tokenizer.vocab_size > size:
-        raise UserError(
-            f"--tokenizer has {tokenizer.vocab_size} tokens, but {config.name} knows {size}; name its own vocabulary"
-        )
     return min(wanted or tokenizer.max_length, longest)
+
+
+def positions(config: Any) -> int | None:
+    """The longest text in tokens that the text tower of a configuration has positions for."""
+    return getattr(config, "max_positions", None) or getattr(config, "context", None)
 
 
 def frozen_towers(model: TwoTower) -> tuple[str, ...]:

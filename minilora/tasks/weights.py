@@ -54,7 +54,7 @@ def load_base(
         names = [name for name in built.state_dict() if name.partition(".")[0] not in built.head_modules]
         return built, {"weights": RANDOM, "sha256": tensors_sha256(built.state_dict(), names)}
     bundled = weights in (None, BUNDLED) and not os.path.isdir(model)
-    return built, {"weights": BUNDLED if bundled else str(source), "sha256": weights_sha256(source)}
+    return built, {"weights": BUNDLED if bundled else str(source), "sha256": weights_sha256(built.source)}
 
 
 def picture_flags(config: Config) -> dict[str, Any]:

@@ -5,7 +5,8 @@ its settings, and this is what its files do not say.
     checkpoint.data, checkpoint.pictures, checkpoint.tokenizer, checkpoint.labels(10)
 
 A file in a folder is that folder's checkpoint, and what lies beside it belongs to it: config.json,
-the image processor's settings, the tokenizer.
+the image processor's settings, the tokenizer. Where timm's files lie beside open_clip's, which have
+the text tower too, open_clip_config.json describes those whose name begins with open_clip.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from reference_models.errors import ModelError
 from reference_models.files.config_check import check_config
 from reference_models.files.preprocess import picture_settings
 from reference_models.files.refused import instead
+from reference_models.files.safetensors import weight_files
 from reference_models.text.textfiles import read_json
 from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
 
@@ -48,24 +50,29 @@ class Checkpoint:
         return [str(label) for label in labels] if labels and len(labels) == classes else None
 
 
-def find_checkpoint(source: str | Path) -> Checkpoint:
-    """The checkpoint that `source` names; ModelError where there is none, or for files that
-    cannot be read."""
-    path = local(source)
+def find_checkpoint(source: str | Path, texts: bool = False) -> Checkpoint:
+    """The checkpoint that `source` names, of timm's and open_clip's files the latter where `texts`
+    are to be read; ModelError where there is none, or for files that cannot be read."""
+    path = local(source, texts)
     folder = path if path.is_dir() else path.parent
     there = [folder / name for name in SETTINGS if (folder / name).is_file()]
+    if len(there) == 2:
+        timm = "architecture" in read_json(there[0])
+        files = weight_files(folder, texts and timm) if path.is_dir() else [path]
+        path = files[0] if files and timm else path
+        there = there[::-1] if files and files[0].name.startswith("open_clip") else there
     settings = (there or [folder / SETTINGS[0]])[0]
     data = read_json(settings) if there else {}
     pictures, notes = picture_settings(folder, data)
     return Checkpoint(path, folder, settings, data, pictures, tuple(notes))
 
 
-def local(source: str | Path) -> Path:
+def local(source: str | Path, texts: bool = False) -> Path:
     """A file or folder on this machine; hf:org/name is fetched from the hub once."""
     if str(source).startswith("hf:"):
         from reference_models.files.hub import resolve
 
-        return resolve(str(source))
+        return resolve(str(source), texts)
     path = Path(source)
     if not path.exists():
         raise ModelError(f"weights {str(source)!r}: no such file or directory")

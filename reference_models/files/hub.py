@@ -36,11 +36,12 @@ WEIGHTS = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+OPEN_CLIP = tuple(name for name in WEIGHTS if name.startswith("open_clip"))
 
 
-def resolve(spec: str | Path) -> Path:
+def resolve(spec: str | Path, texts: bool = False) -> Path:
     """The local path of `spec`: itself, or for "hf:org/name[@revision]" the folder in the cache,
-    filled if need be.
+    filled if need be. With `texts` open_clip's weights are in it too where the others are timm's.
 
     Raises ModelError for a malformed name, a missing or refused model, a download that stays
     broken, bytes that are not the declared ones, an index that names files outside the folder, or
@@ -50,7 +51,7 @@ def resolve(spec: str | Path) -> Path:
         return Path(spec)
     name, revision = _parse(str(spec))
     folder = cache_folder() / name.replace("/", "--") / revision.replace("/", "--")
-    if _complete(folder):
+    if _complete(folder, texts):
         return folder
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ModelError(f"{spec}: HF_HUB_OFFLINE is set and {folder} holds no complete copy; unset it to download")
@@ -59,8 +60,8 @@ def resolve(spec: str | Path) -> Path:
     except OSError as error:
         raise ModelError(f"{folder}: the cache cannot be made ({error.strerror}); set HF_HOME elsewhere") from None
     with _locked(folder):
-        if not _complete(folder):  # another process may have been faster
-            _Snapshot(name, revision, folder).fill()
+        if not _complete(folder, texts):  # another process may have been faster
+            _Snapshot(name, revision, folder).fill(texts)
     return folder
 
 
@@ -98,12 +99,18 @@ def _kept(folder: Path, name: str, size: object) -> bool:
     return inside and path.is_file() and path.stat().st_size == size
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, texts: bool) -> bool:
     manifest = _manifest(folder)
     files = manifest.get("files")
     if not manifest.get("complete") or not isinstance(files, dict):
         return False
-    return all(_kept(folder, name, size) for name, size in files.items())
+    return all(_kept(folder, name, size) for name, size in files.items()) and not (texts and _no_texts(folder, files))
+
+
+def _no_texts(folder: Path, files: dict) -> bool:
+    """Whether the weights are timm's, and those of open_clip beside them were left out."""
+    both = {*CONFIGS} <= files.keys() and "architecture" in read_json(folder / CONFIGS[0])
+    return both and not {*OPEN_CLIP} & files.keys()
 
 
 @contextlib.contextmanager
@@ -132,7 +139,7 @@ class _Snapshot:
         self.commit: str | None = None
         self.files: dict[str, int] = {}
 
-    def fill(self) -> None:
+    def fill(self, texts: bool) -> None:
         found = [name for name in CONFIGS if self.optional(name)]
         if not found:
             raise ModelError(
@@ -143,6 +150,8 @@ class _Snapshot:
         weights = next((name for name in WEIGHTS if self.optional(name)), None)
         if weights is None:
             raise ModelError(f"hf:{self.name}: has no weights that can be read; looked for {', '.join(WEIGHTS)}")
+        if texts and _no_texts(self.folder, self.files):
+            next((name for name in OPEN_CLIP if self.optional(name)), None)
         if weights.endswith(".index.json"):
             for shard in shard_names(self.folder / weights):
                 self.fetch(shard)

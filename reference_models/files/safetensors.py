@@ -26,7 +26,10 @@ NAMES = (
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """All tensors of a checkpoint, floating ones as float32 and checked to be finite; and the
     file's name for messages."""
-    file = _weight_file(Path(path))
+    path = Path(path)
+    file = path if path.is_file() else next(iter(weight_files(path)), None)
+    if file is None:
+        raise ModelError(f"{path}: no weights here; expected model.safetensors, its index.json or pytorch_model.bin")
     files = [file]
     if file.name.endswith(".index.json"):
         files = _shards(file)
@@ -42,14 +45,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     return state, str(file)
 
 
-def _weight_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    found = [path / name for name in NAMES if (path / name).exists()]
-    found += sorted(path.glob("*.safetensors"))
-    if not found:
-        raise ModelError(f"{path}: no weights here; expected model.safetensors, its index.json or pytorch_model.bin")
-    return found[0]
+def weight_files(folder: Path, open_clip: bool = False) -> list[Path]:
+    """The weight files of a folder; the first is the one that is meant, on request open_clip's."""
+    names = sorted(NAMES, key=lambda name: open_clip and not name.startswith("open_clip"))
+    return [folder / name for name in names if (folder / name).exists()] + sorted(folder.glob("*.safetensors"))
 
 
 def _shards(index: Path) -> list[Path]:

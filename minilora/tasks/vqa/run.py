@@ -22,6 +22,7 @@ from minilora.report.samples import Example
 from minilora.report.tables import text_table
 from minilora.report.vqa_metric import format_vqa
 from minilora.settings.flags import Config
+from minilora.tasks.clip import check_tokenizer
 from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers, top_cells, top_columns
 from minilora.tasks.towers import load_towers, moved_weights, text_limit
 from minilora.tasks.vqa.features import grey_batches
@@ -51,6 +52,7 @@ class VQARun(TextRun):
             return load_towers(self.config, len(self.labels), found)
 
     def check(self) -> None:
+        check_tokenizer(self.model, self.tokenizer)
         self.limit = text_limit(self.model, self.tokenizer, self.config.max_length)
 
     @torch.inference_mode()

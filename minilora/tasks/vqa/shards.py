@@ -2,17 +2,16 @@
 tower's tokens.
 """
 
-import os
 from collections.abc import Callable
 
 from minilora.data.questions.vqa_batches import Texts
 from minilora.data.vqa_sets import VQASplits
 from minilora.settings.flags import Config
 from minilora.tasks.method import resolve
-from minilora.tasks.towers import DEFAULT_MODEL, open_tokenizer, tower_names, tower_of, tower_weights
+from minilora.tasks.towers import DEFAULT_MODEL, open_tokenizer, positions, tower_names, tower_of, tower_weights
 from minilora.tasks.vqa.task import open_data
 from minilora.tasks.weights import load_base, picture_flags
-from reference_models.load import config_for
+from reference_models.load import config_of
 from reference_models.text.tokenizers import Tokenizer
 
 
@@ -26,7 +25,7 @@ def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
     sizes = (None, config.image_size, picture_flags(config))
     whole, _ = load_base(names["vision"], weights["vision"], config.seed, *sizes, **settings)
     tokenizer = open_tokenizer(config, weights)
-    longest = getattr(None if os.path.isdir(names["text"]) else config_for(names["text"]), "max_positions", None)
+    longest = positions(config_of(names["text"]))
     limit = min(config.max_length or tokenizer.max_length, longest or tokenizer.max_length)
 
     def tokens(part):

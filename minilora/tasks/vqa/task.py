@@ -29,6 +29,7 @@ from minilora.data.shards.questions import check_shards
 from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
 from minilora.report.vqa_metric import score_vqa
 from minilora.settings.flags import Config
+from minilora.tasks.clip import check_tokenizer
 from minilora.tasks.method import make_trainable, resolve
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.task import DataTask
@@ -138,6 +139,7 @@ class VQA(DataTask):
     ):
         super().__init__(config, model, record, splits, device, VQAPredictor(device, config.soft_targets))
         self.answers, self.tokenizer, self.labels, self.keys = answers, tokenizer, answers.labels, answers.keys
+        check_tokenizer(model, tokenizer)
         self.limit = text_limit(model, tokenizer, config.max_length)
         if splits.stored:
             check_shards(splits.stored, self.preprocess, self.limit, config.data_dir)
