@@ -5,7 +5,8 @@ PEFT itself refuses to load.
 
 SRC and DST are directories with adapter_config.json and adapter_model.safetensors. Only names
 change: the tensors keep their bits. The names come from the families' key tables; which family an
-adapter belongs to is read from its tensors' names.
+adapter belongs to is read from its tensors' names, and from the class of its model where PEFT notes
+it: CLIPVisionModel and CLIPTextModel by themselves, which in transformers 5 begin at their blocks.
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -17,16 +18,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reference_models.errors import ModelError
-from reference_models.files import beit, bert, clip, swin, swinv2, vit
+from reference_models.files import beit, bert, clip, swin, swinv2, vit, vit_variants
+from reference_models.files.names import Entry, under
 from reference_models.files.safetensors import read_safetensors, write_safetensors
+from reference_models.files.towers import text_rows, vision_rows
 from reference_models.text.textfiles import read_json, write_atomic
 
-FAMILIES = {"vit": vit, "beit": beit, "swin": swin, "swinv2": swinv2, "bert": bert, "clip": clip}
 LAYOUTS = ("transformers4", "transformers5")
 PREFIX = "base_model.model."
 # what an adapter adds to a module's name: lora_A.weight, lora_magnitude_vector, the bias of the
 # adapted layer where that is trained
 ADDED = re.compile(r"^(?P<module>.*?)(?P<added>\.(?:lora_|base_layer\.).*)$")
+
+
+def _model(module, prefix: str, name: str | None = None) -> tuple[Callable, str]:
+    return functools.partial(module.key_table, module.config_for(name or module.names()[0])), prefix
+
+
+def _tower(rows: Callable, level: str, kind: str) -> tuple[Callable, None]:
+    return lambda layout: rows(1, level if layout == "transformers4" else "", kind), None
+
+
+def _siglip(layout: str) -> list[Entry]:
+    text = under("text.", "", text_rows(1, "text_model.", "clip"))
+    return text + under("vision.", "", vision_rows(1, "vision_model.", "siglip"))
+
+
+# (layout -> rows of the key table, the prefix that names may lack or have another one in place of;
+# None where the names begin at once)
+FAMILIES: dict[str, tuple[Callable[[str], list[Entry]], str | None]] = {
+    "vit": _model(vit, "vit."),
+    "beit": _model(beit, "beit."),
+    "swin": _model(swin, "swin."),
+    "swinv2": _model(swinv2, "swinv2."),
+    "dinov2": _model(vit_variants, "dinov2.", "dinov2-small"),
+    "dinov2_with_registers": _model(vit_variants, "dinov2_with_registers.", "dinov2-registers-small"),
+    "bert": _model(bert, ""),
+    "clip": _model(clip, ""),
+    "siglip": (_siglip, ""),
+    "clip_vision": _tower(vision_rows, "vision_model.", "siglip"),  # CLIP's names and a head more
+    "clip_text": _tower(text_rows, "text_model.", "clip"),
+}
+ALONE = {"CLIPVisionModel": "clip_vision", "SiglipVisionModel": "clip_vision", "CLIPTextModel": "clip_text"}
 
 
 class Rule(NamedTuple):
@@ -41,13 +74,12 @@ class Rule(NamedTuple):
 def rules_for(family: str, source: str, target: str) -> list[Rule]:
     """One rule for every module and parameter of a family, for any number of layers, without the
     family's prefix."""
-    module = FAMILIES[family]
-    config, prefix = module.config_for(module.names()[0]), module.layouts[source][0]
-    new = {entry.ours: entry.theirs for entry in module.key_table(config, target)}
+    rows, prefix = FAMILIES[family]
+    new = {entry.ours: entry.theirs for entry in rows(target)}
     pairs = {}
-    for entry in module.key_table(config, source):
+    for entry in rows(source):
         if entry.ours in new:
-            names = [name.removeprefix(prefix) for name in (entry.theirs, new[entry.ours])]
+            names = [name.removeprefix(prefix or "") for name in (entry.theirs, new[entry.ours])]
             pairs[tuple(_folded(name) for name in names)] = None
             owners = [name.rpartition(".")[0] for name in names]
             pairs[tuple(_folded(name) for name in owners)] = None
@@ -55,7 +87,8 @@ def rules_for(family: str, source: str, target: str) -> list[Rule]:
     for old, fresh in pairs:
         if old and fresh:
             core = re.escape(old).replace("<>", r"(\d+)")
-            rules.append(Rule(re.compile(rf"(?P<lead>(?:.*\.)?){core}"), fresh.replace("<>", "{}")))
+            lead = "" if prefix is None else r"(?:.*\.)?"
+            rules.append(Rule(re.compile(rf"(?P<lead>{lead}){core}"), fresh.replace("<>", "{}")))
     return rules
 
 
@@ -84,7 +117,8 @@ def find_names(tensors: list[str], config: dict, layout: str, family: str | None
     """{old name: new name} for the tensors of an adapter. ModelError where no family
     fits, or several differ."""
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
-    hint = ((config.get("auto_mapping") or {}).get("base_model_class") or "").lower()
+    kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    hint, family = kind.lower(), family or ALONE.get(kind)
     found, named = {}, {}
     for candidate in [family] if family else FAMILIES:
         for source in (other, layout):  # an adapter that already has the names keeps them

@@ -24,6 +24,10 @@ MODELS = {
     "deit": lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**SMALL, patch_size=8)),
     "beit": lambda: transformers.BeitForImageClassification(transformers.BeitConfig(**SMALL, patch_size=8)),
     "swin": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN)),
+    "dinov2": lambda: transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SMALL, patch_size=8)),
+    "dinov2-registers": lambda: transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**SMALL, patch_size=8)
+    ),
 }
 OLD = {  # transformers 5's last names -> transformers 4's, from the format notes
     "q_proj": "query",
@@ -66,7 +70,7 @@ OPTIONS = {
     "layers": {"layers_to_transform": [0], "layers_pattern": ["layers", "blocks"]},
 }
 CASES = [("vit", name) for name in OPTIONS] + [(name, "plain") for name in MODELS if name != "vit"]
-CASES += [("swin", "patterns"), ("swin", "saved")]
+CASES += [("swin", "patterns"), ("swin", "saved"), ("dinov2", "dora")]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -75,7 +79,8 @@ def test_adapters_go_to_transformers_4_and_back_with_the_same_bits_and_logits(na
     assert convert(tmp_path / "five", tmp_path / "four", "transformers4") > 0
     four, five = tensors(tmp_path / "four"), tensors(tmp_path / "five")
     text = " ".join(four)
-    assert not any(f".{new}." in text for new in OLD)
+    # the MLP of DINOv2 was never called otherwise
+    assert not any(f".{new}." in text for new in OLD if not (new.startswith("mlp.") and name.startswith("dinov2")))
     assert any(f".{old}." in text for old in OLD.values())
     assert convert(tmp_path / "four", tmp_path / "back", "transformers5") > 0
     back = tensors(tmp_path / "back")
@@ -128,6 +133,44 @@ def test_the_family_is_asked_for_where_the_names_fit_several(tmp_path):
     assert list(tensors(tmp_path / "hinted")) == list(tensors(tmp_path / "vit"))
 
 
+TOWERS = {
+    "CLIPVisionModel": ("CLIPVisionConfig", {"patch_size": 8}, "vision_model"),
+    "SiglipVisionModel": ("SiglipVisionConfig", {"patch_size": 8}, "vision_model"),
+    "CLIPTextModel": ("CLIPTextConfig", {"vocab_size": 40, "eos_token_id": 39}, "text_model"),
+    "CLIPVisionModelWithProjection": ("CLIPVisionConfig", {"patch_size": 8}, None),  # which keeps its level
+    "CLIPTextModelWithProjection": ("CLIPTextConfig", {"vocab_size": 40, "eos_token_id": 39}, None),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_of_clip_alone_have_a_level_more_in_transformers_4(kind, tmp_path):
+    config, options, level = TOWERS[kind]
+    sizes = {key: SMALL[key] for key in SMALL if key != "image_size" or "Vision" in kind}
+    base = getattr(transformers, kind)(getattr(transformers, config)(**sizes, **options))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "five")
+    count = convert(tmp_path / "five", tmp_path / "four", "transformers4")
+    four, five = tensors(tmp_path / "four"), tensors(tmp_path / "five")
+    lead = "base_model.model."
+    if level is None:
+        assert count == 0 and list(four) == list(five)
+        return
+    assert {name.replace(f"{lead}{level}.", lead) for name in four} == set(five) != set(four)
+    assert convert(tmp_path / "four", tmp_path / "back", "transformers5") == len(five) == count
+    back = tensors(tmp_path / "back")
+    assert list(back) == list(five) and all(torch.equal(back[name], five[name]) for name in five)
+    again = getattr(transformers, kind)(base.config)
+    peft.PeftModel.from_pretrained(again, tmp_path / "back")  # with a warning where a name is not known
+    # without the class that PEFT notes both towers' names would do
+    settings = json.loads((tmp_path / "four" / "adapter_config.json").read_text()) | {"auto_mapping": None}
+    (tmp_path / "four" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="names fit .* and clip_.*--family"):
+        convert(tmp_path / "four", tmp_path / "out", "transformers5")
+    whole = "siglip" if kind.startswith("Siglip") else "clip"
+    convert(tmp_path / "four", tmp_path / "clip", "transformers5", family=whole)
+    assert list(tensors(tmp_path / "clip")) == list(four)
+
+
 def test_bad_adapters_are_named(tmp_path):
     with pytest.raises(ModelError, match="evaluate.py --export-adapter"):
         convert(tmp_path, tmp_path / "out", "timm")
@@ -154,11 +197,9 @@ def test_the_command_renames_prints_one_line_and_exits_2_on_mistakes(tmp_path, c
 
 
 def test_every_family_that_has_both_transformers_layouts_is_converted():
-    # of these the names alone do not tell which model it is: they are loaded and exported
-    several = {"vit_variants", "clip_text", "dual"}
-    families = [name for name in load.FAMILIES if name not in several]
-    both = [name for name in families if set(LAYOUTS) <= set(load.family_module(name).layouts)]
-    assert both == list(FAMILIES) == ["vit", "beit", "swin", "swinv2", "bert", "clip"]
+    models = {"vit_variants": {"dinov2", "dinov2_with_registers", "siglip", "clip_vision"}}
+    both = {name for name in load.FAMILIES if set(LAYOUTS) <= set(load.family_module(name).layouts)} - {"dual"}
+    assert set(FAMILIES) == set().union(*(models.get(name, {name}) for name in both))
 
 
 def test_forms_are_each_others_inverse():

@@ -394,6 +394,48 @@ def test_the_text_tower_alone_equals_transformers(kind, tmp_path):
     assert_parity(model, back, ids, **ask)
 
 
+@pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPTextModel"])
+def test_adapters_of_a_tower_alone_travel_to_transformers_5_and_back(kind, tmp_path):
+    import copy
+
+    import transformers
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from minilora import LoRAConfig, export_adapter, inject_lora, load_adapter
+    from minilora.inject import lora_state_dict
+
+    text = {key: SIZES[key] for key in SIZES if key != "patch_size"} | {"vocab_size": 50, "eos_token_id": 49}
+    oracle = (
+        hf("CLIP")
+        if kind == "CLIPVisionModel"
+        else fill(transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)))
+    )
+    folder = write_transformers(oracle, tmp_path / "base")
+    ids = torch.cat(
+        [torch.randint(1, 48, (3, 8), generator=torch.Generator().manual_seed(0)), torch.full((3, 1), 49)], 1
+    )
+    x = pictures(32) if kind == "CLIPVisionModel" else ids
+    ask = {"ask": pooled, "ask_theirs": vector}
+    plain = load_pretrained(folder).eval()
+    # peft's to ours
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "out_proj", "fc2"], init_lora_weights=False)
+    theirs = get_peft_model(copy.deepcopy(oracle), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_adapter(copy.deepcopy(plain), tmp_path / "theirs").eval()
+    assert distance(pooled(ours, x), pooled(plain, x)) > 0.01
+    assert_parity(ours, theirs, x, **ask)
+    # ours to peft's, and back with the same bits
+    model = copy.deepcopy(plain)
+    inject_lora(model, LoRAConfig(r=2, target_modules=("q_proj", "v_proj", "fc1")))
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    export_adapter(model, tmp_path / "ours", "transformers")
+    assert_parity(model.eval(), PeftModel.from_pretrained(copy.deepcopy(oracle), tmp_path / "ours").eval(), x, **ask)
+    again = load_adapter(copy.deepcopy(plain), tmp_path / "ours")
+    assert all(torch.equal(t, lora_state_dict(model)[name]) for name, t in lora_state_dict(again).items())
+
+
 # ---- wrappers and files that nearly fit
 
 
