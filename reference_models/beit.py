@@ -124,7 +124,7 @@ class Beit(Classifier):
 
     def __init__(self, config: BeitConfig):
         super().__init__()
-        self.config, self.num_features = config, config.dim
+        self.config, self.num_features, self.prefix = config, config.dim, 1
         self.patch_embed = PatchEmbed(config, config.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         absolute = config.absolute_positions

@@ -60,7 +60,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         d = config.vision_dim
-        self.config, self.num_features = config, d
+        self.config, self.num_features, self.prefix = config, d, 1
         self.patch_embed = PatchEmbed(config, d, bias=False)
         self.cls_token = nn.Parameter(torch.randn(1, 1, d) * d**-0.5)
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(config.grid), d) * d**-0.5)

@@ -134,7 +134,7 @@ class VariantViT(Classifier):
 
     def __init__(self, config: VariantConfig):
         super().__init__()
-        self.config, d = config, config.dim
+        self.config, self.prefix, d = config, config.prefix, config.dim
         self.patch_embed = PatchEmbed(config, d, bias=not config.pre_norm)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, d)) if config.distilled else None

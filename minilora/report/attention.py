@@ -2,8 +2,8 @@
 over the picture.
 
 A layer's map is (B, h, T, T): row i says how token i shares its attention, so each row sums to 1.
-Tokens are the P patches of a square picture, after 0 or more prefix tokens such as CLS.
-    last layer   the CLS row of the last map, mean over heads; without CLS the mean of all queries
+Tokens are the P patches of the picture, after the model's prefix tokens: CLS, registers, none.
+    last layer   the CLS row of the last map, mean over heads; without CLS the mean of all patches
     rollout      R = A_L ... A_2 A_1 with A_l = (I + mean over heads of map l) / 2: the identity
                  stands for the residual path, so R says how much of each patch has reached a
                  token after all L layers
@@ -47,14 +47,19 @@ def grid_of(tokens: int) -> tuple[int, int]:
     raise ValueError(f"{tokens} tokens are not a square grid of patches after at most 8 prefix tokens")
 
 
-def patch_heat(attention: Tensor) -> Tensor:
-    """What the pooled token sees of each patch: (..., Q, T) -> (..., side, side).
+def patch_heat(attention: Tensor, tower: nn.Module | None = None) -> Tensor:
+    """What the pooled token sees of each patch: (..., T, T) -> (..., rows, columns).
 
-    With a prefix token that is row 0, else (mean pooling) the mean over all rows.
+    With a class token that is row 0, else (mean pooling) the mean over the patches. Which tokens
+    stand before them the tower says; where it does not, their number is read from T.
     """
-    prefix, side = grid_of(attention.shape[-1])
-    row = attention[..., 0, prefix:] if prefix else attention.mean(-2)  # (..., P)
-    return row.unflatten(-1, (side, side))
+    if hasattr(tower, "prefix"):
+        prefix, grid, token = tower.prefix, tower.config.grid, tower.cls_token is not None
+    else:
+        prefix, side = grid_of(attention.shape[-1])
+        grid, token = (side, side), prefix > 0
+    patches = attention[..., prefix:]  # (..., T, P)
+    return (patches[..., 0, :] if token else patches[..., prefix:, :].mean(-2)).unflatten(-1, grid)
 
 
 def window_heat(last: Tensor, batch: int) -> Tensor:
@@ -82,14 +87,14 @@ def layer_heats(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     `model` has attention_maps(x), or is a two-tower model whose `.vision` has; it is
     used in eval mode.
     """
-    tower = model if hasattr(model, "attention_maps") else model.vision
+    tower = getattr(model, "vision", model)
     was_training = tower.training
     maps = [layer.float() for layer in tower.eval().attention_maps(images)]
     tower.train(was_training)
     if maps and (maps[-1].shape[0] != images.shape[0] or len({layer.shape for layer in maps}) > 1):
         return {f"layer {len(maps)}": window_heat(maps[-1], images.shape[0])}
-    heats = {f"layer {n}": patch_heat(layer) for n, layer in enumerate(maps, 1)}
-    return heats | ({"rollout": patch_heat(attention_rollout(maps))[:, None]} if maps else {})
+    heats = {f"layer {n}": patch_heat(layer, tower) for n, layer in enumerate(maps, 1)}
+    return heats | ({"rollout": patch_heat(attention_rollout(maps), tower)[:, None]} if maps else {})
 
 
 def attention_heats(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:

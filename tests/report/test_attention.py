@@ -1,5 +1,8 @@
 """Attention over the picture: rollout by hand, patch grids, Swin windows, and the figure."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +19,8 @@ from minilora.report.attention import (
     window_heat,
 )
 from reference_models import create_model, save_pretrained
+from reference_models.vit_variants import VariantConfig, VariantViT
+from tests.support.families import small_model
 from tests.support.parity import BOUNDS
 
 PREPROCESS = {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -65,6 +70,53 @@ def test_the_class_token_is_read_where_there_is_one_and_all_queries_where_not():
     assert torch.equal(patch_heat(with_cls), with_cls[:, :, 0, 1:].reshape(2, 3, 2, 2))
     without = torch.rand(2, 3, 4, 4)
     assert torch.allclose(patch_heat(without), without.mean(2).reshape(2, 3, 2, 2))
+
+
+def config_of(prefix: int, grid: tuple[int, int], token: bool) -> nn.Module:
+    tower = nn.Module()
+    tower.prefix, tower.cls_token, tower.config = prefix, torch.zeros(1) if token else None, SimpleNamespace(grid=grid)
+    return tower
+
+
+def test_a_tower_says_which_tokens_stand_before_the_patches():
+    """25 tokens are 5 x 5 patches, or 4 x 4 after nine others, or 4 x 5 after five."""
+    maps = torch.rand(2, 3, 25, 25)
+    assert torch.equal(patch_heat(maps, config_of(9, (4, 4), True)), maps[:, :, 0, 9:].reshape(2, 3, 4, 4))
+    assert torch.equal(patch_heat(maps, config_of(5, (4, 5), True)), maps[:, :, 0, 5:].reshape(2, 3, 4, 5))
+    registers = patch_heat(maps, config_of(9, (4, 4), False))  # no class token: the mean of the patches
+    assert torch.allclose(registers, maps[:, :, 9:, 9:].mean(2).reshape(2, 3, 4, 4))
+
+
+# prefix tokens, and whether the first is the class token
+VARIANTS = {
+    "class token": ({}, 1, True),
+    "registers": ({"registers": 4, "prefix_positions": 0}, 5, True),
+    "registers alone": ({"registers": 3, "class_token": False, "prefix_positions": 0, "pool": "avg"}, 3, False),
+    "distilled": ({"distilled": True, "prefix_positions": 2}, 2, True),
+    "none": ({"class_token": False, "prefix_positions": 0, "pool": "norm map"}, 0, False),
+}
+FAMILIES = {name: ("vit_variants", options, *rest) for name, (options, *rest) in VARIANTS.items()}
+FAMILIES |= {"vit": ("vit", {}, 2, True), "beit": ("beit", {}, 1, True), "clip": ("clip", {}, 1, True)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_heat_is_what_its_pooled_token_sees_of_the_patches(name):
+    family, options, prefix, token = FAMILIES[name]
+    if family == "vit_variants":
+        sizes = {"image_size": 32, "patch_size": 8, "dim": 24, "heads": 3, "hidden": 48, "depth": 2}
+        model = VariantViT(VariantConfig(num_classes=3, **sizes, **options)).eval()
+    else:
+        model = small_model(family).eval()
+    tower = getattr(model, "vision", model)
+    x = torch.randn(2, 3, model.config.image_size, model.config.image_size)
+    maps, heats = tower.attention_maps(x), layer_heats(model, x)
+    side = math.isqrt(maps[0].shape[-1] - prefix)
+    for layer, heat in zip(maps, heats.values(), strict=False):
+        row = layer[:, :, 0, prefix:] if token else layer[:, :, prefix:, prefix:].mean(-2)
+        assert torch.equal(heat, row.unflatten(-1, (side, side)))
+    rollout = attention_rollout(maps)
+    row = rollout[:, 0, prefix:] if token else rollout[:, prefix:, prefix:].mean(-2)
+    assert torch.equal(heats["rollout"][:, 0], row.unflatten(-1, (side, side)))
 
 
 def test_windows_are_put_back_where_they_were_cut_out_and_the_shift_is_undone():
