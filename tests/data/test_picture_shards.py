@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from minilora.commands.shards import main
 from minilora.data.generated.shapes import ShapesSplit
 from minilora.data.pictures.batch_augment import Finish
 from minilora.data.pictures.images import BadImage
+from minilora.data.pictures.loader import collate
 from minilora.data.shards.pictures import ShardSplit
 from minilora.errors import UserError
 from minilora.settings.flags import Config
@@ -106,6 +108,24 @@ def test_augmented_pictures_depend_on_seed_epoch_and_picture_alone(shards, augme
         again = pictures(1, **flags)
         assert all(torch.equal(first[i], again[i]) for i in first)
     assert not torch.equal(first[0], pictures(2)[0]) and not torch.equal(first[0], pictures(1, seed=5)[0])
+
+
+@pytest.mark.parametrize("augment", ["basic", "rand"])
+def test_crops_are_drawn_where_pictures_are_read_not_where_they_are_trained_on(shards, augment, monkeypatch):
+    made, own = task(shards, augment=augment), torch.get_rng_state()
+    data, keys = made.data["train"], [(2, i) for i in range(4)]
+    batch = collate([data[key] for key in keys])
+    monkeypatch.setattr(v2.RandomResizedCrop, "make_params", None)  # nothing else knows how to draw one
+    found = made.finish.batch(dict(batch))["image"]
+    for i, (image, (*cut, flip)) in enumerate(zip(batch["image"], batch["box"].tolist(), strict=True)):
+        size = [made.preprocess["image_size"]] * 2
+        crop = v2.functional.resized_crop(image, *cut, size, made.finish.mode, antialias=True)
+        crop = crop.flip(-1) if flip else crop
+        if augment == "rand":
+            torch.set_rng_state(batch["state"][i].clone())
+            crop = v2.RandAugment()(crop)
+            torch.set_rng_state(own)
+        assert torch.equal(made.finish.normalised(crop[None])[0], found[i])
 
 
 def test_augmentation_takes_no_random_number_of_the_model(shards):

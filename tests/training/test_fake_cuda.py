@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minilora.commands.dryrun import describe_plan
-from minilora.data.pictures.batch_augment import Finish
+from minilora.data.pictures.batch_augment import Finish, draw
 from minilora.settings.flags import Config
 from minilora.tasks.load import build_task, load_run
 from minilora.tasks.method import make_trainable
@@ -151,7 +151,8 @@ def test_the_teachers_answer_in_its_own_colours_and_size_waits_for_nothing(tmp_p
 def test_a_batch_is_augmented_where_it_is_trained_on():
     preprocess = {"image_size": 48, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
     wide = {"image": torch.zeros(3, 3, 56, 56, dtype=torch.uint8), "index": torch.arange(3)}
-    wide |= {"draw": torch.arange(3), "shape": torch.full((3, 2), 60)}
+    drawn = [draw(seed, (60, 60), wide["image"][0], "basic") for seed in range(3)]
+    wide |= {"box": torch.stack([item["box"] for item in drawn])}
     with gpu() as watch:
         finish = Finish(preprocess, "basic", CUDA)
         watch.waits.clear()

@@ -36,14 +36,18 @@ def mix(*numbers: int) -> int:
 
 
 @contextmanager
-def seeded_cpu(seed: int):
-    """Inside, torch's CPU random numbers start from `seed`; afterwards the old ones continue.
+def seeded_cpu(seed: int | Tensor):
+    """Inside, torch's CPU random numbers start from `seed`, or go on from a state of theirs;
+    afterwards the old ones continue.
 
     torch.random.fork_rng does the same and costs more; torch.manual_seed would also reset the
     GPU's generators.
     """
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
+    if isinstance(seed, Tensor):
+        torch.set_rng_state(seed.clone())  # torch reads beside the row of a batch
+    else:
+        torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from minilora.data.pictures.batch_augment import draw
 from minilora.data.pictures.folder import PARTS, Sample, Split, Splits
 from minilora.data.pictures.images import BadImage
 from minilora.data.pictures.loader import mix
@@ -175,8 +176,8 @@ class ShardDataset(Dataset):
     batch at a time.
 
     `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid. `dataset[(epoch,
-    i)]` with augmentation: image (3, L, L) or (3, S, S) uint8, `draw`, the seed of that item's
-    random numbers, and `shape` (2,), width and height that the crop is drawn for.
+    i)]` with augmentation: image (3, L, L) or (3, S, S) uint8, and what
+    batch_augment.draw says of its crop.
     """
 
     def __init__(self, split: ShardSplit, augment: str = "none", seed: int = 0):
@@ -193,4 +194,4 @@ class ShardDataset(Dataset):
             return item | {"image": self.split.pixels(i)}
         image = self.split.pixels(i, "wide" if self.wide else "pixels")
         shape = self.split.size(i) if self.wide else (image.shape[-1], image.shape[-2])
-        return item | {"image": image, "draw": mix(self.seed, epoch, i), "shape": torch.tensor(shape)}
+        return item | {"image": image} | draw(mix(self.seed, epoch, i), shape, image, self.augment)
