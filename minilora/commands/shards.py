@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import field, fields, make_dataclass
+from dataclasses import make_dataclass
 from typing import Any
 
 from minilora.data.questions.vqa2 import has_questions
 from minilora.errors import UserError
 from minilora.settings.exit_codes import run
-from minilora.settings.flags import PICTURE_FLAGS, Config, flag
+from minilora.settings.flags import PICTURE_FLAGS, Config, flag, flags_of
 from minilora.settings.parse import Parser
 from minilora.tasks.method import one_value, resolve
 from minilora.tasks.weights import load_base, picture_flags
@@ -17,7 +17,6 @@ from reference_models import ModelError
 # the flags of train.py that shards depend on
 USED = ("task", "model", "weights", "tokenizer", "data_format", "val_split", "split_by", "subset", "seed")
 USED += ("bad_data", "image_size", "max_length", *PICTURE_FLAGS)
-SHARED = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(Config) if f.name in USED]
 # fmt: off
 OWN = [
     ("shard_mb", float, flag("output", 256.0, "size of a shard in MiB", float, above=0)),
@@ -25,7 +24,7 @@ OWN = [
         low=0, high=4096, tasks=("classify",), shown="8/7 of the model's")),
 ]
 # fmt: on
-ShardConfig = make_dataclass("ShardConfig", SHARED + OWN)
+ShardConfig = make_dataclass("ShardConfig", flags_of(Config, *USED) + OWN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,6 +54,11 @@ def flag(group: str, default: Any, help: str, kind: type = str, **rule: Any) -> 
     return field(default=default, metadata={"rule": Rule(group, help, kind, **rule)})
 
 
+def flags_of(table: type, *names: str) -> list[tuple]:
+    """Some flags of a table, for make_dataclass."""
+    return [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(table) if f.name in names]
+
+
 def rules(table: type) -> dict[str, Rule]:
     """{field name: rule} of a table of flags."""
     return {f.name: f.metadata["rule"] for f in fields(table)}

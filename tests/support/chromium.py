@@ -98,11 +98,38 @@ class Chromium:
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
 
-    def press(self, key, code):
+    def press(self, key, code, **more):
         for kind in ("rawKeyDown", "char", "keyUp"):
             text = {"text": "\r"} if kind == "char" and key == "Enter" else {}
             if kind != "char" or text:
-                self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
+                extra = text | (more if kind == "rawKeyDown" else {})
+                self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **extra)
+
+    def drop(self, *files, x=200, y=200):
+        """Drag files from outside over a point of the page, and let them fall."""
+        data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    def copy(self, png):
+        """Put a picture on the clipboard."""
+        self.browser("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+        self.call("Page.bringToFront")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        text = base64.b64encode(png).decode()
+        blob = f"fetch('data:image/png;base64,{text}').then(reply => reply.blob())"
+        self.run(f"{blob}.then(blob => navigator.clipboard.write([new ClipboardItem({{'image/png': blob}})]))")
+
+    def paste(self):
+        self.press("v", 86, modifiers=2, commands=["paste"])
+
+    def browser(self, method, **params):
+        """A command to the browser rather than to the page."""
+        session, self.session = self.session, None
+        try:
+            return self.call(method, **params)
+        finally:
+            self.session = session
 
     def type(self, text):
         self.call("Input.insertText", text=text)

@@ -32,8 +32,8 @@ class BadImage(UserError):
     """A picture that cannot be read. `path` names it, `reason` says why."""
 
     def __init__(self, path: str | os.PathLike, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+        self.path, self.reason = "the picture" if isinstance(path, io.BytesIO) else str(path), reason
+        super().__init__(f"{self.path}: {reason}")
 
     def __reduce__(self):  # exceptions are rebuilt from `args` when they cross a process boundary
         return BadImage, (self.path, self.reason)

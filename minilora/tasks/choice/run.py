@@ -69,7 +69,7 @@ class ChoiceRun(TextRun):
     ) -> list[list[tuple[str, float]]]:
         """(choice, probability) for each picture, most probable first. Raises BadImage for a broken
         file, UserError without a question and 2 to 26 choices."""
-        if not question or not choices:
+        if not (question or "").strip() or not choices:
             raise UserError('multiple choice needs --question "..." and --choices "A" "B" ...')
         check_choices(choices, "--choices")
         answers, prompt = [], self.prompt
@@ -104,12 +104,12 @@ class ChoiceRun(TextRun):
         asked = split.take(chosen)
         dataset = ChoiceDataset(asked, self.prompt.of_split(asked), self.preprocess, bad_data=options.bad_data)
         (batch,) = make_loader(dataset, [range(n)], collate_fn=choice_collate(self.tokenizer.pad_id))
-        titles = {q.picture: q.choices[q.answer] if q.answer >= 0 else "" for q in reversed(asked.questions)}
+        first = {question.picture: question for question in reversed(asked.questions)}
         order = dict.fromkeys(question.picture for question in asked)
-        return to_device(batch, self.device) | {"titles": [titles[picture] for picture in order]}
+        return to_device(batch, self.device) | {"asked": [first[picture] for picture in order]}
 
     def titles(self, batch: dict) -> list[str]:
-        return batch["titles"]
+        return [q.choices[q.answer] if q.answer >= 0 else "" for q in batch["asked"]]
 
 
 load = ChoiceRun.load

@@ -2,6 +2,7 @@
 with its own head.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -81,9 +82,19 @@ class ClassifyRun(Run):
             return load_base(name, source, self.config.seed, len(self.labels), self.config.image_size)
 
     @torch.inference_mode()
-    def predict(self, pictures: Sequence[str | PathLike | Image.Image], top_k: int = 5, batch_size: int = 32) -> list:
+    def predict(
+        self,
+        pictures: Sequence[str | PathLike | Image.Image],
+        top_k: int = 5,
+        batch_size: int = 32,
+        classes: Sequence[str] = (),
+    ) -> list:
         """The top_k (label, probability) of each picture, most probable first. Raises BadImage
-        for a broken file."""
+        for a broken file. classes: other names than the run's, for this call."""
+        if classes:
+            named = copy.copy(self)
+            named.name_classes(classes)
+            return named.predict(pictures, top_k, batch_size)
         transform, answers = build_transform(self.preprocess), []
         with autocast(self.device, self.amp), self.predictor.keeping(self.model):
             for start in range(0, len(pictures), batch_size):
