@@ -219,7 +219,7 @@ class Classifier(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """A new, randomly initialised head for `num_classes` classes; 0 removes it."""
         self.config = replace(self.config, num_classes=num_classes)
-        first = next(self.patch_embed.parameters())
+        first = next(self.parameters())
         like = {"device": first.device, "dtype": first.dtype}
         self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
         init_weights(self.head)

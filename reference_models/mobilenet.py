@@ -4,13 +4,13 @@ Paper: Sandler et al. 2018, arXiv:1801.04381.
 Shapes: B pictures, h x w cells (7 x 7 at 224 pixels), 1280 channels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import MobileNetV2
 
-from reference_models.layers import init_weights
+from reference_models.layers import Classifier
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ class BatchNorm(nn.BatchNorm2d):
         nn.Module._load_from_state_dict(self, *args)
 
 
-class MobileNet(nn.Module):
+class MobileNet(Classifier):
     """Pictures (B, 3, H, W) -> logits (B, num_classes); H and W are multiples of 32."""
-
-    head_modules = ("head",)
 
     def __init__(self, config: MobileNetConfig):
         super().__init__()
@@ -55,14 +53,6 @@ class MobileNet(nn.Module):
         self.num_flat_features = self.num_features * (-(-config.image_size // 32)) ** 2
         self.head = nn.Identity()
         self.reset_classifier(config.num_classes)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new, randomly initialised head for `num_classes` classes; 0 removes it."""
-        self.config = replace(self.config, num_classes=num_classes)
-        weight = self.features[0][0].weight
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
-        init_weights(self.head)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> the cells of the last feature map, row by row, (B, h w, 1280)."""
@@ -79,10 +69,6 @@ class MobileNet(nn.Module):
     def flat(self, x: Tensor) -> Tensor:
         """All cells in one row, (B, h w 1280): 62,720 numbers at 224 pixels."""
         return self.forward_features(x).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, num_classes)."""
-        return self.head(self.pooled(x))
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """[]: a convolutional network has no attention."""
