@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from minilora.data.generated.scenes import ShapesChoice
-from minilora.data.pictures.folder import Sample, Split, existing_path, refuse_missing
+from minilora.data.generated.scenes import ScenePictures, ShapesChoice
+from minilora.data.pictures.folder import existing_path, refuse_missing
 from minilora.data.questions.choice_csv import read_choice_tables
 from minilora.data.questions.choices import ChoiceSplit, ChoiceSplits, Question
 from minilora.data.questions.visual7w import find_visual7w, read_visual7w
@@ -27,18 +26,6 @@ from minilora.errors import UserError
 FORMATS = ("auto", "visual7w", "scpc", "csv", "shapes")
 # Pictures of the generated set, two questions each.
 SHAPES = {"train": 700, "val": 400, "test": 400}
-
-
-class DrawnPictures(Split):
-    """The scenes of a ShapesChoice as pictures of a split."""
-
-    def __init__(self, scenes: ShapesChoice):
-        self.scenes = scenes
-        names = (f"shapes/choice/{scenes.split}/{i:06d}.png" for i in range(len(scenes)))
-        super().__init__((Sample(name, -1) for name in names), "shapes")
-
-    def load(self, i: int) -> Image.Image:
-        return self.scenes.image(i)
 
 
 def load_choices(
@@ -69,7 +56,7 @@ def load_choices(
     else:
         splits = _read(existing_path(data_dir), fmt, seed)
     for part in (splits.train, splits.val, splits.test) if check_files else ():
-        if part is not None and not isinstance(part.pictures, DrawnPictures):
+        if part is not None and not isinstance(part.pictures, ScenePictures):
             paths = map(part.path, range(len(part)))
             refuse_missing(paths, part.pictures.root, "add them, or leave them out with --bad-data skip")
     if splits.train is None:
@@ -97,7 +84,7 @@ def _drawn(part: str, pictures: int, seed: int) -> ChoiceSplit:
         Question(r["question_id"], r["image_id"], r["question"], tuple(r["choices"]), r["answer"], r["type"])
         for r in scenes.questions
     )
-    return ChoiceSplit(questions, DrawnPictures(scenes))
+    return ChoiceSplit(questions, ScenePictures(scenes, f"shapes/choice/{part}/{{:06d}}.png"))
 
 
 def _read(path: Path, fmt: str, seed: int) -> ChoiceSplits:

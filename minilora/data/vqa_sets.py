@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from PIL import Image
 
-from minilora.data.generated.scenes import WORLDS, Scenes, ShapesVQA, World
-from minilora.data.pictures.folder import PARTS, Sample
+from minilora.data.generated.scenes import WORLDS, ScenePictures, ShapesVQA, World
+from minilora.data.pictures.folder import PARTS
 from minilora.data.questions.vqa2 import Question, VQAPart, answer_key, has_questions, read_vqa2
 from minilora.data.shards.files import is_shards
 from minilora.data.shards.questions import read_shards
@@ -59,22 +58,6 @@ class VQASplits:
     @property
     def parts(self) -> dict[str, VQAPart]:
         return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
-
-
-class ScenePictures:
-    """Generated scenes as the pictures of a VQAPart."""
-
-    def __init__(self, scenes: Scenes):
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, j: int) -> Sample:
-        return Sample(f"{self.scenes.world.name}/{self.scenes.split}/{j}", -1)
-
-    def load(self, j: int) -> Image.Image:
-        return self.scenes.image(j)
 
 
 def load_vqa(
@@ -138,7 +121,7 @@ def shapes_part(part: str, pictures: int, world: World = DEMO, seed: int = 0) ->
         Question(q["question_id"], q["image_id"], q["question"], (q["answer"],), q["answer"], *(q[key] for key in keys))
         for q in scenes.questions
     ]
-    return VQAPart(questions, ScenePictures(scenes))
+    return VQAPart(questions, ScenePictures(scenes, f"{world.name}/{part}/{{}}"))
 
 
 def take_subset(part: VQAPart, subset: float, seed: int) -> VQAPart:

@@ -28,6 +28,7 @@ from minilora.data.generated.shapes import (
     paint,
     picture_rng,
 )
+from minilora.data.pictures.folder import Sample, Split
 
 QUESTIONS_PER_PICTURE = 5.3  # as in VQA v2: 443,757 questions on 82,783 pictures
 FAMILIES = ("color", "shape", "count", "exists", "side")
@@ -113,6 +114,17 @@ class Scenes:
 
     def _rng(self, i: int, use: str) -> np.random.Generator:
         return picture_rng(self.seed, f"{self.world.name}/{use}", self.split, i)
+
+
+class ScenePictures(Split):
+    """Scenes as the pictures of a split; `form` makes a file name of their numbers."""
+
+    def __init__(self, scenes: Scenes, form: str):
+        self.scenes = scenes
+        super().__init__((Sample(form.format(i), -1) for i in range(len(scenes))), "shapes")
+
+    def load(self, i: int) -> Image.Image:
+        return self.scenes.image(i)
 
 
 class ShapesVQA(Scenes):
