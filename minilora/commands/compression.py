@@ -83,6 +83,7 @@ def learn_on(
     # as a student of the run: its classes in its order, its tokens; but only the labels
     # are learned from
     config = replace(run.config, teacher=str(run.path), adapter=None, tokenizer=None, cache_features=False)
+    config.distill_unlabelled = None
     if getattr(run, "tokenizer", None) is not None:
         config.tokenizer = str(run.path)
     task = build_task(config, run.device, taught=False)

@@ -10,6 +10,7 @@ import torch
 
 from minilora.atomic import atomic_write, write_json, write_png
 from minilora.commands.card import model_card
+from minilora.data.unlabelled import mixed_counts
 from minilora.inject import count_parameters
 from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
@@ -23,6 +24,7 @@ from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
 from minilora.tasks.task import Task
 from minilora.tasks.weights import weights_sha256
 from minilora.training.board import Board
+from minilora.training.distributed import world_size
 from minilora.training.progress import finite_or_none
 from minilora.training.trainer import TrainOptions
 
@@ -43,9 +45,14 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
         line += f", frozen weights in {config.base_dtype}"
     line += "; frozen features are computed once, in the first epoch's seconds" * config.cache_features
     if config.teacher:
-        square = f", times {config.distill_temperature**2:g}" * config.distill_t2
-        line += f"; labels {config.distill_alpha:g}, the rest from {Path(config.teacher).name} at temperature "
-        line += f"{config.distill_temperature:g}{square}"
+        square = f", times {config.distill_temperature**2:g}"
+        soft = f" at temperature {config.distill_temperature:g}" + square * config.distill_t2
+        how = ", its best answer alone" if config.distill_hard else soft
+        line += f"; labels {config.distill_alpha:g}, the rest from {Path(config.teacher).name}{how}"
+    if config.distill_unlabelled:
+        size = config.batch_size * config.grad_accum_steps * world_size()
+        line += f"; {mixed_counts(size, config.unlabelled_share)[1]} of {size} rows in a step have no label, but the "
+        line += f"teacher's answer alone{square * (not config.distill_hard)}; an epoch is one pass over these"
     return line
 
 
@@ -100,6 +107,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "zero_shot": result.get("zero_shot"),
         "test": test and {key: finite_or_none(value) for key, value in test.items()},
         "parameters": {"trainable": counts.trainable, "total": counts.total},
+        "rows": task.rows(),
         **{key: result[key] for key in ("steps", "seconds", "images_per_second", "peak_memory_mb")},
         "weights_sha256": result["weights_sha256"],
         "file_sha256": weights_sha256(run_dir / WEIGHT_FILES[config.mode]),
@@ -175,6 +183,9 @@ def report_data(
         facts = {name: f"{100 * first.scores[key]:.2f} %" for name, key in (("accuracy", "accuracy"), ("F1", "f1"))}
     trainable = (run.summary.get("parameters") or {}).get("trainable", counts.trainable)
     facts |= {"trainable": f"{trainable:,}", "all parameters": f"{counts.total:,}"}
+    counted = run.summary.get("rows") or {}
+    if "unlabelled" in counted:
+        facts |= {"labelled rows": f"{counted['train']:,}", "unlabelled rows": f"{counted['unlabelled']:,}"}
     parameters = ((name, p.numel(), p.requires_grad) for name, p in run.model.named_parameters())
     return ReportData(
         title=" and ".join(r.name for r in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),

@@ -41,5 +41,12 @@ def distillation_loss(
     return alpha * hard + (1 - alpha) * rows.sum() / counted.sum().clamp(min=1)
 
 
+def certain(teacher: Tensor) -> Tensor:
+    """Logits (B, K) that are sure of the teacher's best answer: 0 there, -inf elsewhere. At T = 1
+    the divergence from them is -log softmax(student)_best."""
+    best = torch.arange(teacher.shape[-1], device=teacher.device) == teacher.argmax(-1, keepdim=True)
+    return torch.zeros_like(teacher).masked_fill(~best, -torch.inf)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.element_size() >= 4 else x.float()

@@ -9,6 +9,7 @@ Three doors, each one call that takes a --data-dir in any format:
 sets           load_classification: class folders, tables, shapes, shards -> Splits
 vqa_sets       load_vqa: VQA v2 files, scenes, shards -> VQASplits; answers become classes
 choice_sets    load_choices: Visual7W files, tables, scenes -> ChoiceSplits
+unlabelled     training rows without labels beside those of the first two doors, for a teacher
 
 Behind them four drawers, each of which imports only those above it:
 pictures/      images (one file -> one RGB picture, or a reason), folder (class folders; Sample,

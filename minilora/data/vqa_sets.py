@@ -47,13 +47,15 @@ class Answers:
 
 @dataclass
 class VQASplits:
-    """train / val / test (None where there is none); `stored`: how shards say they were made."""
+    """train / val / test (None where there is none); `stored`: how shards say they were made;
+    `unlabelled`: more training questions, which only a teacher answers."""
 
     train: VQAPart | None
     val: VQAPart | None
     test: VQAPart | None
     notes: list[str] = field(default_factory=list)
     stored: dict | None = None
+    unlabelled: VQAPart | None = None
 
     @property
     def parts(self) -> dict[str, VQAPart]:

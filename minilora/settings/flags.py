@@ -175,6 +175,11 @@ class Config:
         low=0, high=1)
     distill_temperature: float = flag(C, 15.0, "softens both distributions", float, above=0)
     distill_t2: bool = flag(C, False, "multiply the teacher's share by the temperature squared", bool)
+    distill_hard: bool = flag(C, False, "learn the teacher's best answer alone, not how sure it is", bool)
+    distill_unlabelled: str = flag(C, None, "more pictures or questions, which only the teacher answers", meta="DIR",
+        tasks=("classify", "vqa"))
+    unlabelled_share: float = flag(C, 0.75, "share of these in a batch; an epoch is one pass over them", float,
+        above=0, below=1, tasks=("classify", "vqa"))
 
     resume: str = flag(R, "auto", "auto: resume --output; never: start anew; or the run to resume",
         meta="auto|never|DIR")

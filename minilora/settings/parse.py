@@ -180,8 +180,12 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
             raise UserError(f"{option(name)} does not apply to --task {config.task}; it belongs to {belongs}")
         if name in typed and name in LORA_FLAGS and config.mode != "lora":
             raise UserError(f"{option(name)} has no effect with --mode {config.mode}; use --mode lora")
-        if name in typed and name.startswith("distill") and not config.teacher:
+        # a run that is resumed may have one
+        taught = config.teacher or config.resume not in ("auto", "never")
+        if (name in typed or name == "distill_unlabelled") and name.startswith("distill") and not taught:
             raise UserError(f"{option(name)} needs --teacher RUN, the model to learn from")
+        if name in typed and config.distill_hard and name in ("distill_temperature", "distill_t2"):
+            raise UserError(f"{option(name)} has no effect with --distill-hard, where the best answer counts alone")
     if config.head_lr and config.mode == "linear":
         raise UserError(
             "--head-lr has no effect with --mode linear, where --lr is the head's learning rate; leave it out"
@@ -197,6 +201,10 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         raise UserError("--shots and --subset both choose the training pictures; use one of the two")
     if config.steps_per_shot and not config.shots:
         raise UserError("--steps-per-shot counts steps for each picture of a class; it needs --shots K")
+    if "unlabelled_share" in typed and not config.distill_unlabelled:
+        raise UserError("--unlabelled-share is a share of each batch; it needs --distill-unlabelled DIR")
+    if config.steps_per_shot and config.distill_unlabelled:
+        raise UserError("--steps-per-shot and --distill-unlabelled both say how long an epoch is; use one of the two")
     if config.steps_per_shot and "max_steps" in typed:
         raise UserError("--max-steps and --steps-per-shot both say when to end; use one of the two")
     if config.cache_features and config.mode != "linear" and config.task != "vqa":

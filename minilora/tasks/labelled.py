@@ -77,6 +77,8 @@ class Labelled(DataTask):
         """With --steps-per-shot an epoch passes over the few pictures several times; the numbers of
         the second pass begin at n, those of the third at 2 n."""
         n, size, config = len(self.data["train"]), times * self.config.batch_size, self.config
+        if self.unlabelled:
+            return self.mixed(lambda u: epoch_order(self.unlabelled, u, config.seed, epoch), size, epoch)
         steps = config.steps_per_shot * (config.shots or 0) / config.epochs
         passes = range(ceil(steps / ceil(n / size)) or 1)
         orders = (epoch_order(n, size, config.seed, self.pass_of(epoch, i)) for i in passes)
@@ -99,13 +101,14 @@ class Labelled(DataTask):
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self.predictor.logits(model, batch).float()  # (B, K)
-        labels = batch["label"].where(batch["valid"], -100)  # cross_entropy leaves -100 out
-        count = batch["valid"].sum()
+        counts = batch["valid"] & (batch["label"] >= 0)
+        labels = batch["label"].where(counts, -100)  # cross_entropy leaves -100 out
+        count = counts.sum()
         total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
-        correct = ((logits.argmax(-1) == labels) & batch["valid"]).sum()
+        correct = ((logits.argmax(-1) == labels) & counts).sum()
         mean = total / count.clamp(min=1)
         if self.teacher:
-            mean = self.teacher.added(mean, logits, batch, batch["valid"])
+            mean = self.teacher.added(mean, logits, batch, counts)
         return mean, {"correct": correct, "count": count}
 
     def scores(self, found: Predictions, part: str) -> dict[str, float]:

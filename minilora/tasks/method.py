@@ -34,7 +34,7 @@ def resolve(config: Config, default_model: Any) -> None:
     config.lr = config.lr or DEFAULT_LR[config.mode]
     if config.steps_per_shot:
         config.max_steps = config.steps_per_shot * config.shots
-    for name in ("data_dir", "adapter", "teacher", "tokenizer"):
+    for name in ("data_dir", "adapter", "teacher", "tokenizer", "distill_unlabelled"):
         if getattr(config, name):
             setattr(config, name, os.path.abspath(getattr(config, name)))
     if isinstance(config.weights, dict):

@@ -30,7 +30,7 @@ FREE = {
 }
 LIMITS = ("epochs", "max_steps")  # may grow with --resume RUN
 # may be another path where the old one is gone
-PLACES = ("data_dir", "weights", "tokenizer", "teacher")
+PLACES = ("data_dir", "weights", "tokenizer", "teacher", "distill_unlabelled")
 
 
 def continued(config: Config) -> tuple[Config, Path | None]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minilora import ticker
 from minilora.atomic import write_json
+from minilora.data.unlabelled import mixed_batches, mixed_counts
 from minilora.settings.flags import Config
 from minilora.tasks.precision import choose_amp
 from minilora.tasks.predictor import Predictor
@@ -86,6 +87,7 @@ class DataTask(ABC):
     labels: list[str]
     keys: list[str]  # of the labels, as the data spell them
     data: dict  # {"train": data set, ...}
+    unlabelled = 0  # rows of the training data, the last ones, that only the teacher answers
 
     def __init__(
         self, config: Config, model: nn.Module, record: dict, splits: Any, device: torch.device, predictor: Predictor
@@ -115,6 +117,17 @@ class DataTask(ABC):
     def answered(self, part: str) -> bool:
         """Whether a part has answers to compare with."""
         return True
+
+    def rows(self) -> dict[str, int]:
+        """{part: how many rows}; training rows without a label, if there are any, stand apart."""
+        rows, more = {part: len(data) for part, data in self.data.items()}, self.unlabelled
+        return rows | ({"train": rows["train"] - more, "unlabelled": more} if more else {})
+
+    def mixed(self, cut: Callable[[int], list[list[int]]], size: int, epoch: int) -> list[list[int]]:
+        """An epoch of batches of both kinds; cut(u): the unlabelled rows in batches of u."""
+        config, rows = self.config, self.rows()
+        counts = mixed_counts(size, config.unlabelled_share)
+        return mixed_batches(cut, rows["train"], rows["unlabelled"], counts, config.seed, epoch)
 
     def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
         return self.loader("train", batches, epoch)

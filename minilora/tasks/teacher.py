@@ -2,7 +2,8 @@
 the same examples.
 
 The teacher sees the student's very picture, crop and flip included: normalised as the teacher was
-trained, and resized if its pictures have another size. Without augmentation an example's answer
+trained, and resized if its pictures have another size. --distill-unlabelled adds training rows of
+which only the teacher speaks (data/unlabelled.py). Without augmentation an example's answer
 never changes, so all of them are computed before the first step, in a fixed order (a resumed run
 finds the same bits), and looked up afterwards.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minilora.compress.distill import distillation_loss
+from minilora.compress.distill import certain, distillation_loss
 from minilora.data.pictures.loader import in_order
 from minilora.errors import UserError
 from minilora.inject import merge_lora
@@ -100,13 +101,26 @@ class Teacher:
 
     def added(self, hard: Tensor, student: Tensor, batch: dict, counted: Tensor) -> Tensor:
         """The task's own loss () and the teacher's share; student (B, K) logits, counted (B,)
-        rows of the loss."""
-        options = self.config.distill_alpha, self.config.distill_temperature, self.config.distill_t2
-        return distillation_loss(hard, student, self.logits(batch), counted, *options)
+        rows of the loss.
+
+        With --distill-unlabelled the other readable rows have no label, and the teacher's answer
+        times T^2 is all their loss; the mean is over rows of both kinds.
+        """
+        config, answers = self.config, self.logits(batch)
+        temperature = config.distill_temperature
+        if config.distill_hard:
+            temperature, answers = 1.0, certain(answers)
+        mean = distillation_loss(hard, student, answers, counted, config.distill_alpha, temperature, config.distill_t2)
+        if not config.distill_unlabelled:
+            return mean
+        others = batch["valid"] & ~counted
+        alone = distillation_loss(hard, student, answers, others, 0.0, temperature, True)
+        n, m = counted.sum(), others.sum()
+        return (n * mean + m * alone) / (n + m).clamp(min=1)
 
     def logits(self, batch: dict) -> Tensor:
         """The teacher's answer to a batch of training examples, (B, K)."""
-        if self.config.augment != "none":
+        if self.config.augment != "none" or self.config.dry_run:
             return self.answer(batch)
         if self.kept is None:
             self.kept = self.answer_all()
@@ -143,18 +157,15 @@ class Teacher:
         """(N, K) answers to every training example, by its number; (0,) where they would take
         too much memory."""
         task = self.task
-        numbers = sorted(i for batch in task.train_batches(0) for i in batch)
-        size = 2 * self.config.batch_size
-        batches = [[numbers[i] for i in rows] for rows in in_order(len(numbers), size)]
-        kept = torch.empty(0)
-        for batch in task.train_loader(0, batches):
+        n, kept = len(task.data["train"]), torch.empty(0)
+        for batch in task.train_loader(0, in_order(n, 2 * self.config.batch_size)):
             batch = to_device(batch, task.device)
             with autocast(task.device, task.amp):
                 logits = self.answer(batch).float()
             if not len(kept):
-                if 4 * (numbers[-1] + 1) * logits.shape[1] > CACHE_BYTES:
+                if 4 * n * logits.shape[1] > CACHE_BYTES:
                     return kept
-                kept = torch.zeros(numbers[-1] + 1, logits.shape[1], device=logits.device)
+                kept = torch.zeros(n, logits.shape[1], device=logits.device)
             kept[batch["index"]] = logits
         return kept
 

@@ -68,6 +68,7 @@ class Splits:
     keys: list[str] = field(default_factory=list)
     info: dict[str, dict] = field(default_factory=dict)  # key -> its entry in classes.json
     notes: list[str] = field(default_factory=list)  # what was left out, and what was taken for what
+    unlabelled: Split | None = None  # more training pictures, of which only a teacher speaks
 
     def __post_init__(self):
         self.keys = self.keys or list(self.classes)

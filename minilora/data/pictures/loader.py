@@ -103,9 +103,10 @@ class PictureTensors:
         self.augmented = self.plain if stored and augment == "none" else build_transform(preprocess, augment)
 
     def image(self, i: int, epoch: int | None) -> Tensor | None:
-        """Picture i as (3, S, S) float32 normalised; epoch None: not augmented."""
+        """Picture i as (3, S, S) float32 normalised; epoch None: not augmented. Of P pictures
+        number p P + i is picture i once more, augmented anew."""
         try:
-            picture = self.pictures[i]
+            picture = self.pictures[i % len(self.pictures.split)]
         except BadImage:
             if self.bad_data == "error":
                 raise

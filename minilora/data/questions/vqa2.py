@@ -91,6 +91,10 @@ class VQAPart:
         """The same pictures, and the questions for which keep(number, question) is true."""
         return VQAPart([q for i, q in enumerate(self.questions) if keep(i, q)], self.pictures, self.notes)
 
+    def take(self, rows: Sequence[int]) -> VQAPart:
+        """The same pictures, and the questions of these numbers."""
+        return VQAPart([self.questions[i] for i in rows], self.pictures, self.notes)
+
 
 def clean_question(text: str) -> str:
     """Lower case, single spaces, contractions written out.
@@ -150,18 +154,18 @@ def read_vqa2(data_dir: str | os.PathLike, bad_data: str = "error") -> dict[str,
     root = existing_path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: is a file; VQA v2 needs the folder with questions and pictures")
-    names = list_pictures(root)
-    return {
-        part: read_part(root, part, *files, names=names, bad_data=bad_data) for part, files in find_files(root).items()
-    }
+    names, found = list_pictures(root), find_files(root)
+    for part, (questions, answers) in found.items():
+        if answers is None and part != "test":
+            raise UserError(f"{questions}: its annotations are missing; put the *annotations.json beside it")
+    return {part: read_part(root, part, *files, names=names, bad_data=bad_data) for part, files in found.items()}
 
 
 def read_part(
     root: Path, part: str, questions: Path, annotations: Path | None, names: Sequence[str], bad_data: str
 ) -> VQAPart:
-    """One part from its two files; `names` are the pictures below `root`."""
-    if annotations is None and part != "test":
-        raise UserError(f"{questions}: its annotations are missing; put the *annotations.json beside it")
+    """One part from its questions, and annotations if there are any; `names` are the pictures
+    that lie below `root`."""
     asked = records(questions, "questions", {"question_id": int, "image_id": int, "question": str})
     known = {} if annotations is None else by_id(annotations)
     faults, kept = Faults(bad_data), []

@@ -61,7 +61,8 @@ class Texts:
 
 
 class VQADataset(PictureTensors, Dataset):
-    """A part with its tokens and labels; `dataset[(epoch, numbers)]`: the batch of these questions.
+    """A part with its tokens and labels; `dataset[(epoch, numbers)]`: the batch of these questions,
+    number p N + i being question i once more, its picture augmented anew.
 
     epoch None: no augmentation. A broken or missing picture raises BadImage (bad_data "error") or
     becomes grey, with its questions not valid. `targets` (N, K) float32 or None: soft labels.
@@ -87,8 +88,8 @@ class VQADataset(PictureTensors, Dataset):
 
     def __getitem__(self, key: tuple[int | None, Sequence[int]]) -> dict[str, Tensor]:
         epoch, numbers = key
-        numbers = np.asarray(numbers, dtype=np.int64)
-        shown, image_index = distinct(self.picture[numbers])
+        turn, numbers = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
+        shown, image_index = distinct(self.picture[numbers] + turn * len(self.part.pictures))
         images, readable = self.images(shown, epoch)
         return self.without_images(numbers, shown, image_index) | {
             "image": images,

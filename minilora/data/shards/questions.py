@@ -122,7 +122,10 @@ def read_shards(directory: str | os.PathLike) -> tuple[dict[str, VQAPart], dict]
     names a damaged one."""
     folder = Path(directory)
     index, files = checked_files(folder, FORMAT)
-    return {part: read_part(folder, names) for part, names in files.items()}, index
+    parts = {part: read_part(folder, names) for part, names in files.items()}
+    for part in parts.values():
+        part.pictures.index = index
+    return parts, index
 
 
 def read_part(folder: Path, names: Sequence[str]) -> VQAPart:

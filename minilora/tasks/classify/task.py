@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data.pictures.batch_augment import Finish
-from minilora.data.pictures.folder import Split, Splits
+from minilora.data.pictures.folder import Splits
 from minilora.data.pictures.loader import PictureDataset, make_loader
 from minilora.data.sets import few_shots, load_classification
 from minilora.data.shards.files import check_geometry
-from minilora.data.shards.pictures import ShardDataset, ShardSplit
+from minilora.data.shards.pictures import ShardDataset
+from minilora.data.unlabelled import add_unlabelled, is_prepared, joined
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.settings.values import option
@@ -43,6 +44,7 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
     splits = open_data(config)
     if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
         splits = open_data(config, names["keys"])
+    add_unlabelled(splits, config.distill_unlabelled, config.bad_data)
     tokenizer = None
     if names_head:
         check_names(splits.classes, config.data_dir)
@@ -115,14 +117,15 @@ class Classify(Labelled):
             predictor = NamesPredictor(device, model, tokenizer, splits.classes, config.prompt)
         super().__init__(config, model, record, splits, device, predictor)
         self.labels, self.keys = splits.classes, splits.keys
-        parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+        parts = {"train": joined(splits), "val": splits.val, "test": splits.test}
+        self.unlabelled = len(splits.unlabelled or ())
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
-        stored = any(isinstance(split, ShardSplit) for split in parts.values())
+        stored = is_prepared(splits.train)
         self.finish = Finish(self.preprocess, config.augment, device) if stored else None
 
-    def dataset(self, split: Split, part: str) -> PictureDataset | ShardDataset:
+    def dataset(self, split: Sequence, part: str) -> PictureDataset | ShardDataset:
         augment = self.config.augment if part == "train" else "none"
-        if isinstance(split, ShardSplit):
+        if is_prepared(split):
             check_geometry(split.index["preprocess"], self.preprocess, self.config.data_dir)
             return ShardDataset(split, augment, self.config.seed)
         return PictureDataset(split, self.preprocess, augment, self.config.seed, self.config.bad_data)
@@ -148,6 +151,6 @@ class Classify(Labelled):
 
     def data_lines(self) -> list[str]:
         where = self.config.data_dir or "generated shapes"
-        counts = ", ".join(f"{len(data)} {part}" for part, data in self.data.items())
+        counts = ", ".join(f"{n} {part}" for part, n in self.rows().items())
         notes = [f"data: {note}" for note in self.splits.notes]
         return [f"data: {where}: {counts} pictures, {len(self.labels)} classes", *notes]

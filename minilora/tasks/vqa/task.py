@@ -26,6 +26,7 @@ from minilora.data.questions.vqa_batches import (
     vqa_loader,
 )
 from minilora.data.shards.questions import check_shards
+from minilora.data.unlabelled import add_unlabelled, joined
 from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
 from minilora.report.vqa_metric import score_vqa
 from minilora.settings.flags import Config
@@ -48,6 +49,7 @@ def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
     """The task that `config` describes. The data come first: a wrong folder is reported at once."""
     resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
+    add_unlabelled(splits, config.distill_unlabelled, config.bad_data)
     answers = choose_answers(splits.train.questions, config.num_answers)
     if names := teacher_names(config, answers.keys):
         answers = Answers(names["labels"], names["keys"])
@@ -146,7 +148,9 @@ class VQA(DataTask):
         self.asked = len(splits.train.questions)
         self.soft = SoftTargets(answers) if config.soft_targets else None
         splits.train = splits.train.only(lambda i, question: self.learnable(question))
-        self.data = {name: self.dataset(part, name) for name, part in splits.parts.items()}
+        parts = splits.parts | {"train": joined(splits)}
+        self.unlabelled = len(splits.unlabelled.questions) if splits.unlabelled else 0
+        self.data = {name: self.dataset(part, name) for name, part in parts.items()}
         self.cache = FeatureCache(self) if config.cache_features else None
 
     def learnable(self, question) -> bool:
@@ -162,9 +166,14 @@ class VQA(DataTask):
 
     def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
         data, seed, size = self.data["train"], self.config.seed, times * self.config.batch_size
-        if self.config.group_by_image:
-            return shuffled_groups(data.picture, size, seed, epoch)
-        return bucketed_batches(data.texts.lengths, size, seed, epoch)
+        rows = slice(-self.unlabelled, None)  # these are the last; without any all rows
+
+        def cut(size: int) -> list[list[int]]:
+            if self.config.group_by_image:
+                return shuffled_groups(data.picture[rows], size, seed, epoch)
+            return bucketed_batches(data.texts.lengths[rows], size, seed, epoch)
+
+        return self.mixed(cut, size, epoch) if self.unlabelled else cut(size)
 
     def loader(self, part: str, batches: list[list[int]], epoch: int | None = None) -> Iterable[dict]:
         data = self.data[part]
@@ -202,10 +211,10 @@ class VQA(DataTask):
         return f"{pictures[question.picture].path} (question {question.question_id})"
 
     def data_lines(self) -> list[str]:
-        where = self.config.data_dir or "generated scenes"
+        where, more = self.config.data_dir or "generated scenes", self.splits.unlabelled
+        parts = self.splits.parts | ({"unlabelled": more} if more else {})
         counts = ", ".join(
-            f"{name} {len(part.questions):,} questions on {len(part.shown):,} pictures"
-            for name, part in self.splits.parts.items()
+            f"{name} {len(part.questions):,} questions on {len(part.shown):,} pictures" for name, part in parts.items()
         )
         kept, wanted = len(self.splits.train.questions), self.config.num_answers
         clamped = f" (all there are; --num-answers {wanted})" * (len(self.labels) < wanted)
