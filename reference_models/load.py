@@ -4,7 +4,8 @@
     save_pretrained(model, "out", layout="transformers")
 
 The model of a family (vit.py, bert.py) knows nothing of files; it gets its key table, preprocessing
-and labels here. What the files look like its module in files/ says (files/vit.py), which provides
+and labels here. What the files look like its module in files/ says (files/vit.py), and where that
+says nothing files/defaults.py:
   build(config)                 the model; config is a frozen dataclass with `name`, `num_classes`,
                                 `family`; for a two-tower model build(config, vision, text)
   names(), config_for(name)     the names that it knows and their configuration
@@ -17,9 +18,9 @@ and labels here. What the files look like its module in files/ says (files/vit.p
   config_to_json(config, layout)
   preprocess                    mean, std, interpolation, resize where the checkpoint says nothing
   layout_settings               {layout: fields of the configuration} of a file without config.json
-  lone_file(config, keys, file_name, layout)   where there is one: such fields that keys and name
-                                tell, and a note on what they leave open
-  notes(config, layout)         where there is one: what the library of that layout does otherwise
+  lone_file(config, keys, file_name, layout)   such fields that keys and name tell, and notes on
+                                what they leave open
+  notes(config, layout)         what the library of that layout does otherwise
   ignored, optional             patterns: keys of a file that mean nothing; names of ours that a
                                 file may lack or have in addition
 """
@@ -142,9 +143,8 @@ def load_pretrained(
         tensors, layout = _translate(strip_wrappers(state), config, family, files)
         if not checkpoint.data:
             config = replace(config, **family.layout_settings.get(layout, {}))
-            if hasattr(family, "lone_file"):
-                told, open_points = family.lone_file(config, state.keys(), Path(files).name, layout)
-                config, notes = replace(config, **told), notes + open_points
+            told, open_points = family.lone_file(config, state.keys(), Path(files).name, layout)
+            config, notes = replace(config, **told), notes + open_points
         found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         config = _final(found, wanted, num_classes, image_size, overrides)
         family.adapt(tensors, found, config)
@@ -154,8 +154,7 @@ def load_pretrained(
         model = _build(config, assumed, checkpoint.pictures, pictures or {})
     model.source = checkpoint.path
     model.notes = [*notes, *_other_sizes(wanted, found), *_head_notes(model, checkpoint, found, num_classes)]
-    if hasattr(family, "notes"):
-        model.notes += family.notes(config, layout)
+    model.notes += family.notes(config, layout)
     if model.preprocess:
         model.notes += [
             *checkpoint.notes,
@@ -247,7 +246,7 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
     """Our names for the tensors of a file: the layout whose table knows most of the keys."""
     state = {key: tensor for key, tensor in state.items() if not re.search(family.ignored, key)}
     best: tuple = (0, "", {}, [])
-    for layout, prefixes in {"minilora": getattr(family, "own_prefixes", ("",)), **family.layouts}.items():
+    for layout, prefixes in {"minilora": family.own_prefixes, **family.layouts}.items():
         table = None if layout == "minilora" else family.key_table(config, layout)
         for names in prefixed(state, prefixes):
             renamed = {key: state[theirs] for key, theirs in names.items()}

@@ -12,8 +12,10 @@ the text tower too, open_clip_config.json describes those whose name begins with
 import importlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from reference_models.errors import ModelError
+from reference_models.files import defaults
 from reference_models.files.config_check import check_config
 from reference_models.files.preprocess import picture_settings
 from reference_models.files.refused import instead
@@ -80,8 +82,9 @@ def local(source: str | Path, texts: bool = False) -> Path:
 
 
 def family_module(family: str):
-    """The module of a family's files, by the protocol above."""
-    return importlib.import_module(f"reference_models.files.{family}")
+    """What a family's files look like, by the protocol in load.py: its module, and `defaults` for
+    what that leaves out."""
+    return SimpleNamespace(**vars(defaults) | vars(importlib.import_module(f"reference_models.files.{family}")))
 
 
 def described(checkpoint: Checkpoint, wanted):

@@ -4,16 +4,11 @@ load.py for the protocol.
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from reference_models.files import bert, mobilenet, vit
 from reference_models.fusion import FusionConfig, TwoTower
 
-layouts = {}
-adapter_layouts = ()
-ignored = r"^$"
-optional = r"^$"
-layout_settings = {}
 #             picture tower, text tower, fusion: the two reports' models, and one that runs anywhere
 PAIRS = {
     "vqa-nano": ("vit-nano-patch8-48", "bert-nano", "concat"),
@@ -42,15 +37,3 @@ def config_for(name: str) -> FusionConfig | None:
     if name == "vqa-vit-bert":
         vision = replace(vision, pooler=True)
     return FusionConfig(name, vision, bert.config_for(text), fusion)
-
-
-def fit_config(config: FusionConfig, shapes: dict[str, tuple]) -> FusionConfig:
-    return config
-
-
-def adapt(state: dict[str, Tensor], old: FusionConfig, new: FusionConfig) -> None:
-    """Towers are fitted to their picture size before they are joined."""
-
-
-def config_from_json(data: dict) -> None:
-    """No other library writes such models."""

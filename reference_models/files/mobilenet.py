@@ -3,8 +3,6 @@
 import re
 from dataclasses import replace
 
-from torch import Tensor
-
 from reference_models.files.names import Entry, linear, rename
 from reference_models.files.preprocess import IMAGENET
 from reference_models.mobilenet import MobileNet, MobileNetConfig
@@ -14,7 +12,6 @@ layouts = {"torchvision": ("",), "timm": ("",)}
 adapter_layouts = ("torchvision", "timm")
 ignored = r"num_batches_tracked$"
 optional = r"^head"
-layout_settings = {}
 # crop 224 of 256, and in proportion at other sizes
 preprocess = {**IMAGENET, "interpolation": "bilinear", "resize": "shortest", "scale": (224, 256)}
 
@@ -71,10 +68,6 @@ def _timm_names() -> dict[str, str]:
 
 def fit_config(config: MobileNetConfig, shapes: dict[str, tuple]) -> MobileNetConfig:
     return replace(config, num_classes=shapes["head.weight"][0] if "head.weight" in shapes else 0)
-
-
-def adapt(state: dict[str, Tensor], old: MobileNetConfig, new: MobileNetConfig) -> None:
-    """Convolutions fit every picture size."""
 
 
 def config_from_json(data: dict) -> MobileNetConfig | None:

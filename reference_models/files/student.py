@@ -1,16 +1,9 @@
 """Names and sizes of the students; only this library writes such files. See
 load.py for the protocol."""
 
-from torch import Tensor
-
 from reference_models.student import Student, StudentConfig
 
 build = Student
-layouts = {}
-adapter_layouts = ()
-ignored = r"^$"
-optional = r"^$"
-layout_settings = {}
 preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize": "squash"}
 
 
@@ -23,15 +16,3 @@ def config_for(name: str) -> StudentConfig | None:
     if name == "student-nano":
         return StudentConfig(name, image_size=48, vocab_size=4000, dim=64)
     return StudentConfig(name) if name == "student" else None
-
-
-def fit_config(config: StudentConfig, shapes: dict[str, tuple]) -> StudentConfig:
-    return config
-
-
-def adapt(state: dict[str, Tensor], old: StudentConfig, new: StudentConfig) -> None:
-    """A student is made for one picture size."""
-
-
-def config_from_json(data: dict) -> None:
-    """No other library writes such models."""

@@ -33,7 +33,6 @@ adapter_layouts = ("transformers5", "transformers4", "timm")
 # computed, or of pretraining
 ignored = r"relative_position_index|attn_mask|relative_coords_table|mask_token$"
 optional = r"^head"
-layout_settings: dict[str, dict] = {}
 preprocess = {**IMAGENET, "interpolation": "bicubic", "resize": "squash"}
 
 #             width depths heads of the stages

@@ -18,7 +18,6 @@ layouts |= dict.fromkeys(("timm", "torchvision", "original"), ("",))
 # timm's Swin V2 reads qkv.weight instead of calling qkv: an adapter would do nothing there
 adapter_layouts = ("transformers5", "transformers4")
 ignored, optional = swin_files.ignored + r"|\.k_bias$", swin_files.optional
-layout_settings: dict[str, dict] = {}
 preprocess, notes = swin_files.preprocess, swin_files.notes
 
 COSINE = {"attn.logit_scale": "attn.logit_scale", "attn.cpb_mlp.0": "attn.cpb_mlp.0"}

@@ -32,7 +32,6 @@ ignored = (
     r"input_resolution$|context_length$|vocab_size$)"
 )
 optional = r"^(head|norm|attn_pool)\."  # parts that another pooling leaves out
-layout_settings: dict[str, dict] = {}
 preprocess = {**IMAGENET, "interpolation": "bicubic", "resize": "shortest"}
 
 DINOV2 = {"pool": "norm token", "head_pool": "norm token+avg", "layer_scale": 1.0}
