@@ -45,14 +45,18 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return trainable
 
 
-def parameter_groups(model: nn.Module, lr: float, head_lr: float | None, weight_decay: float) -> list[dict]:
-    """At most four groups: matrices decay, vectors (biases, norms) do not; the head may
-    have its own rate."""
+def parameter_groups(
+    model: nn.Module, lr: float, head_lr: float | None, weight_decay: float, lora_plus: float = 1
+) -> list[dict]:
+    """Matrices decay, vectors (biases, norms) do not; the head may have its own rate, and every
+    lora_B has `lora_plus` times that of lora_A (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    """
     heads = tuple(f"{name}." for name in getattr(model, "head_modules", ()))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
         is_head = bool(heads) and name.startswith(heads)
         rate = lr if head_lr is None or not is_head else head_lr
+        rate *= lora_plus if name.endswith("lora_B.weight") else 1.0
         decay = weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [
@@ -62,7 +66,7 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float | None, weight_
 
 
 def build_optimizer(
-    model: nn.Module, opt: str, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module, opt: str, lr: float, head_lr: float | None = None, weight_decay: float = 0, lora_plus: float = 1
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum .9, by name.
 
@@ -71,7 +75,7 @@ def build_optimizer(
     """
     if opt not in OPTIMIZERS:
         raise UserError(f"--opt {opt} is unknown; choose one of {', '.join(OPTIMIZERS)}")
-    groups = parameter_groups(model, lr, head_lr, weight_decay)
+    groups = parameter_groups(model, lr, head_lr, weight_decay, lora_plus)
     fused = opt != "sgd" and groups[0]["params"][0].device.type in FUSED_DEVICES
     return OPTIMIZERS[opt](groups, fused=fused or None)  # None: torch chooses, foreach on a GPU
 

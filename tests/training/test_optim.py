@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from minilora import LoRAConfig, inject_lora
 from minilora.errors import UserError
 from minilora.settings.flags import Config, rules
 from minilora.training import optim
@@ -69,6 +70,29 @@ def test_matrices_decay_vectors_do_not_and_the_head_has_its_rate():
     optimizer = optim.build_optimizer(model, "adamw", 1e-3, 1e-2, 0.1)
     assert optim.set_learning_rate(optimizer, 0.5) == 5e-4
     assert {g["lr"] for g in optimizer.param_groups} == {5e-4, 5e-3}
+
+
+def test_lora_plus_gives_b_a_multiple_of_a_s_rate_in_one_step_of_adamw():
+    """Against the definition, by hand: w <- w - rate (wd w + g / (|g| + eps)) in the first step of AdamW."""
+    model = inject_lora(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), LoRAConfig(r=2, target_modules=("0",)))
+    model[1].requires_grad_(True)
+    model.head_modules = ("1",)
+    nn.init.normal_(model[0].lora_B.weight)
+    ratio, lr, head_lr, decay, factor = 16.0, 1e-2, 3e-2, 0.1, 0.25
+    optimizer = optim.build_optimizer(model, "adamw", lr, head_lr, decay, ratio)
+    assert optim.set_learning_rate(optimizer, factor) == lr * factor
+    model(torch.randn(6, 5)).square().sum().backward()
+    rates = {"0.lora_A.weight": lr, "0.lora_B.weight": ratio * lr, "1.weight": head_lr, "1.bias": head_lr}
+    before = {name: p.detach().double().clone() for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.requires_grad}
+    assert before.keys() == rates.keys()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name in rates:
+            g, rate, wd = gradients[name], factor * rates[name], decay * (p.ndim > 1)
+            wanted = before[name] * (1 - rate * wd) - rate * g / (g.abs() + 1e-8)
+            assert torch.allclose(p.double(), wanted, rtol=0, atol=1e-6), name
+            assert (before[name] - wanted).abs().max() > 0.5 * rate
 
 
 def test_trainable_tensors_must_be_float32_and_there_must_be_one():
