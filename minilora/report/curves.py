@@ -14,6 +14,7 @@ from minilora.report.plots import load_pyplot, save_figure
 PANELS = {
     "loss": [("train_loss", True), ("val_loss", False)],
     "accuracy": [("train_accuracy", True), ("accuracy", False)],
+    "mean average precision": [("map", False)],
     "learning rate": [("lr", False)],
 }
 COLOURS = ("#3563c9", "#c8562b", "#2a8a5f", "#8a4fbf", "#a07c14", "#b8326d", "#3b8ea5", "#6b6b6b")
@@ -54,10 +55,12 @@ def curves_figure(runs: Mapping[str, str | Path | Records], path: str | Path) ->
     pyplot = load_pyplot("curves")
     if pyplot is None:
         return False
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4.6 * len(PANELS), 3.4), layout="constrained")
-    for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
-        for number, (name, source) in enumerate(runs.items()):
-            records = read_metrics(source)
+    found = {name: read_metrics(source) for name, source in runs.items()}
+    several = any("map" in record for records in found.values() for record in records)
+    panels = {title: keys for title, keys in PANELS.items() if several or keys[0][0] != "map"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+        for number, (name, records) in enumerate(found.items()):
             for key, dashed in keys:
                 x, y = curve(records, key)
                 if not x:

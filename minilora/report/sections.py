@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from minilora.report.metrics import most_confused
+from minilora.report.metrics import class_table, most_confused
 from minilora.report.samples import Example, data_uri
 from minilora.report.svg import bars_html, curves_html, heat_table_html, table_html
 from minilora.report.tables import COMPARISON, REPORT_FORMS, RunRow, comparison_cells, group_runs
@@ -42,21 +42,22 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> str:
 
 
 def per_class(metrics: Mapping | None) -> str:
-    """Bars of F1 with precision and recall; of many classes the weakest."""
+    """Bars of F1, or average precision, beside the numbers; of many classes the weakest."""
     if not metrics or not metrics["per_class"]:
         return ""
+    key, name, last, end = "f1", "F1", "weighted", "The weighted recall is the accuracy."
+    if "map" in metrics:
+        key, name, last = "ap", "Average precision", "all labels"
+        end = f"Precision, recall and F1 are of the labels above {metrics['threshold']:.3f}."
     rows, note = [row for row in metrics["per_class"] if row["support"] or row["predicted"]], ""
     if len(rows) > MOST_CLASSES:
-        note = f"The {MOST_CLASSES} of {len(rows)} classes with the lowest F1."
-        rows = sorted(rows, key=lambda row: row["f1"])[:MOST_CLASSES]
-    bars = bars_html([(row["class"], row["f1"], f"{100 * row['f1']:.1f}") for row in rows], top=1.0)
-    cells = [[r["class"], *(f"{100 * r[k]:.1f}" for k in ("precision", "recall", "f1")), r["support"]] for r in rows]
-    total = [f"{100 * metrics[key]:.1f}" for key in ("precision", "recall", "f1")]
-    cells.append(["weighted", *total, metrics["count"]])
-    numbers = table_html(["class", "precision %", "recall %", "F1 %", "support"], cells)
+        note = f"The {MOST_CLASSES} of {len(rows)} classes with the lowest {name}."
+        rows = sorted(rows, key=lambda row: row[key] or 0)[:MOST_CLASSES]
+    bars = bars_html([(row["class"], row[key] or 0, f"{100 * (row[key] or 0):.1f}") for row in rows], top=1.0)
+    total = metrics | {"class": last, "support": metrics["count"], "ap": metrics.get("map")}
+    numbers = table_html(*class_table([*rows, total], 1))
     return (
-        f'<p class="note">F1 per class in percent. {escape(note)} The weighted recall is the accuracy.</p>'
-        f'<div class="two">{bars}{numbers}</div>'
+        f'<p class="note">{name} per class in percent. {escape(note)} {end}</p><div class="two">{bars}{numbers}</div>'
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # What may differ between two runs that count as the same configuration with other seeds.
 NOT_CONFIGURATION = ("seed", "output", "resume", "workers", "device", "log_interval", "log_to", "save_every", "threads")
-NOT_CONFIGURATION += ("config", "recipe", "dry_run")
+NOT_CONFIGURATION += ("config", "recipe", "dry_run", "seeds", "keep_checkpoints")
 
 
 @dataclass
@@ -26,6 +26,7 @@ class RunRow:
     augment: str = ""
     metric: str = "accuracy"
     accuracy: float | None = None
+    balanced: float | None = None
     test_accuracy: float | None = None
     precision: float | None = None
     recall: float | None = None
@@ -110,12 +111,13 @@ COLUMNS = {
     "eval loss": ("val_loss", lambda group, key: _number(group, key, 4)),
     "train accuracy %": ("train_accuracy", _percent),
     "accuracy %": ("accuracy", _percent),
+    "balanced %": ("balanced", _percent),
     "test accuracy %": ("test_accuracy", _percent),
     "F1 %": ("f1", _percent),
     "recall %": ("recall", _percent),
     "precision %": ("precision", _percent),
 }
-COMPARISON = ("run", "mode", "trainable", "accuracy %", "seconds", "peak memory MB", "file MB")
+COMPARISON = ("run", "mode", "trainable", "accuracy %", "balanced %", "seconds", "peak memory MB", "file MB")
 BACKBONES = ("backbone", "mode", "augment", "accuracy %", "test accuracy %", "peak memory MB", "seconds", "trainable")
 # Other forms in which reports print such results, by title.
 LOSSES = ("run", "mode", "seconds", "train loss", "eval loss", "accuracy %", "F1 %", "recall %", "precision %")
