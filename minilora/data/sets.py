@@ -21,8 +21,9 @@ from minilora.data.pictures.folder import (
     parts_below,
     read_folders,
 )
+from minilora.data.pictures.label_sets import recoded, strata
 from minilora.data.pictures.parts import LeftOut, entries, find_parts, list_pictures, nfc
-from minilora.data.pictures.tables import is_labelled, list_tables, read_tables, read_unlabelled
+from minilora.data.pictures.tables import TABLES, is_labelled, list_tables, read_tables, read_unlabelled
 from minilora.data.shards.files import is_shards
 from minilora.data.shards.pictures import read_picture_shards
 from minilora.errors import UserError
@@ -39,6 +40,7 @@ def load_classification(
     classes: Sequence[str] | None = None,
     check_files: bool = True,
     require_train: bool = True,
+    several: bool = False,
 ) -> Splits:
     """The labelled pictures of `data_dir` as Splits.
 
@@ -46,7 +48,8 @@ def load_classification(
     subset: keep a share (at most 1) or a number (above 1) of the training pictures of all classes.
     classes: the labels of an existing run (names or folder names): labels are numbered as there.
     check_files: refuse a table that names files which do not exist (False with --bad-data skip).
-    Raises UserError naming folder, file or column.
+    several: any number of labels for each picture, which only tables can say. Raises UserError
+    naming folder, file or column.
     """
     if fmt not in FORMATS:
         raise UserError(f"--data-format {fmt!r} is unknown for classify; choose from {', '.join(FORMATS)}")
@@ -54,13 +57,15 @@ def load_classification(
         raise UserError(f"--val-split {val_split} must be at least 0 and below 1")
     if not subset > 0:
         raise UserError(f"--subset {subset} must be above 0: a share up to 1, or a number of pictures")
-    if fmt == "shapes":
+    if several:
+        splits = read_tables(_table(data_dir, fmt), check_files, several)
+    elif fmt == "shapes":
         splits = classification_splits()
     else:
         splits = _read(existing_path(data_dir), fmt, check_files)
     if classes is not None:
         splits = _renumber(splits, list(classes), data_dir)
-    elif len(splits.classes) < 2:
+    elif len(splits.classes) < 2 and not several:
         raise UserError(f"{data_dir}: only one class ({splits.classes[0]!r}); a classifier needs at least two")
     if splits.train is None and require_train:
         raise UserError(
@@ -75,7 +80,7 @@ def unlabelled(path: str | os.PathLike) -> Split:
     """Every picture below a folder (or the one file), sorted by name, with label -1: input
     for predictions."""
     path = existing_path(path)
-    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
+    if path.is_file() and path.suffix.lower() in TABLES:
         return read_unlabelled(path)
     if path.is_file():
         return Split([Sample(path.name, -1)], path.parent)
@@ -83,6 +88,17 @@ def unlabelled(path: str | os.PathLike) -> Split:
     if not names:
         raise UserError(f"{path}: no pictures in this folder" + "".join(f" ({note})" for note in left.notes()))
     return Split((Sample(name, -1) for name in names), path, left.notes())
+
+
+def _table(data_dir: str | os.PathLike | None, fmt: str) -> Path:
+    """A table, or a folder with tables; UserError for what gives each picture one label."""
+    path = Path() if fmt == "shapes" else existing_path(data_dir)
+    if fmt not in ("auto", "csv") or is_shards(path) or not (path.is_file() or list_tables(path)):
+        raise UserError(
+            f"--multi-label: {data_dir or 'generated shapes'}: class folders, shards and shapes have one label for "
+            "each picture; name a table with a column labels (cat;dog), or with a column of 0 and 1 for each class"
+        )
+    return path
 
 
 def _read(path: Path, fmt: str, check_files: bool) -> Splits:
@@ -142,7 +158,7 @@ def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
 
     def again(split: Split | None) -> Split | None:
         if split is not None:
-            split.samples = [Sample(path, new[label] if label >= 0 else -1) for path, label in split.samples]
+            split.samples = [Sample(path, recoded(label, new, len(classes))) for path, label in split.samples]
         return split
 
     parts = map(again, (splits.train, splits.val, splits.test))
@@ -186,9 +202,9 @@ def few_shots(splits: Splits, shots: int, seed: int) -> Split:
 
 
 def stratified(split: Split, share: Callable[[int], int], seed: int) -> tuple[list[int], list[int]]:
-    """Draw share(n) of the n samples of every class; returns (drawn, rest), each in
-    the split's order."""
-    labels = np.fromiter((sample.label for sample in split), dtype=np.int64, count=len(split))
+    """Draw share(n) of the n samples of every class (of several labels: the rarest); returns
+    (drawn, rest), each in the split's order."""
+    labels = strata([sample.label for sample in split])
     rng, drawn = np.random.default_rng(seed), np.zeros(len(split), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

@@ -30,7 +30,7 @@ class Sample(NamedTuple):
     """One labelled picture, not opened yet."""
 
     path: str  # relative to the split's root, with forward slashes
-    label: int  # class index, -1 = unknown
+    label: int | bytes  # class index, -1 = unknown; of several labels see label_sets.py
 
 
 class Split(Sequence):

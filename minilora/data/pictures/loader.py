@@ -125,7 +125,7 @@ class PictureDataset(PictureTensors, Dataset):
     """Pictures with labels. `dataset[i]` is the plain item i, `dataset[(epoch, i)]` the augmented
     one of that epoch.
 
-    An item: image (3, S, S) float32 normalised, label (-1 unknown), index, valid. A broken picture
+    An item: image (3, S, S) float32 normalised, label (a Sample's), index, valid. A broken picture
     raises BadImage (bad_data "error") or becomes zeros with valid False (bad_data "skip"), so that
     rows never shift.
     """
@@ -147,7 +147,8 @@ class PictureDataset(PictureTensors, Dataset):
 def collate(items: Sequence[dict]) -> dict:
     """Items -> batch: tensors are stacked, bools and ints become tensors, everything else a list.
 
-    Classification: image (B, 3, S, S) float32, label (B,) int64, index (B,) int64, valid (B,) bool.
+    Classification: image (B, 3, S, S) float32, label (B,) int64 (several: (B, K) of 0 and 1), index
+    (B,) int64, valid (B,) bool.
     """
     return {key: _column([item[key] for item in items]) for key in items[0]}
 
@@ -158,6 +159,8 @@ def _column(values: list) -> Tensor | list:
         return torch.stack(values)
     if isinstance(first, bool | int | float):
         return torch.tensor(values)
+    if isinstance(first, bytes):
+        return torch.tensor(list(map(list, values)), dtype=torch.int64)
     return values
 
 

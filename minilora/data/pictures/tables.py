@@ -1,4 +1,4 @@
-"""Picture classification from csv files.
+"""Picture classification from csv files, or from a json file: a list of objects, one for each row.
 
 A folder with tables named like its parts (train.csv, valid.csv, seg_test.csv: parts.py), or with
 one csv; an `is_valid` (True / False) or `split` (train / val / test) column divides the rows.
@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from minilora.data.pictures.folder import Sample, Split, Splits, class_names, refuse_missing
+from minilora.data.pictures.label_sets import BITS, END, MARKS, binary_columns, coded, json_rows, split_cells
 from minilora.data.pictures.parts import NAMES, PARTS, find_parts, list_pictures, nfc, part_named
 from minilora.errors import UserError
 
@@ -25,11 +26,15 @@ COLUMNS = {
     + ("img_path", "image", "img", "image_file", "image_name", "img_name", "picture", "photo", "image_id", "id"),
     "label": ("label", "labels", "class", "class_name", "target", "category", "breed", "species", "diagnosis")
     + ("noisy_labels_0",),
+    "labels": ("labels", "label", "tags", "tag", "finding_labels", "classes", "categories", "genres", "genre")
+    + ("attribute_ids", "targets", "target", "class", "class_name"),
     "split": ("split", "set", "data_set", "dataset", "subset", "partition"),
     "validation": ("is_valid", "is_validation"),
 }
+MORE = {"label": "; several labels for a picture, tags or columns of 0 and 1, are for --multi-label"}
+MORE |= {"labels": "; or there may be a column of 0 and 1 for each class"}
 BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+TABLES = (".csv", ".tsv", ".json")  # what --data-dir may name; in a folder a json is no table
 
 
 def list_tables(folder: Path) -> list[Path]:
@@ -38,7 +43,7 @@ def list_tables(folder: Path) -> list[Path]:
     return [p for p in names if p.suffix.lower() in (".csv", ".tsv") and p.is_file() and not p.name.startswith(".")]
 
 
-def find_tables(folder: Path) -> dict[str, Path]:
+def find_tables(folder: Path, several: bool = False) -> dict[str, Path]:
     """{"train": .., "val": .., "test": ..} of a folder; a single csv of any other name, or the only
     one with pictures and labels, is "all"."""
     if not folder.is_dir():
@@ -46,7 +51,7 @@ def find_tables(folder: Path) -> dict[str, Path]:
     tables = list_tables(folder)
     if named := find_parts((path.name for path in tables), folder):
         return {part: folder / name for part, name in named.items()}
-    if len(tables) > 1 and len(labelled := list(filter(is_labelled, tables))) == 1:
+    if len(tables) > 1 and len(labelled := [table for table in tables if is_labelled(table, several)]) == 1:
         tables = labelled
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
@@ -54,26 +59,29 @@ def find_tables(folder: Path) -> dict[str, Path]:
     return {"all": tables[0]} if tables else {}
 
 
-def is_labelled(table: Path) -> bool:
-    """Whether a file is a table with a column of pictures and one of labels."""
+def is_labelled(table: Path, several: bool = False) -> bool:
+    """Whether a file is a table with a column of pictures and one (or columns) of labels."""
     try:
-        header, _ = read_rows(table)
+        header, rows = read_rows(table)
     except UserError:
         return False
-    return all(find_column(header, kind, table, required=False) for kind in ("picture", "label"))
+    picture = find_column(header, "picture", table, required=False)
+    return bool(picture and _label_columns(table, header, rows, {picture}, several))
 
 
-def read_tables(path: Path, check_files: bool = True) -> Splits:
+def read_tables(path: Path, check_files: bool = True, several: bool = False) -> Splits:
     """Splits from the csv at `path`, or from those in the folder `path`. Raises UserError
     with file and line.
 
-    check_files: also when a picture that a row names is not there.
+    check_files: also when a picture that a row names is not there. several: any number of labels
+    for each picture, see label_sets.py.
     """
-    tables = find_tables(path)
+    tables = find_tables(path, several)
     if not tables:
         raise UserError(f"{path}: no csv file in this folder")
     root, notes = path if path.is_dir() else path.parent, []
-    rows = [row for part, table in tables.items() for row in _labelled_rows(table, part, root, notes)]
+    classes = set() if several else None  # those that have a column of their own
+    rows = [row for part, table in tables.items() for row in _labelled_rows(table, part, root, notes, classes)]
     places = located((file for _, file, _, _ in rows), root)
     parts: dict[str, dict[str, str]] = {}  # split -> file -> label
     for name, file, label, where in rows:
@@ -81,14 +89,29 @@ def read_tables(path: Path, check_files: bool = True) -> Splits:
     if not any(parts.values()):
         raise UserError(f"{path}: no rows below the header")
     trained = parts.get("train") or parts.get("val") or parts.get("test")
-    notes += refuse_several(set(trained.values()), path)
-    keys, names, info = class_names(root, sorted(set(trained.values()), key=_numbers_first))
+    cells = [cell for rows in parts.values() for cell in rows.values()]
+    if several:
+        mark, words = split_cells(set(cells), path)
+        each = sum(len(words[cell]) for cell in cells) / len(cells)
+        none = sum(not words[cell] for cell in cells)
+        notes.insert(0, f"labels from {MARKS[mark]}, {each:.2f} for each picture, {none} with none")
+    else:
+        notes += refuse_several(set(trained.values()), path)
+        words = {cell: [cell] for cell in cells}
+    labels = {label for cell in trained.values() for label in words[cell]} | (classes or set())
+    if not labels:
+        raise UserError(f"{path}: no picture has a label")
+    keys, names, info = class_names(root, sorted(labels, key=_numbers_first))
     index, splits = {key: i for i, key in enumerate(keys)}, {}
     for part, rows in parts.items():
-        for file, label in rows.items():
-            if label not in index:
-                raise UserError(f"{path}: unknown label {label!r} of {file} in {part}: not among the training labels")
-        splits[part] = Split((Sample(file, index[label]) for file, label in rows.items()), root)
+        for file, cell in rows.items():
+            if strange := [label for label in words[cell] if label not in index]:
+                raise UserError(
+                    f"{path}: unknown label {strange[0]!r} of {file} in {part}: not among the training labels"
+                )
+        found = {cell: [index[label] for label in words[cell]] for cell in set(rows.values())}
+        codes = {cell: coded(there, len(keys)) if several else there[0] for cell, there in found.items()}
+        splits[part] = Split((Sample(file, codes[cell]) for file, cell in rows.items()), root)
     if check_files:
         named = (sample.path for split in splits.values() for sample in split)
         refuse_missing(named, root, "paths in a table are relative to its folder")
@@ -107,11 +130,14 @@ def read_unlabelled(path: Path) -> Split:
 
 
 def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """(column names, [(line number, row)]) of a csv or tsv in UTF-8, or in UTF-16 with its mark.
+    """(column names, [(line number, row)]) of a csv or tsv in UTF-8, or in UTF-16 with its mark; or
+    of a json list of objects.
 
     A first line `sep=;` names the separator. Empty columns at the end are left out. Raises
     UserError for broken text, a missing header, a column named twice, or a row of another length.
     """
+    if Path(path).suffix.lower() == ".json":
+        return json_rows(Path(path))
     try:
         content = Path(path).read_bytes()
         text = content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8-sig"))
@@ -198,18 +224,19 @@ def refuse_several(labels: Collection[str], path: Path) -> list[str]:
     """
     bare = {label: label.strip("[](){}'\" ") for label in labels}
     alone, notes = set(bare.values()), []
-    for mark in "|;,+&/ ":
+    for mark in f"{END}|;,+&/ ":
         words = {label: frozenset(w.strip("'\" ") for w in cell.split(mark)) - {""} for label, cell in bare.items()}
         several = sorted((label for label in labels if len(words[label]) > 1), key=lambda label: -len(words[label]))
         sets = {words[label] for label in several}
         nested = len(frozenset().union(*words.values())) < len(labels) and any(
             a < b for a in words.values() for b in sets
         )
-        whole = [label for label in several if mark in "|;" or words[label] <= alone or label.startswith("[")]
+        whole = [label for label in several if mark in f"{END}|;" or words[label] <= alone or label.startswith("[")]
         if whole or nested or len(sets) < len(several):
+            cell = (whole or several)[0].strip(END).replace(END, ", ")
             raise UserError(
-                f"{path}: {(whole or several)[0]!r} is several labels in one cell; one label per row is needed. If it "
-                "is one class, write it as one word, as in sea_lion"
+                f"{path}: {cell!r} is several labels in one cell; one label per row is needed, or --multi-label. If "
+                "it is one class, write it as one word, as in sea_lion"
             )
         beside = ((label, min(words[label] & alone)) for label in several if words[label] & alone)
         notes += [f"the label {label!r} is one class, though {word!r} is one too" for label, word in beside]
@@ -223,43 +250,67 @@ def find_column(header: Collection[str], kind: str, path: Path, required: bool =
     column = next((names[name] for name in known if name in names), None)
     if column is None and required:
         has = ", ".join(list(header)[:20]) + (" ..." if len(header) > 20 else "")
-        raise UserError(f"{path}: no {kind} column; the header has {has}; it may be called {', '.join(known)}")
+        more = MORE.get(kind, "")
+        raise UserError(f"{path}: no {kind} column; the header has {has}; it may be called {', '.join(known)}{more}")
     return column
 
 
-def _labelled_rows(table: Path, part: str, root: Path, notes: list[str]):
-    """Yields (split, file, label, where) of one csv; nothing for a test table without labels."""
+def _label_columns(
+    table: Path, header: list[str], rows: list, other: Collection[str | None], several: bool, required: bool = False
+) -> list[str]:
+    """The column of labels; [] where there is none. With `several` it may be columns of 0 and 1,
+    but for those of `other` use."""
+    kind = "labels" if several else "label"
+    label = find_column(header, kind, table, required and not several)
+    if label or not several:
+        return [label] * bool(label)
+    found = binary_columns(rows, [name for name in header if name and name not in other], table)
+    if required and len(found) < 2:
+        find_column(header, kind, table)
+    return found if len(found) > 1 else []
+
+
+def _labelled_rows(table: Path, part: str, root: Path, notes: list[str], classes: set[str] | None):
+    """Yields (split, file, label, where) of one csv; nothing for a test table without labels. Where
+    a picture may have several, `classes` gets those with a column of their own."""
     header, rows = read_rows(table)
     picture = find_column(header, "picture", table)
-    label = find_column(header, "label", table, required=part != "test")
     valid, split = (find_column(header, kind, table, required=False) for kind in ("validation", "split"))
-    if label is None:
+    found = _label_columns(table, header, rows, (picture, valid, split), classes is not None, part != "test")
+    if not found:
         notes.append(f"{table.name}: no label column, its {len(rows)} rows are for predictions only")
         return
+    label = found[0]
+    if len(found) > 1:
+        classes.update(map(nfc, found))
     if split and split.lower() != "split" and not {row[split].lower() for _, row in rows} <= NAMES.keys():
         split = None  # such a name may mean something else
-    if other := [name for name in header if name and name not in (picture, label, valid, split)]:
+    if other := [name for name in header if name and name not in (picture, *found, valid, split)]:
         shown = ", ".join(other[:8]) + (" ..." if len(other) > 8 else "")
-        notes.append(f"{table.name}: pictures from {picture!r}, labels from {label!r}; not read: {shown}")
+        source = f"{label!r}" + f" and {len(found) - 1} others" * (len(found) > 1)
+        notes.append(f"{table.name}: pictures from {picture!r}, labels from {source}; not read: {shown}")
     for line, row in rows:
         where = f"{table}, line {line}"
-        if not row[label]:
+        cell = row[label] if classes is not None else row[label].removesuffix(END)
+        if len(found) > 1:
+            cell = "".join(f"{name}{END}" for name in found if BITS[row[name].lower()])
+        elif not cell and classes is None:
             raise UserError(f"{where}: the label is empty; every row of training data needs one")
         name = "train" if part == "all" else part
         if valid:
-            if row[valid].lower() not in TRUTH:
+            if row[valid].lower() not in BITS:
                 raise UserError(f"{where}: {valid} is {row[valid]!r}; expected True or False")
-            name = "val" if TRUTH[row[valid].lower()] else name
+            name = "val" if BITS[row[valid].lower()] else name
         elif split:
             name = part_named(row[split], where)
-        yield name, contained(row[picture], where, root), nfc(row[label]), where
+        yield name, contained(row[picture], where, root), nfc(cell), where
 
 
 def _place(parts: dict[str, dict[str, str]], name: str, file: str, label: str, where: str) -> None:
     for part, rows in parts.items():
         if file in rows:
             raise UserError(
-                f"{where}: {file} stands twice (in {part} with label {rows[file]!r}); keep one row, with one label"
+                f"{where}: {file} stands twice (in {part} with label {rows[file]!r}); keep one row for each picture"
             )
     parts.setdefault(name, {})[file] = label
 
