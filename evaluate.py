@@ -114,7 +114,7 @@ def answer(run: Run, options: EvalConfig) -> int:
         raise UserError(f"--{next(iter(texts))} is not for a run of --task classify; leave it out")
     images = [options.image] if isinstance(options.image, str) else options.image
     for image, row in zip(images, run.predict(list(images), **texts), strict=True):
-        print(f"{image}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in row))
+        print(f"{image}: " + (", ".join(f"{label} {100 * p:.1f} %" for label, p in row) or "no label is likely"))
     return 0
 
 
@@ -191,7 +191,7 @@ def export(run: Run, options: EvalConfig) -> None:
         export_adapter(run.model, options.export_adapter, options.layout)
         print(f"wrote {options.export_adapter}")
     if options.merge_to:
-        run.model.labels = run.labels
+        run.model.labels, run.model.multi_label = run.labels, run.config.multi_label
         save_pretrained(merge_lora(run.model), options.merge_to, layout=options.layout)
         if getattr(run, "tokenizer", None) and run.task != "vqa":
             run.tokenizer.save(options.merge_to)

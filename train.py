@@ -23,6 +23,7 @@ import torch
 from minilora.commands.dryrun import describe_plan
 from minilora.commands.listing import print_lists
 from minilora.commands.results import method_line, next_commands, result_line, write_results, zero_shot_line
+from minilora.commands.seeds import train_all
 from minilora.errors import UserError
 from minilora.inject import count_parameters
 from minilora.settings import exit_codes as cli
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, args = parse_args(argv)
     if print_lists(args):
         return 0
+    if config.seeds and not config.dry_run:
+        return train_all(config)
     config, checkpoint = continued(config)
     set_threads(config.threads)
     set_deterministic(config.deterministic)
@@ -82,7 +85,7 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
         raise
     if trainer.cut_short:
         trainer.progress.log(f"resume with: python train.py --resume {run_dir}")
-    test = task.test(task.model)
+    test = task.test(task.model, result["best"])
     trainer.progress.log(result_line(task, result, test))
     if distributed.is_main():
         write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)

@@ -26,7 +26,7 @@ from minilora.errors import UserError
 from minilora.report.tables import BACKBONES, RunRow, comparison_table
 from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config, flag, rules
-from minilora.settings.parse import Parser, check, read_recipe, read_toml, to_toml
+from minilora.settings.parse import Parser, check, given, read_recipe, read_toml, to_toml
 from minilora.settings.values import convert, option
 from minilora.tasks.classify.task import default_head, open_data
 from minilora.tasks.method import resolve
@@ -206,7 +206,8 @@ def train(path: Path, config: Config) -> str | None:
     the run is asked to save and stop."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
-        file.write_text(to_toml(config), encoding="utf-8")
+        # a recipe would speak again where a flag was set back to its default
+        file.write_text(to_toml(config, only=given(config) - {"recipe"}), encoding="utf-8")
         words = [sys.executable, str(TRAIN), "--config", str(file), "--output", str(path)]
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True

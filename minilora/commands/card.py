@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from minilora.report.metrics import NAMES, shown
 from minilora.settings.flags import Config
 from minilora.settings.parse import NOT_SAVED
 from minilora.settings.values import option
@@ -102,9 +103,10 @@ def model_card(
     that the model can be written in.
     """
     counts, best, test = summary["parameters"], summary["best"], summary.get("test") or {}
-    scores = {"validation": best.get(summary["metric"]), "test": test.get(summary["metric"])}
-    scored = ", ".join(f"{part} {100 * value:.2f} %" for part, value in scores.items() if value is not None)
-    shown = ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)
+    metric = summary["metric"]
+    scores = {"validation": best.get("val_loss" if metric == "loss" else metric), "test": test.get(metric)}
+    scored = ", ".join(f"{part} {shown(metric, value)}" for part, value in scores.items() if value is not None)
+    some = ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)
     model = " + ".join(config.model.values()) if isinstance(config.model, dict) else config.model
     return f"""# {path.name}
 
@@ -114,12 +116,12 @@ def model_card(
 |---|---|
 | base | {model}, weights {base["weights"]}, sha256 {str(base.get("sha256"))[:16]}... |
 | {" | ".join(lines[0].split(": ", 1)) if lines and ": " in lines[0] else "data | " + "; ".join(lines)} |
-| {"answers" if config.task == "vqa" else "classes"} | {len(labels)}: {shown} |
+| {"answers" if config.task == "vqa" else "classes"} | {len(labels)}: {some} |
 | trained | {counts["trainable"]:,} of {counts["total"]:,} parameters |
-| {summary["metric"]} | {scored}, best epoch {best["epoch"]} of {config.epochs} |
+| {NAMES.get(metric, metric)} | {scored}, best epoch {best["epoch"]} of {config.epochs} |
 | time, memory | {summary["seconds"]:.1f} s of training, peak {summary["peak_memory_mb"]:.0f} MiB, {summary["device"]} |
 
-The weights kept are those of the best epoch by {summary["metric"]} on the validation data. Made by
+The weights kept are those of the best epoch by {NAMES.get(metric, metric)} on the validation data. Made by
 
 ```sh
 {command(config)}

@@ -14,7 +14,7 @@ from minilora.data.unlabelled import mixed_counts
 from minilora.inject import count_parameters
 from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
-from minilora.report.metrics import percent
+from minilora.report.metrics import NAMES, percent, shown
 from minilora.report.page import Figure, ReportData, collect_versions, parameter_rows, write_report
 from minilora.report.tables import RunRow, group_key
 from minilora.settings.flags import Config, rules
@@ -36,7 +36,8 @@ HOW_TO_READ = (
 
 def method_line(config: Config, options: TrainOptions, device: torch.device) -> str:
     """How the model will be trained, in one line."""
-    line = f"mode {config.mode}: {config.opt} lr {config.lr:g} {config.sched}, batch {config.batch_size}"
+    plus = f" (lora_B {config.lora_plus:g} times that)" if config.lora_plus else ""
+    line = f"mode {config.mode}: {config.opt} lr {config.lr:g}{plus} {config.sched}, batch {config.batch_size}"
     line += f" x {config.grad_accum_steps}" * (config.grad_accum_steps > 1)
     line += f", epochs {config.epochs}, {options.amp} on {device}"
     if device.type == "cpu":
@@ -60,22 +61,22 @@ def zero_shot_line(task: Task, scores: dict[str, float]) -> str:
     """What the model knew before the first step, in one line."""
     shares = {"val": scores["accuracy"], "test": scores.get("test_accuracy")}
     chance = percent(1 / len(task.labels))
-    return f"zero-shot, before the first step: accuracy {_by_part(task, shares)} | baseline: chance {chance}"
+    return f"zero-shot, before the first step: {_by_part(task, shares, 'accuracy')} | baseline: chance {chance}"
 
 
 def result_line(task: Task, result: dict, test: dict | None) -> str:
     """What came out, in one line."""
-    best = result["best"]
-    shares = {"val": best[task.metric], "test": test and test[task.metric]}
-    line = f"result: {task.metric} {_by_part(task, shares)}, epoch {best['epoch']}"
+    best, metric = result["best"], task.metric
+    shares = {"val": best["val_loss" if metric == "loss" else metric], "test": test and test[metric]}
+    line = f"result: {_by_part(task, shares, metric)}, epoch {best['epoch']}"
     return f"{line}, {result['seconds']:.1f} s, peak {result['peak_memory_mb']:.0f} MiB"
 
 
-def _by_part(task: Task, shares: dict[str, float | None]) -> str:
-    """Each share with its part and how many rows that has."""
+def _by_part(task: Task, shares: dict[str, float | None], metric: str) -> str:
+    """The metric, and each share with its part and how many rows that has."""
     counts = {part: len(task.data[part]) for part in shares if shares[part] is not None}
-    words = [f"{percent(shares[part], n)} ({part}, {n} {task.unit})" for part, n in counts.items()]
-    return ", ".join(words)
+    words = [f"{shown(metric, shares[part], n)} ({part}, {n} {task.unit})" for part, n in counts.items()]
+    return f"{NAMES.get(metric, metric)} {', '.join(words)}"
 
 
 def next_commands(run_dir: Path, config: Config) -> list[str]:
@@ -145,7 +146,7 @@ def run_row(run: Run, evaluation: Evaluation | None = None) -> RunRow:
 def zero_shot_row(run: Run, evaluation: Evaluation) -> RunRow:
     """The line of a run's base model, of which nothing is trained."""
     scores = evaluation.scores or {}
-    kept = {key: scores.get(key) for key in ("accuracy", "precision", "recall", "f1")}
+    kept = {key: scores.get(key) for key in ("accuracy", "balanced", "precision", "recall", "f1")}
     total = count_parameters(run.model).total - count_parameters(run.model).trainable * (run.config.mode == "lora")
     return RunRow("zero-shot", "none", model=str(run.config.model), trainable=0, total=total, **kept)
 
@@ -153,6 +154,7 @@ def zero_shot_row(run: Run, evaluation: Evaluation) -> RunRow:
 def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dict | None = None) -> RunRow:
     """The same line from the files of a run alone; `scores` win over those of its best epoch."""
     best, counts, scores = summary.get("best") or {}, summary.get("parameters") or {}, scores or {}
+    main = "map" if config.multi_label else "accuracy"
     return RunRow(
         name=path.name,
         mode=config.mode,
@@ -160,10 +162,12 @@ def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dic
         seed=config.seed,
         model=str(config.model),
         augment=config.augment,
-        accuracy=scores.get("accuracy", best.get("accuracy")),
-        test_accuracy=(summary.get("test") or {}).get("accuracy"),
+        metric=NAMES[main],
+        accuracy=scores.get(main, best.get(main)),
+        test_accuracy=(summary.get("test") or {}).get(main),
         val_loss=scores.get("loss", best.get("val_loss")),
-        **{name: scores.get(name) for name in ("precision", "recall", "f1")},
+        **{name: scores.get(name, best.get(name)) for name in ("balanced", "f1")},
+        **{name: scores.get(name) for name in ("precision", "recall")},
         **{name: best.get(name) for name in ("train_accuracy", "train_loss")},
         **{name: counts.get(name) for name in ("trainable", "total")},
         **{name: summary.get(name) for name in ("seconds", "peak_memory_mb")},
@@ -180,7 +184,8 @@ def report_data(
     counts = count_parameters(run.model)
     facts = {}
     if first.scores:
-        facts = {name: f"{100 * first.scores[key]:.2f} %" for name, key in (("accuracy", "accuracy"), ("F1", "f1"))}
+        keys = ("map", "f1") if "map" in first.scores else ("accuracy", "balanced", "f1")
+        facts = {NAMES[key]: percent(first.scores[key]) for key in keys if key in first.scores}
     trainable = (run.summary.get("parameters") or {}).get("trainable", counts.trainable)
     facts |= {"trainable": f"{trainable:,}", "all parameters": f"{counts.total:,}"}
     counted = run.summary.get("rows") or {}

@@ -16,7 +16,7 @@ from reference_models import ModelError
 
 # the flags of train.py that shards depend on
 USED = ("task", "model", "weights", "tokenizer", "data_format", "val_split", "split_by", "subset", "seed")
-USED += ("bad_data", "image_size", "max_length", *PICTURE_FLAGS)
+USED += ("bad_data", "image_size", "max_length", "multi_label", *PICTURE_FLAGS)
 # fmt: off
 OWN = [
     ("shard_mb", float, flag("output", 256.0, "size of a shard in MiB", float, above=0)),
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = Config(**typed, data_dir=None if args.source == "shapes" else args.source)
     if config.data_format == "shards":
         raise UserError("--data-format shards: SRC must be the files that shards are made of")
+    if config.multi_label:
+        raise UserError("--multi-label: shards hold one label for each picture; train from the table itself")
     if config.task == "choice":
         raise UserError("--task choice trains from its files; shards are for --task classify and vqa")
     index = (write_pictures if config.task == "classify" else write_questions)(config, args.target, **own)

@@ -16,6 +16,7 @@ SCHEDULES = ("linear", "cosine", "plateau", "constant")
 HEADS = ("names", "linear")
 PICTURE_FLAGS = ("mean", "std", "interpolation", "resize", "crop_pct")
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+METRICS = ("accuracy", "balanced", "f1", "map", "loss")
 BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
 DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 1e-2}  # where --lr is not given, by --mode
@@ -89,6 +90,8 @@ class Config:
     adapter: str = flag(W, None, "start from this adapter: a run's, or one of PEFT's", meta="DIR")
     data_dir: str = flag(W, None, "the data set: folder or table", meta="DIR", shown="generated shapes")
     data_format: str = flag(W, "auto", "how the data lies on the disk", choices=FORMATS)
+    multi_label: bool = flag(W, False, "any number of labels for each picture, from a table", bool,
+        tasks=("classify",))
     output: str = flag(W, None, "run directory", meta="DIR", shown="runs/TASK-MODE-NNN")
     dry_run: bool = flag(W, False, "say what would be trained, on what, for how long; train nothing", bool)
 
@@ -115,11 +118,15 @@ class Config:
     opt: str = flag(O, "adamw", "optimizer", choices=("adamw", "adam", "sgd"))
     lr: float = flag(O, None, "learning rate", float, above=0, shown=LR_BY_MODE)
     head_lr: float = flag(O, None, "learning rate of the head", float, above=0, shown="as --lr")
+    lora_plus: float = flag(O, None, "the learning rate of B is this times that of A (LoRA+)", float, above=0,
+        meta="RATIO", shown="1")
     weight_decay: float = flag(O, 0.01, "shrinks matrices, never biases and norms", float, low=0)
     sched: str = flag(O, "cosine", "course of the learning rate", choices=SCHEDULES)
     warmup_ratio: float = flag(O, 0.05, "share of the steps in which the rate rises", float, low=0, below=1)
     clip_grad: float = flag(O, 0.0, "largest norm of the gradient; 0: no limit", float, low=0)
     smoothing: float = flag(O, 0.0, "label smoothing", float, low=0, below=1)
+    class_weights: str = flag(O, "none", "auto: a class counts by 1 / its training pictures, on average 1",
+        choices=("none", "auto"), tasks=("classify",))
 
     image_size: int = flag(I, None, "side in pixels", int, low=8, high=2048, shown="as the model was trained")
     mean: Any = flag(I, None, "of the three colours, in 0..1", float, many=True, low=-1000, high=1000, meta="X",
@@ -183,7 +190,12 @@ class Config:
 
     resume: str = flag(R, "auto", "auto: resume --output; never: start anew; or the run to resume",
         meta="auto|never|DIR")
+    seeds: Any = flag(R, None, "a run for each seed, one after the other; then mean and spread", int, many=True,
+        low=0, high=2**31, meta="N", shown="--seed alone")
     save_every: int = flag(R, 0, "steps between checkpoints; 0: one per epoch", int, low=0)
+    keep_checkpoints: int = flag(R, 2, "how many of the newest stay, for --resume", int, low=1, meta="K")
+    metric: str = flag(R, None, "what is best in the epoch whose weights the run keeps",
+        choices=METRICS, shown="accuracy; with --multi-label map")
     time_limit: float = flag(R, None, "minutes after which training ends, to be resumed", float, above=0,
         meta="MINUTES", shown="none")
     early_stop: int = flag(R, 0, "end after N epochs without a better one; 0: never", int, low=0)

@@ -12,11 +12,12 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
+from minilora.settings.checks_labels import check_labels
 from minilora.settings.flags import TASKS, Config, Rule, rules
 from minilora.settings.values import close_match, convert, option
 from minilora.version import __version__
@@ -26,9 +27,9 @@ BASE = "base"  # a table of config.toml that is no flag: the base weights with t
 # what version 0.1 did unless it says more
 FIRST = {"vqa": {"fusion": "product", "text_pooling": "pooler"}, "classify": {"head": "linear"}}
 # what config.toml leaves out: how a run was started
-NOT_SAVED = ("config", "dry_run", "output", "resume")
+NOT_SAVED = ("config", "dry_run", "output", "resume", "seeds")
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "layers", "train_norms", "train_bias")
-LORA_FLAGS += ("use_rslora", "use_dora")
+LORA_FLAGS += ("use_rslora", "use_dora", "lora_plus")
 ELSEWHERE = {  # what other programs call it, where the name alone does not give it away
     "learning-rate": "--lr",
     "rank": "--lora-r",
@@ -197,6 +198,7 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
     if half and config.amp not in ("auto", config.base_dtype):
         raise UserError(f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}")
     check_prompt(config.task, config.prompt)
+    check_labels(config, given(config))
     if config.shots and config.subset != 1:
         raise UserError("--shots and --subset both choose the training pictures; use one of the two")
     if config.steps_per_shot and not config.shots:
@@ -302,12 +304,13 @@ def read_recipe(name: str) -> dict[str, Any]:
     return read_toml(RECIPES / f"{name}.toml") | {"recipe": name}
 
 
-def to_toml(config: Config, base: dict[str, Any] | None = None) -> str:
-    """The text of config.toml: every flag that has a value, by group, then the base weights."""
+def to_toml(config: Config, base: dict[str, Any] | None = None, only: Collection[str] | None = None) -> str:
+    """The text of config.toml: every flag that has a value, by group, then the base weights. With
+    `only`, no other flags than these."""
     lines, group = ["# This run; `python train.py --config DIR` (or this file) trains it again."], None
     for name, rule in rules(type(config)).items():
         value = getattr(config, name)
-        if value is None or name in NOT_SAVED:
+        if value is None or name in NOT_SAVED or (only is not None and name not in only):
             continue
         if rule.group != group:
             lines += ["", f"# {rule.group}"]

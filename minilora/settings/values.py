@@ -38,8 +38,8 @@ def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
     if name in VERBATIM:
         words = tuple(_texts(label, value))
         return words[0] if name == "prompt" and len(words) == 1 else words
-    if rule.many and rule.kind is float:
-        return _colours(label, rule, value)
+    if rule.many and rule.kind is not str:
+        return _several(label, rule, value)
     if rule.many:
         return _numbers(label, value) if name == "layers" else _names(label, value)
     if not rule.towers:
@@ -105,13 +105,16 @@ def _numbers(label: str, value: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _colours(label: str, rule: Rule, value: Any) -> tuple[float, ...]:
-    """Three numbers between spaces or commas: red, green, blue."""
+def _several(label: str, rule: Rule, value: Any) -> tuple[int | float, ...]:
+    """Numbers between spaces or commas: whole ones, each once, or three for red, green, blue."""
     words = value if isinstance(value, (list, tuple)) else [value]
     words = [part for word in words for part in (word.split(",") if isinstance(word, str) else [word]) if part != ""]
-    if len(words) != 3:
+    if rule.kind is float and len(words) != 3:
         raise UserError(f"{label} takes three numbers, for red, green and blue; got {len(words)}")
-    return tuple(_single(label, rule, word) for word in words)
+    numbers = tuple(_single(label, rule, word) for word in words)
+    if rule.kind is int and not 0 < len(numbers) == len(set(numbers)):
+        raise UserError(f"{label} takes different whole numbers, got {' '.join(map(str, words)) or 'none'}")
+    return numbers
 
 
 def _single(label: str, rule: Rule, value: Any) -> Any:

@@ -2,6 +2,11 @@
 is a distribution.
 
 loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + smoothing / K
+
+A batch's loss is the mean over its B readable rows. With class weights w the terms are w_k t_k log
+softmax(logits)_k and their sum is still divided by B, where torch's mean divides by the weights of
+the batch: so microbatches, and processes, add up to the gradient of one big batch. Of the two
+shares of a --teacher the labels' alone is weighted.
 """
 
 from abc import abstractmethod
@@ -16,6 +21,7 @@ from torch.nn import functional as F
 
 from minilora import ticker
 from minilora.data.pictures.loader import epoch_order, in_order
+from minilora.report.metrics import classification_metrics
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.task import DataTask
 from minilora.training.device import autocast
@@ -48,14 +54,40 @@ class Predictions(NamedTuple):
         right = self.probabilities[rows].argmax(1) == self.labels[rows]
         return {"loss": float(-np.log(np.maximum(truth, 1e-30)).mean()), "accuracy": float(right.mean())}
 
+    def class_scores(self) -> dict[str, float]:
+        """{"balanced", "f1"}: the mean recall of the classes, F1 weighed by their support."""
+        classes = list(map(str, range(self.probabilities.shape[1])))
+        found = classification_metrics(self.truth, self.probabilities.argmax(1), classes)
+        return {key: found[key] if self.scored.any() else float("nan") for key in ("balanced", "f1")}
+
 
 class LabelledPredictor(Predictor):
     """Logits become one distribution over the K classes or choices of each row."""
 
     kind = Predictions
+    weights: Tensor | None = None  # (K,) of the classes in the loss, on the device
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K), from logits in float32."""
+        return logits.softmax(-1)
 
     def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
-        return logits.softmax(-1).cpu().numpy(), batch["label"].numpy(), batch["valid"].numpy()
+        return self.probabilities(logits).cpu().numpy(), batch["label"].numpy(), batch["valid"].numpy()
+
+    def loss(self, logits: Tensor, batch: dict, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the rows' losses (), right answers (), which rows count (B,) bool)."""
+        counts = batch["valid"] & (batch["label"] >= 0)
+        labels = batch["label"].where(counts, -100)  # cross_entropy leaves -100 out
+        total = F.cross_entropy(logits, labels, self.weights, label_smoothing=smoothing, reduction="sum")
+        return total, ((logits.argmax(-1) == labels) & counts).sum(), counts
+
+
+def class_weights(labels: Iterable[int], k: int) -> Tensor:
+    """(K,) float32 w_c = N / (K n_c), for n_c of N labels, scaled to a mean of one over the classes
+    that occur; 0 for a class that does not."""
+    counts = torch.bincount(torch.tensor(list(labels)), minlength=k).double()
+    weights = (1 / counts).where(counts > 0, 0.0)
+    return (weights * (counts > 0).sum() / weights.sum()).float()
 
 
 class Labelled(DataTask):
@@ -101,11 +133,8 @@ class Labelled(DataTask):
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self.predictor.logits(model, batch).float()  # (B, K)
-        counts = batch["valid"] & (batch["label"] >= 0)
-        labels = batch["label"].where(counts, -100)  # cross_entropy leaves -100 out
+        total, correct, counts = self.predictor.loss(logits, batch, self.config.smoothing)
         count = counts.sum()
-        total = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing, reduction="sum")
-        correct = ((logits.argmax(-1) == labels) & counts).sum()
         mean = total / count.clamp(min=1)
         if self.teacher:
             mean = self.teacher.added(mean, logits, batch, counts)

@@ -26,7 +26,7 @@ ROOT = Path("runs")
 # may differ on resume
 FREE = {
     *(*NOT_SAVED, "recipe", "workers", "device", "log_interval", "log_to", "save_every", "time_limit"),
-    *("compile", "threads", "deterministic"),
+    *("keep_checkpoints", "compile", "threads", "deterministic"),
 }
 LIMITS = ("epochs", "max_steps")  # may grow with --resume RUN
 # may be another path where the old one is gone

@@ -29,7 +29,7 @@ class Task(Protocol):
 
     model: nn.Module  # ready to train
     mode: str  # lora, full or linear
-    metric: str  # the key of evaluate()'s result that chooses the best epoch; larger is better
+    metric: str  # the key of evaluate()'s result that chooses the best epoch; only a loss falls
     config: Config  # with everything filled in that the user left open
     base: dict[str, Any]  # {"weights": ..., "sha256": ...}, for config.toml
     labels: list[str]  # classes or answers
@@ -52,8 +52,9 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """{"loss": ..., metric: ...} on the validation data, with `model` in eval mode."""
 
-    def test(self, model: nn.Module) -> dict[str, float] | None:
-        """The same on the test data; None where there are none."""
+    def test(self, model: nn.Module, best: dict | None = None) -> dict[str, float] | None:
+        """The same on the test data; None where there are none. best: the best epoch's own result,
+        as `evaluate` gave it."""
 
     def zero_shot(self) -> dict[str, float] | None:
         """{"accuracy", "test_accuracy"} of a model that answers before any training; None for
@@ -80,12 +81,12 @@ class DataTask(ABC):
     """A Task with data in parts (train, val, test) and a Predictor; Task says what each method is
     for. A task of its own adds the abstract ones, `train_batches`, `loss` and `data_lines`."""
 
-    metric = "accuracy"
     unit = "pictures"  # what the rows of a part are
     teacher: Teacher | None = None
     tokenizer: Tokenizer | None = None
     labels: list[str]
     keys: list[str]  # of the labels, as the data spell them
+    best: dict = {}  # in the test: what `evaluate` said of the best epoch
     data: dict  # {"train": data set, ...}
     unlabelled = 0  # rows of the training data, the last ones, that only the teacher answers
 
@@ -96,6 +97,7 @@ class DataTask(ABC):
         self.mode, self.preprocess, self.predictor = config.mode, model.preprocess, predictor
         self.workers = choose_workers(config, device) if config.data_dir else config.workers or 0
         self.amp = choose_amp(config, device)
+        self.metric = config.metric or ("map" if config.multi_label else "accuracy")
 
     @abstractmethod
     def loader(self, part: str, batches: Sequence[Sequence[int]], epoch: int | None = None) -> Iterable[dict]:
@@ -144,9 +146,10 @@ class DataTask(ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.scores(self.predictions(model, "val"), "val")
 
-    def test(self, model: nn.Module) -> dict[str, float] | None:
+    def test(self, model: nn.Module, best: dict | None = None) -> dict[str, float] | None:
         if "test" not in self.data or not self.answered("test"):
             return None
+        self.best = best or {}
         with autocast(self.device, self.amp):
             return self.scores(self.predictions(model.eval(), "test"), "test")
 

@@ -78,6 +78,8 @@ class Teacher:
                 "--teacher compares two distributions over the answers, --soft-targets learns each answer for itself; "
                 "train teacher and student without it"
             )
+        if run.config.multi_label:
+            raise UserError(f"--teacher {run.path} gives several labels; the student's loss reckons with one class")
         merge_lora(run.model).eval().requires_grad_(False)
         self.check_text()
         self.kept: Tensor | None = None  # (N, K) once they are computed

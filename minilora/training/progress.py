@@ -117,10 +117,12 @@ class Progress:
         row |= {"seconds": state.seconds, "images_per_second": items / max(state.seconds, 1e-9)}
         row |= {"peak_memory_mb": peak_memory_mb(self.device)}
         row |= {"fp16_overflows": state.overflows, "skipped_steps": state.skipped}
-        row = {name: finite_or_none(value) for name, value in row.items()}
+        first = state.history[0] if state.history else row  # later rows have the same columns
+        row = {name: finite_or_none(value) for name, value in row.items() if name in first}
         words = [f"step {state.step}"]
         words += [f"{name} {row[name]:.4f}" for name in ("train_loss", "val_loss") if row[name] is not None]
-        words += [f"accuracy {100 * row['accuracy']:.2f} %"] if row.get("accuracy") is not None else []
+        shares = [name for name in ("accuracy", "balanced", "map") if row.get(name) is not None]
+        words += [f"{name} {100 * row[name]:.2f} %" for name in shares]
         words += [f"seconds {state.seconds:.1f} {self.unit}/s {row['images_per_second']:.1f}"]
         words += [f"peak {row['peak_memory_mb']:.0f} MiB"]
         words += [f"{name} {row[name]}" for name in ("fp16_overflows", "skipped_steps") if row[name]]

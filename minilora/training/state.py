@@ -62,6 +62,15 @@ class TrainState:
         return now
 
 
+def better(row: dict, best: dict | None, metric: str) -> bool:
+    """Whether an epoch's row beats the best so far: by a larger `metric`, or a smaller loss. Of
+    equals the first stays; a row without the value, or without a loss, never wins."""
+    key, sign = ("val_loss", -1) if metric == "loss" else (metric, 1)
+    if row.get(key) is None or row.get("val_loss") is None:
+        return False
+    return best is None or best.get(key) is None or sign * row[key] > sign * best[key]
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """A seed per (run, optimizer step, process); hashed, as torch's CPU generator reads
     only 32 bits of it."""

@@ -52,6 +52,7 @@ class TrainOptions:
     lr: float = 1e-3
     head_lr: float | None = None
     weight_decay: float = 0.01
+    lora_plus: float | None = None  # times lr for lora_B
     sched: str = "cosine"
     warmup_ratio: float = 0.0
     clip_grad: float = 1.0
@@ -66,7 +67,7 @@ class TrainOptions:
     time_limit: float | None = None  # minutes
     seed: int = 0
     resume: str = "auto"  # "auto", "never", or a run or checkpoint directory
-    keep_last: int = 2
+    keep_checkpoints: int = 2
 
 
 class Trainer:
@@ -85,7 +86,7 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # of convolutions, for cuDNN
         if options.compile:
             compile_blocks(self.model)
-        rates = options.lr, options.head_lr, options.weight_decay
+        rates = options.lr, options.head_lr, options.weight_decay, options.lora_plus or 1.0
         self.optimizer = optim.build_optimizer(self.model, options.opt, *rates)
         self.listing = getattr(task, "listing", dict)()  # what the data are, where the task says so
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -245,7 +246,7 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Validates, keeps the best epoch's weights, writes the epoch's line and a checkpoint."""
-        now, metric = self.state, self.task.metric
+        now = self.state
         distributed.broadcast_buffers(self.model)
         self.model.eval()
         with torch.no_grad(), autocast(self.device, self.options.amp):
@@ -257,8 +258,7 @@ class Trainer:
         now.epoch, now.position, now.seconds, now.sums = now.epoch + 1, 0, 0.0, [0.0] * 4
         if self.options.sched == "plateau":
             now.plateau.update(scores["loss"])
-        finite = row[metric] is not None and row["val_loss"] is not None
-        if finite and (now.best is None or row[metric] > now.best[metric]):  # of equals the first
+        if state.better(row, now.best, self.task.metric):
             now.best = row
             self.best_tensors = {n: state.portable(t) for n, t in state.model_tensors(self.model).items()}
             self.save_best()
@@ -303,7 +303,7 @@ class Trainer:
         tensors, values = state.pack(now, self.model, self.optimizer, self.scaler, self.best_tensors)
         values["data"] = self.listing
         if distributed.is_main():
-            checkpoint.save_checkpoint(self.run_dir, tensors, values, self.options.keep_last)
+            checkpoint.save_checkpoint(self.run_dir, tensors, values, self.options.keep_checkpoints)
         self.saved = path
 
     def load_checkpoint(self) -> None:

@@ -98,6 +98,8 @@ def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: s
     elif classes := getattr(model.config, "num_classes", 0):
         names = labels or [f"LABEL_{i}" for i in range(classes)]
         data |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        if getattr(model, "multi_label", False):  # several for each picture: a sigmoid, no softmax
+            data["problem_type"] = "multi_label_classification"
     documents = preprocess_to_json(model.preprocess, layout, data)
     name = "open_clip_model.safetensors" if layout == "open_clip" else "model.safetensors"
     write_safetensors(directory / name, {key: tensor.cpu().clone() for key, tensor in state.items()})

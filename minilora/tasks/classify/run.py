@@ -21,7 +21,7 @@ from minilora.data.pictures.folder import Sample, Split, Splits
 from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
 from minilora.data.pictures.parts import entries
-from minilora.data.pictures.tables import find_column, is_labelled, list_tables, read_rows
+from minilora.data.pictures.tables import TABLES, is_labelled, list_tables
 from minilora.data.pictures.transforms import build_transform
 from minilora.data.sets import loose_part, parts_of, spelled, unlabelled
 from minilora.data.shards.files import check_geometry, is_shards
@@ -30,8 +30,10 @@ from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics, format_metrics, percent
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.settings.flags import Config
+from minilora.tasks.classify import multi
+from minilora.tasks.classify.multi import above
 from minilora.tasks.classify.prompts import NamesPredictor, check_names
-from minilora.tasks.classify.task import ClassifyPredictor, open_data
+from minilora.tasks.classify.task import ClassifyPredictor, MultiLabelPredictor, open_data
 from minilora.tasks.clip import check_tokenizer, is_clip, load_clip, restore_clip
 from minilora.tasks.labelled import LabelledPredictor, Predictions
 from minilora.tasks.method import one_value
@@ -52,9 +54,15 @@ class ClassifyRun(Run):
     @cached_property
     def predictor(self) -> LabelledPredictor:
         if self.tokenizer is None:
-            return ClassifyPredictor(self.device)
+            return (MultiLabelPredictor if self.config.multi_label else ClassifyPredictor)(self.device)
         check_tokenizer(self.model, self.tokenizer)
         return NamesPredictor(self.device, self.model, self.tokenizer, self.labels, self.config.prompt)
+
+    @cached_property
+    def threshold(self) -> float:
+        """Above it a picture has a label: as the best epoch chose; 0.5 until the run has ended."""
+        chosen = (self.summary.get("best") or {}).get("threshold")
+        return 0.5 if chosen is None else chosen
 
     def name_classes(self, classes: Sequence[str]) -> None:
         if self.tokenizer is None:
@@ -89,8 +97,9 @@ class ClassifyRun(Run):
         batch_size: int = 32,
         classes: Sequence[str] = (),
     ) -> list:
-        """The top_k (label, probability) of each picture, most probable first. Raises BadImage
-        for a broken file. classes: other names than the run's, for this call."""
+        """The top_k (label, probability) of each picture, most probable first; of several labels
+        those above the threshold. Raises BadImage for a broken file. classes: other names than the
+        run's, for this call."""
         if classes:
             named = copy.copy(self)
             named.name_classes(classes)
@@ -101,15 +110,21 @@ class ClassifyRun(Run):
                 part = pictures[start : start + batch_size]
                 images = [p if isinstance(p, Image.Image) else open_image(p) for p in part]
                 inputs = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
-                found = self.logits({"image": inputs}).float().softmax(-1)
-                answers += [top_answers(self.labels, row, top_k) for row in found]
+                found = self.predictor.probabilities(self.logits({"image": inputs}).float())
+                if self.config.multi_label:
+                    answers += [above(self.labels, row, self.threshold) for row in found.cpu().numpy()]
+                else:
+                    answers += [top_answers(self.labels, row, top_k) for row in found]
         return answers
 
     def evaluate(self, options: Any) -> Evaluation:
         options = self.settled(options)
         part, split = self.split(options)
         found = predict_split(self.predictor, self.model, split, self.preprocess, options)
-        return evaluation(found, split, self.labels, part)
+        notes = reading_notes(found.valid, split)
+        if self.config.multi_label:
+            return multi.evaluation(found, split, self.labels, part, self.threshold, notes)
+        return evaluation(found, split, self.labels, part, notes)
 
     def split(self, options: Any) -> tuple[str, Split]:
         """--data-dir and --split as (name, Split); without them the data of the training."""
@@ -133,6 +148,8 @@ class ClassifyRun(Run):
         return to_device(batch, self.device)
 
     def titles(self, batch: dict[str, Tensor]) -> list[str]:
+        if self.config.multi_label and batch["label"].ndim == 2:
+            return [multi.spoken(self.labels, row) for row in batch["label"].tolist()]
         return [self.labels[i] if i >= 0 else "" for i in batch["label"].tolist()]
 
 
@@ -151,10 +168,9 @@ def by_class(split: Split, n: int) -> list[int]:
 
 def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split | None:
     """The pictures of --data-dir as rows without a label, None where it has labels."""
-    path = Path(config.data_dir)
+    path, several = Path(config.data_dir), config.multi_label
     if path.is_file():
-        header = read_rows(path)[0] if path.suffix.lower() in (".csv", ".tsv") else ()
-        return None if find_column(header, "label", path, required=False) else unlabelled(path)
+        return None if path.suffix.lower() in TABLES and is_labelled(path, several) else unlabelled(path)
     if not path.is_dir() or config.data_format in ("csv", "shapes", "shards") or is_shards(path):
         return None
     parts = parts_of(path)
@@ -162,7 +178,8 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
         return unlabelled(folder)
     folders = {entry.name for entry in entries(path, path, lenient=True) if entry.is_dir()}
     named = {*folders, *map(spelled, folders)} & known
-    return None if parts or named or any(map(is_labelled, list_tables(path))) else unlabelled(path)
+    labelled = any(is_labelled(table, several) for table in list_tables(path))
+    return None if parts or named or labelled else unlabelled(path)
 
 
 def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> tuple[str, Split]:
@@ -186,8 +203,15 @@ def predict_split(
         return predictor.predict(model, loader)
 
 
+def reading_notes(valid: np.ndarray, split: Split) -> list[str]:
+    """What to say of the pictures themselves; valid (N,) bool: readable."""
+    broken = int((~valid).sum())
+    lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
+    return lines + [f"data: {note}" for note in split.notes]
+
+
 def evaluation(
-    found: Predictions, split: Split, labels: Sequence[str], part: str = "all", top_k: int = 5
+    found: Predictions, split: Split, labels: Sequence[str], part: str, notes: Sequence[str], top_k: int = 5
 ) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers."""
     order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, : min(top_k, len(labels))]
@@ -199,16 +223,11 @@ def evaluation(
         for i, sample in enumerate(split)
     ]
     table = header, rows, (["file", "label"], [row[:2] for row in rows])
-    broken = int((~found.valid).sum())
-    lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
-    lines += [f"data: {note}" for note in split.notes]
     truth = found.truth
     if not found.scored.any():
-        lines.insert(0, f"{len(split)} pictures without labels")
-        return Evaluation(None, "\n".join(lines), *table, part=part)
+        return Evaluation(None, "\n".join([f"{len(split)} pictures without labels", *notes]), *table, part=part)
     metrics = classification_metrics(truth, chosen, labels, found.probabilities)
-    lines.insert(0, format_metrics(metrics))
-    scores = found.scores() | {key: metrics[key] for key in ("precision", "recall", "f1")}
+    scores = found.scores() | {key: metrics[key] for key in ("balanced", "precision", "recall", "f1")}
 
     def examples(numbers: Sequence[int]) -> list[Example]:
         usable = [i for i in numbers if found.valid[i]][:SHOWN]
@@ -219,7 +238,7 @@ def evaluation(
 
     return Evaluation(
         scores,
-        "\n".join(lines),
+        "\n".join([format_metrics(metrics), *notes]),
         *table,
         part=part,
         metrics=metrics,

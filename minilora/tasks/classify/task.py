@@ -2,6 +2,7 @@
 
 logits = head(encoder(picture))            --head linear, (B, 3, S, S) -> (B, K)
        = exp(logit_scale) * cos(picture, sentence of class k)      --head names, see prompts.py
+Several labels for a picture (--multi-label): multi.py
 loss = - sum_k t_k log softmax(logits)_k   with t = (1 - smoothing) * one-hot + smoothing / K
 """
 
@@ -20,9 +21,10 @@ from minilora.data.unlabelled import add_unlabelled, is_prepared, joined
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.settings.values import option
+from minilora.tasks.classify.multi import LabelSets, MultiLabel
 from minilora.tasks.classify.prompts import NamesPredictor, check_names
 from minilora.tasks.clip import is_clip, load_clip, trained_heads
-from minilora.tasks.labelled import Labelled, LabelledPredictor
+from minilora.tasks.labelled import Labelled, LabelledPredictor, Predictions, class_weights
 from minilora.tasks.method import make_trainable, one_value, resolve
 from minilora.tasks.teacher import teacher_names
 from minilora.tasks.weights import load_base, picture_flags
@@ -63,8 +65,9 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
 
 
 def default_head(config: Config) -> str:
-    """A model that compares pictures with texts needs no new head."""
-    return "names" if config.model and is_clip(config) else "linear"
+    """A model that compares pictures with texts needs no new head; but the classes' sentences
+    compete, so not for several labels."""
+    return "names" if config.model and is_clip(config) and not config.multi_label else "linear"
 
 
 def open_data(config: Config, classes: Sequence[str] | None = None, require_train: bool = True) -> Splits:
@@ -76,7 +79,7 @@ def open_data(config: Config, classes: Sequence[str] | None = None, require_trai
     if fmt == "shapes" and config.data_dir is not None:
         raise UserError("--data-format shapes generates its pictures; leave --data-dir out")
     cut, check = (config.val_split, config.subset, config.seed), config.bad_data == "error"
-    splits = load_classification(config.data_dir, fmt, *cut, classes, check, require_train)
+    splits = load_classification(config.data_dir, fmt, *cut, classes, check, require_train, config.multi_label)
     if config.shots and splits.train is not None:
         splits.train = few_shots(splits, config.shots, config.seed)
     return splits
@@ -99,6 +102,10 @@ class ClassifyPredictor(LabelledPredictor):
         return model.head(batch["features"]) if "features" in batch else model(batch["image"])
 
 
+class MultiLabelPredictor(MultiLabel, ClassifyPredictor):
+    """K independent probabilities for each picture."""
+
+
 class Classify(Labelled):
     """The task that the Trainer trains; task.Task says what each method is for. With a tokenizer
     the classes are sentences."""
@@ -112,7 +119,8 @@ class Classify(Labelled):
         device: torch.device,
         tokenizer: Tokenizer | None = None,
     ):
-        self.tokenizer, predictor = tokenizer, ClassifyPredictor(device)
+        self.tokenizer = tokenizer
+        predictor = (MultiLabelPredictor if config.multi_label else ClassifyPredictor)(device)
         if tokenizer:
             predictor = NamesPredictor(device, model, tokenizer, splits.classes, config.prompt)
         super().__init__(config, model, record, splits, device, predictor)
@@ -122,6 +130,9 @@ class Classify(Labelled):
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
         stored = is_prepared(splits.train)
         self.finish = Finish(self.preprocess, config.augment, device) if stored else None
+        if config.class_weights == "auto":
+            labels = (sample.label for sample in splits.train)
+            predictor.weights = class_weights(labels, len(self.labels)).to(device)
 
     def dataset(self, split: Sequence, part: str) -> PictureDataset | ShardDataset:
         augment = self.config.augment if part == "train" else "none"
@@ -146,6 +157,11 @@ class Classify(Labelled):
         test = self.test(self.model) or {}
         return {"accuracy": scores["accuracy"]} | {f"test_{key}": test[key] for key in ("accuracy",) if test}
 
+    def scores(self, found: Predictions | LabelSets, part: str) -> dict[str, float]:
+        if isinstance(found, LabelSets):
+            return found.scores(self.best.get("threshold") if part == "test" else None)
+        return found.scores() | found.class_scores()
+
     def file_of(self, row: int, part: str = "train") -> str:
         return self.data[part].split[row].path
 
@@ -153,4 +169,8 @@ class Classify(Labelled):
         where = self.config.data_dir or "generated shapes"
         counts = ", ".join(f"{n} {part}" for part, n in self.rows().items())
         notes = [f"data: {note}" for note in self.splits.notes]
+        if (weights := self.predictor.weights) is not None:
+            order = weights.argsort().tolist()
+            ends = (f"{weights[k]:.3g} for {self.labels[k]!r}" for k in (order[0], order[-1]))
+            notes.append(f"class weights: {' to '.join(ends)}, by 1 / pictures in train")
         return [f"data: {where}: {counts} pictures, {len(self.labels)} classes", *notes]
