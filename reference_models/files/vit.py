@@ -47,15 +47,9 @@ SIZES = {
 }
 
 FIELDS = {**ENCODER_FIELDS, "qkv_bias": ("qkv_bias", True)}
-PARTS = BLOCK | {
-    "torchvision": {
-        "norm1": "ln_1",
-        "norm2": "ln_2",
-        "attn.out_proj": "self_attention.out_proj",
-        "mlp.fc1": "mlp.0",
-        "mlp.fc2": "mlp.3",
-    }
-}
+# torchvision's norms are called as open_clip's
+TORCHVISION = {"attn.out_proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+PARTS = BLOCK | {"torchvision": BLOCK["open_clip"] | TORCHVISION}
 ONE = PACKED | {"torchvision": {"self_attention.in_proj_": QKV}}
 
 
