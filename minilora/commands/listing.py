@@ -8,7 +8,7 @@ from torch import nn
 
 from minilora.report.tables import text_table
 from minilora.settings.parse import recipes
-from reference_models import create_model, list_models
+from reference_models import list_models, load_pretrained
 from reference_models.load import bundled_weights, config_for
 
 
@@ -24,7 +24,7 @@ def print_lists(args: argparse.Namespace) -> bool:
         print("Use: python train.py --recipe NAME --data-dir DIR; flags beside it win.")
     if args.list_targets:
         with torch.device("meta"):
-            model = create_model(args.list_targets)
+            model = load_pretrained(args.list_targets, "none")
         print(text_table(["target", "layers", "in", "out"], target_rows(model)))
     return bool(args.list_models or args.list_recipes or args.list_targets)
 

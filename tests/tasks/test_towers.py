@@ -132,6 +132,15 @@ def test_the_hub_gives_open_clips_weights_where_texts_are_to_be_read(pair, hub, 
     assert load_pretrained(str(folder), num_classes=2).config.family == "vit_variants" and hub.seen == []
 
 
+def test_the_targets_of_a_folder_are_listed_like_those_of_a_name(pair, tmp_path, capsys):
+    save_pretrained(tiny_clip(wordpiece()), tmp_path, "transformers")
+    assert program("train").main(["--list-targets", str(tmp_path)]) == 0
+    told = capsys.readouterr().out.split()
+    assert {"vision.q_proj", "text.q_proj", "vision.fc2"} <= {*told}
+    assert program("train").main(["--list-targets", str(pair)]) == 0
+    assert "q_proj" in capsys.readouterr().out.split()
+
+
 # ---- CLIP's text tower alone, under a question answerer
 
 
