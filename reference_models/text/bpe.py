@@ -177,7 +177,9 @@ def merge_ranks(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int], whe
     for rank, pair in enumerate(merges):
         for token in (*pair, "".join(pair)):
             if token not in vocab:
-                raise ModelError(f"{where}, merge {rank + 1} {' '.join(pair)!r}: {token!r} is not in the vocabulary")
+                raise ModelError(
+                    f"{where}, merge {rank + 1} {' '.join(pair)!r:.80}: {token!r:.80} is not in the vocabulary"
+                )
         if ranks.setdefault(tuple(pair), rank) != rank:
             raise ModelError(f"{where}, merge {rank + 1}: {' '.join(pair)!r} occurs twice")
     return ranks

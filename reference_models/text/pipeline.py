@@ -51,8 +51,10 @@ CLEAN: dict[str, Callable[[str], str]] = {
 # A normalizer is a function of a text; a pre-tokenizer one of a text and of whether it comes first.
 def _replace(part: dict) -> Callable:
     content, pattern = part["content"], part["pattern"]
-    if pattern.get("String"):
-        return lambda text: text.replace(pattern["String"], content)
+    literal = pattern.get("String") or ""
+    "".replace(literal, content)  # a TypeError now rather than with the first text
+    if literal:
+        return lambda text: text.replace(literal, content)
     simple = SIMPLE.fullmatch(pattern["Regex"])
     if simple is None:
         raise ValueError(f"the expression {pattern['Regex']!r} is more than a class of characters")

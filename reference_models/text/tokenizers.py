@@ -38,7 +38,15 @@ OPEN_END = 1_000_000  # transformers writes 1e30 for "no limit"
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file or directory. Raises ModelError naming the file and the line or
     key that is wrong."""
-    path = Path(path)
+    try:
+        return _load(Path(path))
+    except ModelError:
+        raise
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: a value that the files of a tokenizer do not have there ({error!s:.200})") from None
+
+
+def _load(path: Path) -> Tokenizer:
     if path.is_dir():
         found = next((path / name for name in NAMES if (path / name).is_file()), None)
         if found is None:
@@ -149,7 +157,7 @@ def _from_tokenizer_json(data: dict, path: Path, config: dict, settings: Path) -
         options = _wordpiece_options(vocab, config, settings) | _normalizer_options(data.get("normalizer"), path)
         if model.get("continuing_subword_prefix", "##") != "##":
             raise ModelError(f"{path}, key model.continuing_subword_prefix: only '##' is known")
-        options |= {"added": added, "max_word": model.get("max_input_chars_per_word", 100)}
+        options |= {"added": added, "max_word": int(model.get("max_input_chars_per_word", 100))}
         options["special"][1] = model.get("unk_token", UNK)
         return _framed(WordPieceTokenizer(vocab, where=where, **options), data, path)
     files = {"tokenizer.json": path.read_bytes()}
@@ -230,7 +238,7 @@ def _pipeline(data, model, path: Path, config: dict, settings: Path, added: dict
         clean = "siglip2" if model.kind == "bpe" else "siglip"
         # the files of SigLIP 2 name Gemma's class, which does not lower
         config |= {"tokenizer_class": "Siglip2Tokenizer"} if model.kind == "bpe" else {}
-    if clean is not None and clean not in CLEAN:
+    if clean is not None and (not isinstance(clean, str) or clean not in CLEAN):
         raise ModelError(f"{settings}, key clean: {clean!r:.80} is none of {', '.join(CLEAN)}")
     config |= {"clean": clean} if clean else {}
     pad = named_token(config, "pad_token") or ("</s>" if siglip and model.kind == "unigram" else "<pad>")
@@ -266,7 +274,7 @@ def _added(entries: list | dict, path: Path) -> dict[str, Added]:
 
 def _length(config: dict, settings: Path, default: int) -> int:
     length = config.get("model_max_length", default)
-    if isinstance(length, bool) or not isinstance(length, int | float) or length < 2:
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2:
         raise ModelError(f"{settings}, key model_max_length: expected a number of tokens, not {length!r}")
     return default if length > OPEN_END else int(length)
 

@@ -212,6 +212,10 @@ def refused(folder: Path, *words: str) -> None:
         ("added_tokens", [{"id": 0, "content": "<s>", "single_word": True}], "single_word"),
         ("added_tokens", [{"id": 9999, "content": "<x>"}], "ids must be"),
         ("added_tokens", ["<s>"], "added token"),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": " "}, "content": 1}, "Replace"),
+        ("normalizer", {"type": "Replace", "pattern": {"String": [1]}, "content": ""}, "Replace"),
+        ("model", {"type": ["BPE"], "vocab": {}}, "model.type"),
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": 5}, "model.merges"),
     ],
 )
 def test_a_part_that_is_not_known_or_not_whole_is_refused_by_name(key, part, word, made, tmp_path):
@@ -242,8 +246,13 @@ def test_a_padding_token_that_is_nowhere_is_asked_for(made, tmp_path):
     made("roberta")[0].save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<none>"}')
     refused(tmp_path, "'<none>'", "pad_token")
-    (tmp_path / "tokenizer_config.json").write_text('{"clean": "soap"}')
-    refused(tmp_path, "key clean", "soap")
+    for settings in ('{"clean": "soap"}', '{"clean": ["soap"]}'):
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        refused(tmp_path, "key clean", "soap")
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": NaN}')
+    refused(tmp_path, "model_max_length")
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": 5, "tokenizer_class": []}')
+    assert load_tokenizer(tmp_path).kind == "bpe"  # a tokenizer.json says itself which tokens are added
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path).pad_id == 2
@@ -264,9 +273,9 @@ def test_a_charsmap_that_points_outside_itself_is_named_when_it_is_met(tmp_path,
 
 @pytest.mark.parametrize("letters", ["abc", " ", "\u0301", "e\u0301", "<", "▁", "\u4e99", " \t"])
 @pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "gemma", "siglip"])
-def test_a_text_of_30000_letters_is_equal_and_costs_a_few_looks_per_letter(kind, letters, made):
+def test_a_text_of_10000_letters_is_equal_and_costs_a_few_looks_per_letter(kind, letters, made):
     ours, theirs, _ = made(kind)
-    text = (letters * 30_000)[:30_000] + "<mask>"
+    text = (letters * 10_000)[:10_000] + "<mask>"
     assert different(ours, theirs, [text]) == []
     counted = copy.copy(ours)
     counted._cache, counted.model = {}, copy.copy(ours.model)
