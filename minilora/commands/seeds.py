@@ -7,10 +7,11 @@ Each is a process of its own and has the bits that --seed N gives. It lies in DI
 import copy
 import shlex
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.commands.backbones import run_plan, stop
+from minilora.commands.backbones import run_plan
 from minilora.commands.results import summary_row
 from minilora.report.tables import comparison_table
 from minilora.settings.flags import Config
@@ -35,7 +36,7 @@ def train_all(config: Config) -> int:
     def finish(path: Path, _: Config) -> None:
         rows.append(summary_row(path, read_run_config(path)[0], read_summary(path)))
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     failed = run_plan(plan, first.parent, finish)
     if rows:
         print(comparison_table([replace(row, group="") for row in rows] + rows * (len(rows) > 1)))
