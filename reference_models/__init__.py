@@ -13,6 +13,7 @@ Read in this order:
   processor               whether attention is faster fused by torch or written out
   beit, swin, swinv2      position bias, windows, cosine attention
   text_layers, bert, clip who sees whom in a text; text, and text beside pictures
+  bert_variants, dual     RoBERTa and the like; SigLIP, and any two encoders
   fusion, student         two towers and a head
   mobilenet               convolutions, for comparison
   load                    the four functions below: a name or a checkpoint -> a model, and back

@@ -109,8 +109,6 @@ class BeitBlock(nn.Module):
     def forward(self, x: Tensor, shared: Tensor | None = None, rows: int | None = None) -> Tensor:
         own = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (1, h, T, T)
         bias = own if shared is None else shared if own is None else shared + own
-        if bias is not None and rows is not None:
-            bias = bias[:, :, rows : rows + 1]  # (1, h, 1, T): the one query that is asked for
         x = take_rows(x, rows) + self.scaled(self.gamma_1, self.attn(self.norm1(x), bias, rows=rows))
         return x + self.scaled(self.gamma_2, self.mlp(self.norm2(x)))
 

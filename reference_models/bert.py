@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reference_models.layers import MLP, Attention, Pooler, collect_attention_maps, init_weights, run_blocks, take_rows
 from reference_models.text_layers import padding_mask
@@ -20,7 +21,7 @@ POOLINGS = ("pooler", "mean", "cls", "max")
 @dataclass(frozen=True)
 class BertConfig:
     """Sizes of a BERT. max_positions is the longest input; type_vocab the number of segments;
-    pooling one of POOLINGS, see Bert.pool."""
+    pooling one of POOLINGS, see Bert.pool; normalize divides that vector by its length."""
 
     name: str = "bert-base"
     vocab_size: int = 30522
@@ -34,6 +35,7 @@ class BertConfig:
     act: str = "gelu"
     pooler: bool = True
     pooling: str = "pooler"
+    normalize: bool = False
     family: str = "bert"
 
 
@@ -54,23 +56,31 @@ class PostNormBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """norm(word + position + token_type), ids (B, T) -> (B, T, d)."""
+    """norm(word + position + token_type), ids (B, T) -> (B, T, d); no token_type with type_vocab 0."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.dim)
-        self.position = nn.Embedding(config.max_positions, config.dim)
-        self.token_type = nn.Embedding(config.type_vocab, config.dim)
-        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.position = nn.Embedding(self.rows(config), config.dim)
+        self.token_type = nn.Embedding(config.type_vocab, config.dim) if config.type_vocab else None
+        self.norm, self.longest = nn.LayerNorm(config.dim, eps=config.eps), config.max_positions
+
+    def rows(self, config: BertConfig) -> int:
+        """How many positions have a vector."""
+        return config.max_positions
+
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """The row of each token, (T,) or (B, T)."""
+        return torch.arange(input_ids.shape[1], device=input_ids.device)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        B, T = input_ids.shape
-        if T > self.position.num_embeddings:
-            raise ValueError(f"{T} tokens, but this model has positions for {self.position.num_embeddings}")
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        positions = torch.arange(T, device=input_ids.device)
-        return self.norm(self.word(input_ids) + self.token_type(token_type_ids) + self.position(positions))
+        T = input_ids.shape[1]
+        if T > self.longest:
+            raise ValueError(f"{T} tokens, but this model has positions for {self.longest}")
+        x = self.word(input_ids)
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+        return self.norm(x + self.position(self.positions(input_ids)))
 
 
 class Bert(nn.Module):
@@ -82,11 +92,12 @@ class Bert(nn.Module):
     """
 
     head_modules = ()
+    embeddings_class = Embeddings
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config, self.num_features = config, config.dim
-        self.embeddings = Embeddings(config)
+        self.embeddings = self.embeddings_class(config)
         block = (config.dim, config.heads, config.hidden, config.act, config.eps)
         self.blocks = nn.ModuleList(PostNormBlock(*block) for _ in range(config.depth))
         if config.pooling not in POOLINGS:
@@ -105,8 +116,12 @@ class Bert(nn.Module):
     ) -> Tensor:
         """All tokens after the last block (B, T, d); with last_rows only that one, (B, 1, d)."""
         x = self.embeddings(input_ids, token_type_ids)  # (B, T, d)
-        mask = padding_mask(attention_mask)  # (B, 1, 1, T)
+        mask = self.mask(x, attention_mask)
         return run_blocks(self.blocks, x, mask, checkpointing=self.grad_checkpointing, last_rows=last_rows)
+
+    def mask(self, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """What attention is told of tokens x (B, T, d): (B, 1, 1, T) of the padding, None for none."""
+        return padding_mask(attention_mask)
 
     def pooled(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -122,6 +137,11 @@ class Bert(nn.Module):
         tokens that the mask keeps, as sentence encoders are trained (Reimers and Gurevych 2019,
         arXiv:1908.10084).
         """
+        vector = self.vector(x, attention_mask)
+        return F.normalize(vector, dim=-1) if self.config.normalize else vector
+
+    def vector(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """`pool` before it is normalised."""
         if self.config.pooling in ("pooler", "cls"):
             return x[:, 0] if self.pooler is None else self.pooler(x[:, 0])
         kept = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None].to(x.dtype)

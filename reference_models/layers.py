@@ -39,8 +39,8 @@ class Attention(nn.Module):
     softmax(q k^T / sqrt(d/h) + mask) v.
 
     forward(x (B, T, d), mask, rows) -> (B, T, d). mask is added to the scores
-    (float, broadcast to (B, h, T, T)) or keeps entries (bool). `keep_map = True` stores the
-    attention map of the next call.
+    (float, broadcast to (B, h, T, T)) or keeps entries (bool); of a mask for all queries that of an
+    int `rows` is taken. `keep_map = True` stores the attention map of the next call.
     """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True):
@@ -58,6 +58,8 @@ class Attention(nn.Module):
         # once, not in each of q, k and v; autocast leaves float64 alone and knows no meta device
         if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if mask is not None and isinstance(rows, int) and mask.shape[-2] > 1:
+            mask = mask[..., rows : rows + 1, :]  # the one query that is asked for
         q = self.split_heads(self.q_proj(take_rows(x, rows)))  # (B, h, T, d/h), or fewer with rows
         k = self.split_heads(self.k_proj(x))  # (B, h, T, d/h)
         v = self.split_heads(self.v_proj(x))  # (B, h, T, d/h)

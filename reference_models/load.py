@@ -133,7 +133,7 @@ def load_pretrained(
     with readable(checkpoint.settings):
         config, notes = described(checkpoint, wanted)
     config = _for_classes(config, num_classes)
-    config = config if "pooling" in overrides else with_pooling(config, checkpoint.folder)
+    config = with_pooling(config, checkpoint.folder, overrides.get("pooling"))
     if weights == "none":
         config = _final(config, None, num_classes, image_size, overrides)
         return _build(config, _preprocess(config), checkpoint.pictures, pictures or {})
@@ -211,8 +211,9 @@ def save_pretrained(model: nn.Module, directory: str | Path, layout: str = "mini
 
 def _for_classes(config, num_classes: int | None):
     """A CLIP, which has no classes, is its picture tower where some are asked for."""
-    tower = num_classes is not None and config.family == "clip"
-    return family_module("vit_variants").tower_of(config) if tower else config
+    if num_classes is None or config.family not in ("clip", "dual"):
+        return config
+    return family_module("vit_variants").tower_of(config) if config.family == "clip" else config.vision
 
 
 def _build(config, assumed: dict, said: dict, chosen: dict) -> nn.Module:

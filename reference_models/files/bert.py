@@ -7,12 +7,13 @@ from torch import Tensor
 from reference_models.bert import Bert, BertConfig
 from reference_models.errors import ModelError
 from reference_models.files.names import Entry, linear, rename
+from reference_models.files.shared import read_fields
 
 build = Bert
 layouts = {"transformers4": ("", "bert."), "transformers5": ("", "bert.")}
 adapter_layouts = ("transformers5", "transformers4")
 # heads of the pre-training and fine-tuned models; a buffer
-ignored = r"^cls\.|^classifier\.|position_ids$"
+ignored = r"^(cls|classifier|qa_outputs)\.|position_ids$"
 optional = r"^pooler"
 layout_settings = {}
 preprocess = {}
@@ -60,7 +61,7 @@ def config_for(name: str) -> BertConfig | None:
     return BertConfig(name, vocabulary, positions, dim, depth, heads, hidden)
 
 
-def key_table(config: BertConfig, layout: str) -> list[Entry]:
+def key_table(config: BertConfig, layout: str, parts: dict[str, str] = PARTS) -> list[Entry]:
     """Our names beside those of transformers' BertModel, versions 4 and 5 alike."""
     table = [
         rename(f"embeddings.{ours}.weight", f"embeddings.{ours}_embeddings.weight")
@@ -69,7 +70,7 @@ def key_table(config: BertConfig, layout: str) -> list[Entry]:
     table += linear("embeddings.norm", "embeddings.LayerNorm")
     table += linear("pooler.dense", "pooler.dense")
     for i in range(config.depth):
-        for ours, theirs in PARTS.items():
+        for ours, theirs in parts.items():
             table += linear(f"blocks.{i}.{ours}", f"encoder.layer.{i}.{theirs}")
     return table
 
@@ -87,13 +88,19 @@ def config_from_json(data: dict) -> BertConfig | None:
     """Read transformers' config.json; None where it is of another family."""
     if data.get("model_type") != "bert":
         return None
+    check_encoder(data)
+    values = read_fields(data, FIELDS)
+    return BertConfig(name=f"bert-{values['dim']}-{values['depth']}", **values)
+
+
+def check_encoder(data: dict) -> None:
+    """ModelError for options of config.json that make another model than a plain encoder."""
     for key in ("is_decoder", "add_cross_attention"):
         if data.get(key):
-            raise ModelError(f"config.json: {key} is true, a text decoder; only BERT as an encoder is supported")
+            raise ModelError(f"config.json: {key} is true, a text decoder; only {data['model_type']} as an encoder is "
+                             "supported")  # fmt: skip
     if (kind := data.get("position_embedding_type", "absolute")) != "absolute":
         raise ModelError(f"config.json: position_embedding_type {kind!r} is not supported, only 'absolute'")
-    values = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
-    return BertConfig(name=f"bert-{values['dim']}-{values['depth']}", **values)
 
 
 def config_to_json(config: BertConfig, layout: str) -> dict:

@@ -23,8 +23,8 @@ from reference_models.files.safetensors import weight_files
 from reference_models.text.textfiles import read_json
 from reference_models.text.tokenizers import NAMES as TOKENIZER_FILES
 
-FAMILIES = ("vit", "vit_variants", "beit", "swin", "swinv2", "mobilenet", "bert", "clip", "clip_text")
-FAMILIES += ("fusion", "dual", "student")
+FAMILIES = ("vit", "vit_variants", "beit", "swin", "swinv2", "mobilenet", "bert")
+FAMILIES += ("bert_variants", "clip", "clip_text", "fusion", "dual", "student")
 SETTINGS = ("config.json", "open_clip_config.json")
 
 
@@ -93,15 +93,15 @@ def described(checkpoint: Checkpoint, wanted):
     data, file, notes = checkpoint.data, checkpoint.settings, []
     kind = data.get("model_type") or data.get("architecture") or ("model_cfg" in data and "open_clip")
     if data and not kind and wanted is not None and "hidden_size" in data:
-        data = {"model_type": wanted.family, **data}  # BERT's first files do not say their type
+        data = {"model_type": kind_of(wanted), **data}  # BERT's first files do not say their type
     if "minilora" in data:
         found = saved_config(data["minilora"], file, wanted)
     else:
         read = (family_module(family).config_from_json(data) for family in FAMILIES) if data else ()
         found = next((config for config in read if config is not None), None)
     if found is not None:
-        if wanted is not None and found.family != wanted.family:
-            kind = f"a checkpoint of the family {found.family}"
+        if wanted is not None and (found.family, kind_of(found)) != (wanted.family, kind_of(wanted)):
+            kind = f"a checkpoint of the family {kind_of(found)}"
             raise ModelError(f"{checkpoint.path}: {kind}, but {wanted.name} was asked for ({file.name} says so)")
         check_config(found, file)
         return found, notes
@@ -115,6 +115,11 @@ def described(checkpoint: Checkpoint, wanted):
     if data:
         notes.append(f"{file}: describes no model and was not read; the settings are those of {wanted.name}")
     return wanted, notes
+
+
+def kind_of(config) -> str:
+    """The family, or what a family of several models calls this one."""
+    return getattr(config, "kind", config.family)
 
 
 def saved_config(saved: dict, file: Path | str, base=None):

@@ -13,7 +13,7 @@ LARGEST = 2**22  # of any size; no vocabulary or layer in use comes near
 DEEPEST = 1000  # layers
 MAY_BE_NONE = ("layer_scale",)  # BEiT without it
 MAY_BE_ZERO = ("num_classes", "eos_token_id", "type_vocab", "pretrained_windows")
-MAY_BE_ZERO += ("registers", "prefix_positions", "distilled_classes")
+MAY_BE_ZERO += ("registers", "prefix_positions", "distilled_classes", "pad_id", "relative_buckets")
 
 
 @contextmanager

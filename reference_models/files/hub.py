@@ -28,6 +28,7 @@ CONFIGS = ("config.json", "open_clip_config.json")  # one of them must exist
 EXTRAS = (
     *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "1_Pooling/config.json"),
+    *("modules.json", "sentence_bert_config.json"),
 )
 # In this order, the first that exists; an index brings its shards. Pickles only where there
 # is no safetensors.

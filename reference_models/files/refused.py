@@ -5,6 +5,7 @@ import re
 DINOV2 = "DINOv2 (facebook/dinov2-base, timm's vit_base_patch14_reg4_dinov2)"
 CLIP = "CLIP's picture tower (timm's vit_base_patch16_clip_224) or SigLIP's"
 VIT = "a plain ViT of that size (vit_base_patch16_224, deit3_base_patch16_224)"
+BERT = "RoBERTa (roberta-base) or BERT (bert-base)"
 REFUSED = (  # pattern in model_type or architecture, what differs, what to take instead
     (r"dinov3|lingbot|sapiens", "positions by rotation (DINOv3)", DINOV2),
     (r"swinv2_cr", "other blocks than Microsoft's Swin V2", "swinv2_base_window8_256"),
@@ -12,8 +13,21 @@ REFUSED = (  # pattern in model_type or architecture, what differs, what to take
     (r"s?relpos|_rpn", "relative positions outside BEiT's", "BEiT (beit_base_patch16_224) or Swin"),
     (r"(^|_)sam|^samvit|vitdet", "windows and an encoder for masks, no classifier", DINOV2),
     (r"vitamin|hybrid|_r\d*_|_resnet|_mci", "a convolutional stem (hybrid)", VIT),
-    (r"convnext", "convolutions", "Swin (swin_tiny_patch4_window7_224) or mobilenet-v2"),
+    (r"convnext|fastvit", "convolutions", "Swin (swin_tiny_patch4_window7_224) or mobilenet-v2"),
     (r"resnet|resnext|efficientnet|regnet|mobilenet|densenet|vgg", "convolutions", "mobilenet-v2, " + VIT),
+    (r"^coca", "a decoder of captions (CoCa)", "CLIP (clip-vit-b-32)"),
+    (
+        r"^siglip2|naflex",
+        "pictures of any number of patches (NaFlex)",
+        "a SigLIP 2 of one size (siglip2-base-patch16-224)",
+    ),
+    (r"modernbert|neobert|nomic_bert", "positions by rotation", BERT),
+    (r"electra", "embeddings of a width of their own (ELECTRA)", BERT),
+    (r"albert", "one block's weights for all layers", "DistilBERT (distilbert-base)"),
+    (r"deberta", "positions inside its attention", BERT),
+    (r"mt5|nllb|m2m_100|bart|marian", "a decoder behind its encoder", "XLM-RoBERTa (xlm-roberta-base)"),
+    (r"(^|/)u?t5", "a decoder behind its encoder", BERT),
+    (r"xlm_roberta_xl|mobilebert|longformer|big_bird|xlnet", "other blocks than BERT's", BERT),
     (r"beit3|_xp_|_d?l?pwee|_d?wee|_dpwee|_dlittle|x2_", "other norms, parallel branches or another attention", VIT),
 )
 

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from reference_models.errors import ModelError
 
@@ -29,9 +30,9 @@ def decode_utf8(data: bytes, path: Path) -> str:
         raise ModelError(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x})") from None
 
 
-def read_json(path: Path, unique: bool = False) -> dict:
-    """A JSON file whose outermost value is an object. Raises ModelError naming the file and the
-    line or the key.
+def read_json(path: Path, unique: bool = False, kind: type = dict) -> Any:
+    """A JSON file whose outermost value is an object, or a list with kind=list. Raises ModelError
+    naming the file and the line or the key.
 
     unique: refuse an object with a key twice, of which json would take the last, as
     transformers does.
@@ -46,8 +47,10 @@ def read_json(path: Path, unique: bool = False) -> dict:
     # nested too deep; a number of thousands of digits
     except (RecursionError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise ModelError(
+            f"{path}: expected a JSON {'object' if kind is dict else 'list'}, found a {type(value).__name__}"
+        )
     return value
 
 

@@ -276,7 +276,15 @@ def _length(config: dict, settings: Path, default: int) -> int:
     length = config.get("model_max_length", default)
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2:
         raise ModelError(f"{settings}, key model_max_length: expected a number of tokens, not {length!r}")
-    return default if length > OPEN_END else int(length)
+    length = default if length > OPEN_END else int(length)
+    sentences = settings.with_name("sentence_bert_config.json")
+    told = read_json(sentences) if sentences.is_file() else {}
+    if told.get("do_lower_case") and not config.get("do_lower_case"):
+        raise ModelError(f"{sentences}, key do_lower_case: true, but {settings.name} does not say so")
+    longest = told.get("max_seq_length") or length
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:
+        raise ModelError(f"{sentences}, key max_seq_length: expected a number of tokens, not {longest!r}")
+    return min(length, longest)
 
 
 def _wordpiece_options(vocab: list | dict, config: dict, settings: Path) -> dict:

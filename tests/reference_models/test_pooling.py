@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
+from reference_models.load import bundled_weights
+from reference_models.text.tokenizers import load_tokenizer
 
 IDS = torch.tensor([[2, 7, 9, 3, 0, 0], [2, 5, 3, 0, 0, 0], [2, 5, 6, 7, 8, 3]])
 MASK = (IDS > 0).long()
@@ -90,6 +92,58 @@ def test_a_pooling_that_is_not_known_is_named_and_can_be_chosen(tmp_path, told):
     ):
         load_pretrained(folder)
     assert load_pretrained(folder, pooling="mean").config.pooling == "mean"
+
+
+def steps(*names, start="sentence_transformers.models."):
+    return [{"idx": i, "name": str(i), "path": f"{i}_{name}", "type": start + name} for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    "start", ["sentence_transformers.models.", "sentence_transformers.sentence_transformer.modules."]
+)
+def test_a_folder_that_normalizes_gives_vectors_of_length_one_also_where_the_pooling_is_chosen(tmp_path, start):
+    folder = folder_with(tmp_path, modes(mean_tokens=True))
+    told = steps("Transformer", "Pooling", "Normalize", start=start)
+    (folder / "modules.json").write_text(json.dumps(told))
+    for chosen in ({}, {"pooling": "mean"}):
+        model = load_pretrained(folder, **chosen).double().eval()
+        wanted = by_hand(model, "mean")
+        wanted = wanted / wanted.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(model.pooled(IDS, MASK), wanted, rtol=1e-9, atol=1e-9)
+    assert not load_pretrained(folder, pooling="pooler").config.normalize, "the pooler is none of its steps"
+    (folder / "modules.json").write_text(json.dumps(told[:2]))
+    assert not load_pretrained(folder).config.normalize
+
+
+def test_a_layer_behind_the_pooling_is_named_and_can_be_left_out(tmp_path):
+    folder = folder_with(tmp_path, modes(mean_tokens=True))
+    (folder / "modules.json").write_text(json.dumps(steps("Transformer", "Pooling", "Dense", "Normalize")))
+    with pytest.raises(ModelError, match=r"modules\.json: the step Dense is not supported; choose mean, cls or max"):
+        load_pretrained(folder)
+    assert load_pretrained(folder, pooling="cls").config.normalize
+
+
+@pytest.mark.parametrize("told, longest", [({"max_seq_length": 9}, 9), ({"max_seq_length": 4000}, 100), ({}, 100)])
+def test_the_longest_text_is_that_of_sentence_bert_config(tmp_path, told, longest):
+    load_tokenizer(bundled_weights("bert-nano")).save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 100}))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(told | {"do_lower_case": False}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.max_length == longest
+    assert tokenizer(["what is it? " * 100])["input_ids"].shape == (1, longest)
+    tokenizer.save(tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").max_length == longest
+
+
+def test_lower_casing_that_the_vocabulary_does_not_do_is_named(tmp_path):
+    load_tokenizer(bundled_weights("bert-nano")).save(tmp_path)
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    assert load_tokenizer(tmp_path).lowercase, "this one does"
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
+    with pytest.raises(ModelError, match=r"sentence_bert_config\.json, key do_lower_case"):
+        load_tokenizer(tmp_path)
 
 
 def test_an_unknown_pooling_names_the_choices():

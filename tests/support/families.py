@@ -14,10 +14,11 @@ SIZES = {  # of families whose first model is too large to be tried in a second
     "swin": SMALL_SWIN,
     "swinv2": SMALL_SWIN,
     "bert": {"dim": 24, "heads": 3, "hidden": 48, "depth": 2},
+    "bert_variants": {"dim": 24, "heads": 3, "hidden": 48, "depth": 2, "vocab_size": 1000},
     "clip": {"vision_depth": 2, "text_depth": 2, "vision_dim": 48, "text_dim": 48, "vision_heads": 3, "text_heads": 3},
     "mobilenet": {"image_size": 64},
 }
-READ = ("bert", "clip", "clip_text", "dual", "fusion", "student")  # text, alone or beside pictures
+READ = ("bert", "bert_variants", "clip", "clip_text", "dual", "fusion", "student")  # text, alone or beside pictures
 SEES = [family for family in FAMILIES if family not in READ]
 
 
@@ -31,7 +32,7 @@ def small_model(family: str, **sizes) -> nn.Module:
 def inputs_of(family: str, model: nn.Module) -> tuple[Tensor, ...]:
     """A batch of two for `model(*inputs)`."""
     side = getattr(model.config, "image_size", 0)
-    pictures = () if family in ("bert", "clip_text") else (torch.randn(2, 3, side, side),)
+    pictures = () if family in ("bert", "bert_variants", "clip_text") else (torch.randn(2, 3, side, side),)
     ids = torch.randint(5, 900, (2, 10))
     mask = (torch.arange(10) < torch.tensor([[10], [6]])).long()
     return pictures + {"clip": (ids,)}.get(family, (ids, mask) if family in READ else ())
