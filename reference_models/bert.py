@@ -56,7 +56,8 @@ class PostNormBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """norm(word + position + token_type), ids (B, T) -> (B, T, d); no token_type with type_vocab 0."""
+    """norm(word + position + token_type), ids (B, T) -> (B, T, d); with type_vocab 0 there
+    are no token types."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -120,7 +121,7 @@ class Bert(nn.Module):
         return run_blocks(self.blocks, x, mask, checkpointing=self.grad_checkpointing, last_rows=last_rows)
 
     def mask(self, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """What attention is told of tokens x (B, T, d): (B, 1, 1, T) of the padding, None for none."""
+        """What attention is told of tokens x (B, T, d): (B, 1, 1, T) of the padding, or None."""
         return padding_mask(attention_mask)
 
     def pooled(

@@ -1,5 +1,5 @@
-"""What later models changed in BERT: RoBERTa, XLM-RoBERTa, DistilBERT and MPNet are one BERT with
-options.
+"""What later models changed in BERT: RoBERTa, XLM-RoBERTa, DistilBERT and MPNet are one
+BERT with options.
 
     counted positions   token i that is no padding has row pad + i, counted from 1 (RoBERTa, MPNet)
     no token types      one text, or two with only [SEP] between (DistilBERT, MPNet)
@@ -7,8 +7,8 @@ options.
 
 Papers: RoBERTa, Liu et al. 2019, arXiv:1907.11692; XLM-RoBERTa, Conneau et al. 2019,
 arXiv:1911.02116; DistilBERT, Sanh et al. 2019, arXiv:1910.01108; MPNet, Song et al. 2020,
-arXiv:2004.09297; the buckets: T5, Raffel et al. 2019, arXiv:1910.10683. Shapes: B texts, T tokens,
-h heads.
+arXiv:2004.09297; the buckets: T5, Raffel et al. 2019, arXiv:1910.10683.
+Shapes: B texts, T tokens, h heads, d width.
 """
 
 import math
@@ -76,7 +76,7 @@ class RelativeBias(nn.Module):
         """Key minus query -> 0 .. n - 1, of any shape."""
         half = self.table.num_embeddings // 2
         own, distance = half // 2, offset.abs()
-        # in this order of operations, at whose edges rounding decides, the published weights learned
+        # the order of operations in which the published weights learned: rounding decides edges
         far = torch.log(distance.clamp(min=1).float() / own) / math.log(128 / own) * (half - own)
         shared = (own + far.long()).clamp(max=half - 1)
         return torch.where(distance < own, distance, shared) + half * (offset > 0)

@@ -22,11 +22,15 @@ from reference_models.layers import (
 )
 from reference_models.text_layers import CausalBlock, causal_mask, pack_choices, padding_mask
 
+POOLS = ("argmax", "eos", "first", "last")
+
 
 @dataclass(frozen=True)
 class CLIPConfig(PatchGrid):
-    """Sizes of both towers. eos_token_id 2 is the convention of old files: the text is
-    pooled at its largest id."""
+    """Sizes of both towers. text_pool names the token whose vector a text has: "argmax" the one of
+    the largest id, "eos" the first eos_token_id, "first" or "last"; "" is transformers' convention,
+    by which eos_token_id 2 means argmax and any other eos. Without text_causal every token of a
+    text sees every other one."""
 
     name: str = "clip-vit-b-32"
     embed_dim: int = 512
@@ -47,8 +51,20 @@ class CLIPConfig(PatchGrid):
     text_act: str = "gelu"
     text_eps: float = 1e-5
     eos_token_id: int = 2
+    text_pool: str = ""
+    text_causal: bool = True
     logit_scale: float = 2.6592  # ln(1 / 0.07)
     family: str = "clip"
+
+    @property
+    def pooled_at(self) -> str:
+        """text_pool, or what it stands for."""
+        return self.text_pool or ("argmax" if self.eos_token_id == 2 else "eos")
+
+    @property
+    def fill(self) -> int | None:
+        """The length to which texts are padded, where padding is seen or pooled; None: any."""
+        return None if self.text_causal and self.pooled_at != "last" else self.context
 
 
 class VisionTower(nn.Module):
@@ -95,8 +111,8 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids (B, T) -> pooled (B, d), the token at the end of each text; a token
-    sees only those before it."""
+    """Token ids (B, T) -> pooled (B, d), the token at the end of each text; a token sees only those
+    before it. A tower that pools or sees padding wants texts of config.fill tokens."""
 
     head_modules = ()
 
@@ -107,17 +123,21 @@ class TextTower(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, d)
         self.pos_embed = nn.Parameter(torch.randn(1, config.context, d) * 0.01)
         block = (d, config.text_heads, config.text_hidden, config.text_act, config.text_eps)
-        self.blocks = nn.ModuleList(CausalBlock(*block) for _ in range(config.text_depth))
+        kind = CausalBlock if config.text_causal else Block
+        self.blocks = nn.ModuleList(kind(*block) for _ in range(config.text_depth))
+        if config.pooled_at not in POOLS:
+            raise ValueError(f"text_pool {config.text_pool!r} is not known; the choices are {', '.join(POOLS)}")
         self.norm = nn.LayerNorm(d, eps=config.text_eps)
         self.grad_checkpointing, self.pooled_last_block = False, True
         self.apply(init_weights)
 
     def end_positions(self, input_ids: Tensor) -> Tensor:
-        """Where each text ends, (B, T) -> (B,): the first end token, or by the old
-        convention the largest id."""
-        if self.config.eos_token_id == 2:
-            return input_ids.argmax(dim=-1)
-        return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
+        """The token whose vector each text has, (B, T) -> (B,), by config.text_pool."""
+        where = self.config.pooled_at
+        if where in ("first", "last"):
+            return input_ids.new_full(input_ids.shape[:-1], 0 if where == "first" else input_ids.shape[-1] - 1)
+        ends = input_ids if where == "argmax" else (input_ids == self.config.eos_token_id).int()
+        return ends.argmax(dim=-1)
 
     def forward_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, last_rows: Tensor | None = None
@@ -132,11 +152,11 @@ class TextTower(nn.Module):
         if T > self.config.context:
             raise ValueError(f"{T} tokens, but {self.config.name} has positions for {self.config.context}")
         x = self.token_embed(input_ids) + self.pos_embed[:, :T]  # (B, T, d)
-        if attention_mask is not None:
-            allowed = causal_mask(T, None, x.device) & padding_mask(attention_mask)  # (B, 1, T, T)
+        seen, checkpointing = padding_mask(attention_mask), self.grad_checkpointing  # (B, 1, 1, T)
+        if seen is not None and self.config.text_causal:
+            allowed = causal_mask(T, None, x.device) & seen  # (B, 1, T, T)
             return self.run(x, allowed[:, 0], last_rows)
-        checkpointing = self.grad_checkpointing
-        return self.norm(run_blocks(self.blocks, x, None, checkpointing=checkpointing, last_rows=last_rows))
+        return self.norm(run_blocks(self.blocks, x, seen, checkpointing=checkpointing, last_rows=last_rows))
 
     def run(self, x: Tensor, allowed: Tensor, last_rows: Tensor | None) -> Tensor:
         """All blocks, where query i may look at token j if allowed[:, i, j], and the final
@@ -164,8 +184,8 @@ class TextTower(nn.Module):
 
     def pooled_choices(self, input_ids: Tensor, length: int | None = None) -> Tensor:
         """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as `pooled`
-        of each text. The common beginning of a question's texts is computed once, and in the last
-        block only the end tokens. length: see pack_choices.
+        of each text; for a causal tower. The common beginning of a question's texts is computed
+        once, and in the last block only the end tokens. length: see pack_choices.
         """
         packed = pack_choices(input_ids, self.end_positions(input_ids), length)
         x = self.token_embed(packed.ids) + self.pos_embed[0, packed.positions]  # (B, L, d)
@@ -191,10 +211,11 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision_dim, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))  # a logarithm
+        self.logit_bias = None  # SigLIP's
 
     def pooled_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, d) before the projection. The padding stands behind the end token, where
-        nothing sees it: the mask has no effect and is left out, which is faster."""
+        """(B, T) -> (B, d) before the projection. Padding stands behind the end token, where nobody
+        sees it, or counts as text: the mask has no effect and is left out, which is faster."""
         return self.text.pooled(input_ids)
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -211,11 +232,12 @@ class CLIP(nn.Module):
         return self.text_projection(self.text.pooled_choices(input_ids))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine, as
-        (B, C) and transposed, (C, B)."""
+        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine + logit_bias, where there
+        is one, as (B, C) and transposed, (C, B)."""
         image = F.normalize(self.encode_image(images), dim=-1)  # (B, e)
         text = F.normalize(self.encode_text(input_ids, attention_mask), dim=-1)  # (C, e)
         logits = self.logit_scale.exp() * image @ text.T  # (B, C)
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
         return logits, logits.T
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:

@@ -274,7 +274,8 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
 
 def _build_shapes(config) -> dict[str, tuple]:
     with torch.device("meta"):
-        model = _make(replace(config, **({"pooler": True} if hasattr(config, "pooler") else {})))
+        whole = {"pooler": True, "pooling": "pooler"}  # also what the pooling leaves out
+        model = _make(replace(config, **{key: value for key, value in whole.items() if hasattr(config, key)}))
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 

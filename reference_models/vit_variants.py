@@ -44,7 +44,8 @@ class VariantConfig(ViTConfig):
     one vector: "norm token" is the final norm, then the class token; "avg norm" the mean of the
     patches, then the norm; "token+avg" both side by side, "pair" DeiT's two tokens, "map" attention
     pooling. head_pool are the steps where there is a head, "" for the same. distilled_classes are
-    those of DeiT's two heads: another number of classes gets one new head.
+    those of DeiT's two heads: another number of classes gets one new head. The patches have a bias
+    where there is no norm before the blocks, unless patch_bias is False.
     """
 
     layer_scale: float = 0.0
@@ -52,6 +53,7 @@ class VariantConfig(ViTConfig):
     class_token: bool = True
     prefix_positions: int = 1
     pre_norm: bool = False
+    patch_bias: bool = True
     swiglu: bool = False
     pool: str = "norm token"
     head_pool: str = ""
@@ -135,7 +137,7 @@ class VariantViT(Classifier):
     def __init__(self, config: VariantConfig):
         super().__init__()
         self.config, self.prefix, d = config, config.prefix, config.dim
-        self.patch_embed = PatchEmbed(config, d, bias=not config.pre_norm)
+        self.patch_embed = PatchEmbed(config, d, bias=config.patch_bias and not config.pre_norm)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, d)) if config.distilled else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, d)) if config.registers else None

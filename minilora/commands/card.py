@@ -13,7 +13,7 @@ from minilora.settings.flags import Config
 from minilora.settings.parse import NOT_SAVED
 from minilora.settings.values import option
 
-CLASSES = {"classify": "AutoModelForImageClassification", "choice": "CLIPModel"}  # of transformers
+CLASSES = {"classify": "AutoModelForImageClassification", "choice": "AutoModel"}  # of transformers
 PREDICT = {
     "classify": 'run.predict(["picture.jpg"])',
     "vqa": 'run.predict(["picture.jpg"], question="what is in the picture?")',

@@ -31,8 +31,8 @@ def print_lists(args: argparse.Namespace) -> bool:
 
 def use_of(model: str) -> str:
     """The tasks, or the part of one, that a model is made for."""
-    known = {"clip": "choice, zero-shot", "bert": "vqa: text=", "fusion": "vqa"}
-    known |= {"student": "vqa: learns from --teacher"}
+    known = {"clip": "choice, zero-shot", "dual": "choice, zero-shot", "fusion": "vqa"}
+    known |= dict.fromkeys(("bert", "bert_variants"), "vqa: text=") | {"student": "vqa: learns from --teacher"}
     return known.get(config_for(model).family, "classify; vqa: vision=")
 
 

@@ -66,7 +66,9 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
     layers = {name: layer for layer in linear_layers(table) for name in layer.ours}
     adapted = dict(lora_layers(model))
     if outside := [name for name in adapted if name not in layers]:
-        raise UserError(f"export_adapter: {layout} has no layer of its own for {outside[0]}; target other modules")
+        raise UserError(
+            f"export_adapter: {layout} has no layer of its own for {outside[0]}; target others, as in attn.q_proj"
+        )
     chosen = list(dict.fromkeys(layers[name] for name in adapted))
     fused = any(len(layer.ours) > 1 for layer in chosen)
     tensors, ranks, alphas = {}, {}, {}

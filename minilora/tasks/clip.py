@@ -1,7 +1,7 @@
 """A CLIP and its tokenizer, or one made of two encoders: where the tokenizer is, whether the two
 belong together, and what choice and class names share.
 
-logits = exp(logit_scale) * cos(picture, text)
+logits = exp(logit_scale) * cos(picture, text) + logit_bias, which only SigLIP has
 """
 
 import os
@@ -43,7 +43,7 @@ def load_clip(config: Config) -> tuple[nn.Module, dict, Tokenizer]:
     """(model, record of its weights, tokenizer) of a configuration; UserError for no CLIP."""
     if isinstance(config.model, str) and not os.path.isdir(config.model):
         pair = config_for(config.model)
-        if pair.family == "dual":
+        if pair.family == "dual" and pair.logit_bias is None:  # two models that the run joins
             config.model = {tower: getattr(pair, tower).name for tower in TOWERS}
     if isinstance(config.model, dict):
         model, record = load_dual(config, weights := tower_weights(config))
@@ -97,7 +97,7 @@ def find_tokenizer(config: Config) -> Tokenizer:
     folder = tokenizer_beside(source)
     if folder is None:
         # nobody should look for the tokenizer of a model that reads no texts
-        if not os.path.isdir(name) and config_for(name).family != "clip":
+        if not os.path.isdir(name) and config_for(name).family not in ("clip", "dual"):
             raise UserError(NO_CLIP.format(name, NEEDS[config.task]))
         where = f"beside {source}" if source else f"bundled for {name}"
         other = ", or take --head linear" * (config.task == "classify")
@@ -119,17 +119,23 @@ def text_limit(model: nn.Module, tokenizer: Tokenizer) -> int:
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
-    """UserError where model and tokenizer do not belong together: more ids than rows, or
-    another end token."""
+    """UserError where model and tokenizer do not belong together: more ids than rows, another end
+    token or padding. From here on the tokenizer fills texts up where the model wants that."""
     config = getattr(model.config, "text", model.config)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"--tokenizer has {tokenizer.vocab_size} tokens, {config.name} knows {config.vocab_size}; it belongs to "
             "another model"
         )
-    if not hasattr(config, "eos_token_id"):
+    if getattr(config, "counted", False) and tokenizer.pad_id != config.pad_id:
+        raise UserError(
+            f"--tokenizer pads with token {tokenizer.pad_id}, {config.name} takes {config.pad_id} for padding; it "
+            "belongs to another model"
+        )
+    tokenizer.fill, pooled_at = getattr(config, "fill", None), getattr(config, "pooled_at", "")
+    if pooled_at not in ("argmax", "eos"):
         return  # a text is not read at its end
-    legacy = config.eos_token_id == 2
+    legacy = pooled_at == "argmax"
     if tokenizer.eos_id != (tokenizer.vocab_size - 1 if legacy else config.eos_token_id):
         wanted = "its last token" if legacy else config.eos_token_id
         raise UserError(
@@ -149,8 +155,9 @@ def full(x: Tensor) -> Tensor:
 
 
 def cosine_logits(model: nn.Module, image: Tensor, text: Tensor) -> Tensor:
-    """exp(logit_scale) * cosine of pictures (B, e) with texts (K, e), or (B, K, e) of their own:
-    (B, K). At full precision: 100 times a cosine has no room in half of it."""
+    """exp(logit_scale) * cosine + logit_bias of pictures (B, e) with texts (K, e), or (B, K, e) of
+    their own: (B, K). At full precision: 100 times a cosine has no room in half of it."""
     with torch.autocast(image.device.type, enabled=False):
         image, text = F.normalize(full(image), dim=-1), F.normalize(full(text), dim=-1)
-        return model.logit_scale.exp() * torch.einsum("be,ke->bk" if text.ndim == 2 else "be,bke->bk", image, text)
+        cosine = torch.einsum("be,ke->bk" if text.ndim == 2 else "be,bke->bk", image, text)
+        return model.logit_scale.exp() * cosine + (0 if model.logit_bias is None else model.logit_bias)

@@ -152,8 +152,9 @@ def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int
     """The longest text in tokens; UserError where the text tower cannot read so many."""
     config = model.text.config
     longest = positions(config) or tokenizer.max_length
-    if wanted and wanted > longest:
-        raise UserError(f"--max-length {wanted}: {config.name} reads at most {longest} tokens; use at most that")
+    if wanted and (wanted > longest or (tokenizer.fill and wanted < longest)):
+        reads = f"{config.name} reads {'' if tokenizer.fill else 'at most '}{longest} tokens"
+        raise UserError(f"--max-length {wanted}: {reads}; {'leave it out' if tokenizer.fill else 'use at most that'}")
     return min(wanted or tokenizer.max_length, longest)
 
 

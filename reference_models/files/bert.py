@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from reference_models.bert import Bert, BertConfig
 from reference_models.errors import ModelError
 from reference_models.files.names import Entry, linear, rename
@@ -15,7 +13,6 @@ adapter_layouts = ("transformers5", "transformers4")
 # heads of the pre-training and fine-tuned models; a buffer
 ignored = r"^(cls|classifier|qa_outputs)\.|position_ids$"
 optional = r"^pooler"
-layout_settings = {}
 preprocess = {}
 
 #             vocabulary positions width depth heads hidden
@@ -78,10 +75,6 @@ def key_table(config: BertConfig, layout: str, parts: dict[str, str] = PARTS) ->
 def fit_config(config: BertConfig, shapes: dict[str, tuple]) -> BertConfig:
     """A file without pooler (masked language models have none) makes a model without one."""
     return replace(config, pooler="pooler.dense.weight" in shapes)
-
-
-def adapt(state: dict[str, Tensor], old: BertConfig, new: BertConfig) -> None:
-    """Positions of text are not interpolated."""
 
 
 def config_from_json(data: dict) -> BertConfig | None:

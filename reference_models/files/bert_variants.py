@@ -1,4 +1,4 @@
-"""The files of RoBERTa, XLM-RoBERTa, DistilBERT and MPNet checkpoints. See load.py for the protocol."""
+"""The files of RoBERTa, XLM-RoBERTa, DistilBERT and MPNet. See load.py for the protocol."""
 
 from dataclasses import replace
 
@@ -14,8 +14,7 @@ layouts = {"transformers4": PREFIXES, "transformers5": PREFIXES}
 adapter_layouts = ("transformers5", "transformers4")
 # heads of the pre-training and fine-tuned models; a buffer
 ignored = r"^(lm_head|classifier|qa_outputs|pre_classifier|vocab_(transform|layer_norm|projector))\.|position_ids$"
-optional, layout_settings, preprocess = bert.optional, bert.layout_settings, bert.preprocess
-adapt, fit_config = bert.adapt, bert.fit_config
+optional, preprocess, fit_config = bert.optional, bert.preprocess, bert.fit_config
 
 #             kind, vocabulary, sizes (d, depth, heads, hidden)
 BASE, LARGE, HALF = (768, 12, 12, 3072), (1024, 24, 16, 4096), (768, 6, 12, 3072)

@@ -109,7 +109,9 @@ def config_from_json(data: dict) -> CLIPConfig | None:
     """Read transformers' config.json or open_clip_config.json; None where
     it is of another family."""
     if isinstance(data.get("model_cfg"), dict):
-        return _from_open_clip(data["model_cfg"])
+        data = data["model_cfg"]
+        other = unknown_keys(data) or not isinstance((data.get("vision_cfg") or {}).get("layers", 12), int)
+        return None if other else read_sizes(data)  # files/open_clip.py reads the others
     if data.get("model_type") != "clip":
         return None
     # where files of 2022 have the table under a second name too, that one counts, its
@@ -135,17 +137,33 @@ def config_from_json(data: dict) -> CLIPConfig | None:
     )
 
 
-def _from_open_clip(data: dict) -> CLIPConfig:
+# what an open_clip_config.json may set that makes no other model than this one, beside sizes
+SIZED = {"layers", "width", "mlp_ratio"}
+KNOWN = {
+    "vision_cfg": SIZED | {"image_size", "head_width", "patch_size", "patch_dropout"},
+    "text_cfg": SIZED | {"context_length", "vocab_size", "heads", "pool_type", "eos_id", "no_causal_mask", "pad_id"}
+    | {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"},
+    "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"},
+}  # fmt: skip
+
+
+def unknown_keys(data: dict, known: dict[str, set[str]] = KNOWN) -> list[str]:
+    """The keys that are set and not known, with their tables' names."""
+    tables = {"model_cfg": data} | {name: data.get(name) or {} for name in known if name != "model_cfg"}
+    return [
+        f"{name}.{key}"
+        for name, table in tables.items()
+        for key, value in table.items()
+        if value not in (None, False) and key not in known[name]
+    ]
+
+
+def read_sizes(data: dict) -> CLIPConfig:
+    """The configuration of open_clip's model_cfg, if both towers are CLIP's own."""
     vision, text = data.get("vision_cfg") or {}, data.get("text_cfg") or {}
-    plain = {"tok", "argmax", "eos"}
-    for table, what in ((vision, "vision_cfg"), (text, "text_cfg")):
-        special = [key for key in ("timm_model_name", "hf_model_name", "attentional_pool") if table.get(key)]
-        special += ["pool_type"] * (table.get("pool_type", "tok") not in plain)
-        if special or not isinstance(table.get("layers", 12), int):
-            raise ModelError(
-                f"open_clip_config.json: {what}.{(special or ['layers'])[0]} makes another model than a ViT CLIP"
-            )
     act = "quick_gelu" if data.get("quick_gelu") else "gelu"
+    pool = text.get("pool_type", "argmax")
+    eos = 2 if pool == "argmax" else text.get("eos_id", 2)
     width, text_width = vision.get("width", 768), text.get("width", 512)
     return CLIPConfig(
         name=f"clip-vit-{width}-{vision.get('patch_size', 16)}",
@@ -164,7 +182,9 @@ def _from_open_clip(data: dict) -> CLIPConfig:
         text_heads=text.get("heads", 8),
         text_hidden=int(text_width * text.get("mlp_ratio", 4.0)),
         text_act=act,
-        eos_token_id=text.get("eos_id", 2) if text.get("pool_type") == "eos" else 2,
+        eos_token_id=eos,
+        text_pool="" if pool == ("argmax" if eos == 2 else "eos") else pool,
+        text_causal=not text.get("no_causal_mask", False),
     )
 
 
@@ -172,13 +192,16 @@ def config_to_json(config: CLIPConfig, layout: str) -> dict:
     """config.json as transformers reads it, or open_clip_config.json."""
     if layout == "open_clip":
         return {"model_cfg": _to_open_clip(config)}
+    eos = 2 if config.pooled_at == "argmax" else config.eos_token_id
+    if config.fill or config.pooled_at == "first" or (config.pooled_at, eos) == ("eos", 2):
+        raise ModelError(f"{config.name}: transformers' CLIP pools texts in another way; use layout 'minilora'")
     vision = {theirs: getattr(config, f"vision_{ours}") for ours, (theirs, *_) in FIELDS.items()}
     text = {theirs: getattr(config, f"text_{ours}") for ours, (theirs, *_) in FIELDS.items()}
     vision |= {"model_type": "clip_vision_model", "image_size": config.image_size}
     vision |= {"patch_size": config.patch_size, "num_channels": 3, "projection_dim": config.embed_dim}
     text |= {"model_type": "clip_text_model", "vocab_size": config.vocab_size}
     text |= {"max_position_embeddings": config.context, "projection_dim": config.embed_dim}
-    text |= {"eos_token_id": config.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    text |= {"eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -198,8 +221,10 @@ def _to_open_clip(config: CLIPConfig) -> dict:
         "layers": config.text_depth,
         "mlp_ratio": config.text_hidden / config.text_dim,
     }
-    if config.eos_token_id not in (2, config.vocab_size - 1):  # the last id is also the largest one
-        text |= {"pool_type": "eos", "eos_id": config.eos_token_id}
+    # the last id is also the largest one
+    if config.pooled_at != "argmax" and (config.pooled_at, config.eos_token_id) != ("eos", config.vocab_size - 1):
+        text |= {"pool_type": config.pooled_at, "eos_id": config.eos_token_id}
+    text |= {} if config.text_causal else {"no_causal_mask": True}
     vision = {
         "image_size": config.image_size,
         "layers": config.vision_depth,

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from reference_models.clip import CLIPConfig, TextTower
 from reference_models.files import clip
 from reference_models.files.names import Entry
@@ -13,8 +11,6 @@ build = TextTower
 layouts = {"transformers4": ("text_model.",), "transformers5": ("", "text_model.")}
 adapter_layouts = ("transformers5", "transformers4")
 ignored = r"position_ids$|^text_projection\."  # the projection stands behind what a tower returns
-optional = r"^$"
-layout_settings: dict[str, dict] = {}
 preprocess: dict = {}
 
 
@@ -31,14 +27,6 @@ def key_table(config: CLIPConfig, layout: str) -> list[Entry]:
     """Our names beside open_clip's, or transformers', whose version 5 has no level above it."""
     kind = "open_clip" if layout == "open_clip" else "clip"
     return text_rows(config.text_depth, "text_model." if layout == "transformers4" else "", kind)
-
-
-def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:
-    return config
-
-
-def adapt(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> None:
-    """A text tower has no picture size."""
 
 
 def config_from_json(data: dict) -> CLIPConfig | None:

@@ -38,6 +38,7 @@ FORMS = {
     # the patch embedding: a convolution's kernel beside our Linear's weight
     "kernel": (_kernel, lambda t: t.flatten(1)),
     "batch": (lambda t: t.squeeze(0), lambda t: t.unsqueeze(0)),  # (T, d) beside our (1, T, d)
+    "scalar": (lambda t: t.reshape(1), lambda t: t.reshape(())),  # (1,) beside our ()
     "vector": (lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, -1)),  # (d,) beside our (1, 1, d)
     # what they multiply by where ours has nothing, shaped like the one of ours that is named
     "ones": (torch.ones_like, None),

@@ -171,7 +171,7 @@ def config_from_json(data: dict) -> VariantConfig | None:
         return VariantConfig(_name("deit", values), **values, **DEIT)
     if kind in ("clip_vision_model", "siglip_vision_model") or (kind in ("clip", "siglip") and classes):
         tower = data.get("vision_config_dict") or data.get("vision_config") or {} if classes else data
-        return _read_tower(tower, "clip" if kind.startswith("clip") else "siglip", classes)
+        return read_tower(tower, "clip" if kind.startswith("clip") else "siglip", classes)
     return None
 
 
@@ -179,7 +179,7 @@ def _name(kind: str, values: dict) -> str:
     return f"{kind}-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
 
 
-def _read_tower(data: dict, kind: str, classes: int) -> VariantConfig:
+def read_tower(data: dict, kind: str, classes: int) -> VariantConfig:
     options, defaults = (CLIP, CLIP_DEFAULTS) if kind == "clip" else (SIGLIP, SIGLIP_DEFAULTS)
     values = read_fields(data, {ours: (name, defaults.get(ours, default)) for ours, (name, default) in FIELDS.items()})
     if data.get("vision_use_head") is False:

@@ -102,6 +102,7 @@ class Tokenizer(ABC):
     special: tuple[str, ...]  # tokens every vocabulary of this kind must have
     optional: tuple[str, ...] = ()  # tokens that count as special where the vocabulary has them
     has_types = False
+    fill: int | None = None  # rows have this length, with padding that counts as text
 
     def __init__(self, vocab, added: Mapping[str, int | Added] | None, max_length: int, where: str):
         self.vocab = numbered(vocab, where)
@@ -155,7 +156,10 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text with the framing special tokens, not cut."""
-        return self._frame(self.text_ids(text))
+        return self._filled(self._frame(self.text_ids(text)))
+
+    def _filled(self, row: list[int]) -> list[int]:
+        return row + [self.pad_id] * ((self.fill or 0) - len(row))
 
     def _normalize(self, text: str) -> str:
         """A text in which the added tokens that are `normalized` are looked for."""
@@ -219,13 +223,15 @@ class Tokenizer(ABC):
     def _row(self, text: str, pair: str | None, limit: int) -> tuple[list[int], int]:
         """One framed row, cut to `limit`, and how many of its tokens belong to the first text."""
         first, second = self.text_ids(text), None if pair is None else self.text_ids(pair)
+        limit = min(limit, self.fill or limit)
         room = limit - len(self._frame([], None if pair is None else []))
         if room < 0:
             raise ModelError(f"max_length {limit} has no room for the special tokens alone ({limit - room})")
         keep = longest_first(len(first), len(second or ()), room)
         self.truncated += keep != (len(first), len(second or ()))
         first = first[: keep[0]]
-        return self._frame(first, None if second is None else second[: keep[1]]), len(self._frame(first))
+        row = self._frame(first, None if second is None else second[: keep[1]])
+        return self._filled(row), len(self._frame(first))
 
     # ---- files
     def save(self, directory: str | Path) -> None:

@@ -1,4 +1,6 @@
-"""A CLIP made of any two encoders, in both tasks: what is trained, runs opened again, files that transformers loads."""
+"""A CLIP made of any two encoders, and SigLIP, in both tasks: what is trained, runs opened again, files that
+transformers loads; text towers of other families in the third.
+"""
 
 import json
 import shutil
@@ -13,12 +15,13 @@ from minilora.inject import lora_state_dict
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import parse_args
 from minilora.tasks import build_task, load_run
-from reference_models import ModelError, load_pretrained, save_pretrained
+from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.load import bundled_weights
 from reference_models.text.tokenizers import load_tokenizer
 from tests.support.choice_data import write_scpc
 from tests.support.cli_data import program, write_photos
-from tests.support.parity import BOUNDS, distance
+from tests.support.parity import BOUNDS, distance, fill, pictures
+from tests.support.vqa_data import write_vqa
 
 PAIR = ["vision=vit-nano-patch8-48", "text=bert-nano"]
 QUICK = ["--batch-size", "8", "--epochs", "1", "--device", "cpu", "--workers", "0", "--amp", "fp32"]
@@ -149,3 +152,124 @@ def test_a_pair_that_cannot_be_made_is_named(words, told, scpc):
     with pytest.raises((UserError, ModelError)) as error:
         task_of(scpc, *words)
     assert told in str(error.value)
+
+
+# ---- SigLIP: texts filled up to its context, a bias, a loss of its own
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """A small SiglipModel in a folder, with the nano models' vocabulary."""
+    folder = tmp_path_factory.mktemp("siglip")
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**tower, "vocab_size": 4000, "max_position_embeddings": 24}
+    config = transformers.SiglipConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8})
+    fill(transformers.SiglipModel(config)).save_pretrained(folder)
+    load_tokenizer(bundled_weights("bert-nano")).save(folder)
+    return folder
+
+
+def siglip_task(folder, data, *more):
+    words = [word for word in words_of(data, *more) if word not in PAIR]
+    words.insert(words.index("--model") + 1, str(folder))
+    return build_task(parse_args(words)[0])
+
+
+def filled(folder, texts):
+    """The ids as transformers' processor makes them with padding="max_length"."""
+    return load_tokenizer(folder)(texts, padding=24)["input_ids"]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_sigmoid_loss_of_choices_is_that_of_transformers_logits(siglip, scpc, smoothing):
+    task = siglip_task(siglip, scpc, "--mode", "full", "--smoothing", str(smoothing))
+    model, batch = task.model.double(), first_batch(task)
+    batch["image"] = batch["image"].double()
+    theirs = transformers.SiglipModel.from_pretrained(siglip, dtype=torch.float64)
+    rows = []
+    for picture, ids in zip(batch["picture"], batch["input_ids"], strict=True):
+        assert ids.shape == (4, 24), "a text has all positions, and padding is seen"
+        images = batch["image"][picture : picture + 1]
+        rows.append(theirs(pixel_values=images, input_ids=ids).logits_per_image[0])
+    wanted = torch.stack(rows)
+    assert distance(task.predictor.logits(model, batch), wanted) < BOUNDS[torch.float64]
+    right = F.one_hot(batch["label"], 4) * (1 - smoothing) + smoothing / 4
+    each = -right * F.logsigmoid(wanted) - (1 - right) * F.logsigmoid(-wanted)
+    loss, _ = task.loss(model, batch)
+    torch.testing.assert_close(loss, each.sum(1).mean().to(loss), rtol=1e-5, atol=0)
+    loss.backward()
+    each.sum(1).mean().backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    names = {e.ours[0]: e.theirs for e in model.key_table("transformers5") if e.form == "same"}
+    for name in ("text.blocks.0.mlp.fc1.weight", "text_projection.bias", "vision.blocks.1.attn.v_proj.weight"):
+        ours = model.get_parameter(name).grad
+        assert (ours - grads[names[name]]).abs().max() <= 1e-5 * grads[names[name]].abs().max(), name
+    torch.testing.assert_close(model.logit_bias.grad, grads["logit_bias"][0], rtol=1e-5, atol=0)
+
+
+def test_class_names_have_the_logits_of_siglip(siglip, photos):
+    task = siglip_task(siglip, photos)
+    assert task.zero_shot()["accuracy"] >= 0  # it knew both before
+    batch = first_batch(task)
+    texts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name.replace('_', ' ')}." for name in task.labels]
+    theirs = transformers.SiglipModel.from_pretrained(siglip, dtype=torch.float64).eval()
+    with torch.no_grad():
+        wanted = theirs(pixel_values=batch["image"].double(), input_ids=filled(siglip, texts)).logits_per_image
+        ours = task.predictor.logits(task.model.double().eval(), batch | {"image": batch["image"].double()})
+    assert distance(ours, wanted) < BOUNDS[torch.float64]
+
+
+@pytest.mark.parametrize("mode", ["lora", "linear"])
+def test_a_run_of_siglip_is_opened_again_and_merged_to_transformers(siglip, scpc, mode, tmp_path):
+    words = [word for word in words_of(scpc, "--mode", mode, "--lr", "0.02") if word not in PAIR]
+    words.insert(words.index("--model") + 1, str(siglip))
+    assert program("train").main([*words, "--output", str(tmp_path / "run")]) == 0
+    run = load_run(tmp_path / "run")
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["best"]
+    assert run.evaluate(EvalConfig(amp="fp32")).scores["accuracy"] == pytest.approx(best["accuracy"])
+    merge = [str(tmp_path / "run"), "--merge-to", str(tmp_path / "merged"), "--layout", "transformers"]
+    assert program("evaluate").main(merge) == 0
+    theirs = transformers.SiglipModel.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval()
+    ours, x = load_run(tmp_path / "run").model.double(), pictures(32, 2).double()
+    ids = filled(siglip, ["what is it? a cat", "a dog"])
+    with torch.no_grad():
+        wanted = theirs(pixel_values=x, input_ids=ids).logits_per_image
+        assert distance(ours(x, ids)[0], wanted) < 10 * BOUNDS[torch.float32]
+
+
+def test_a_siglip_reads_no_shorter_texts(siglip, scpc):
+    with pytest.raises(UserError, match="--max-length 20: .* 24 tokens; all its texts have so many, leave it out"):
+        siglip_task(siglip, scpc, "--max-length", "20")
+
+
+# ---- text towers of other families answer questions
+
+
+def text_folder(folder, name, pad):
+    """A small encoder with random weights and a vocabulary whose padding has the id `pad`."""
+    tokens = list(load_tokenizer(bundled_weights("bert-nano")).vocab)
+    tokens.remove("[PAD]")
+    tokens.insert(pad, "[PAD]")
+    sizes = {"dim": 32, "depth": 2, "heads": 4, "hidden": 48, "vocab_size": 4000}
+    save_pretrained(create_model(name, **sizes), folder, "transformers")
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["vqa", "choice"])
+@pytest.mark.parametrize("name, pad", [("roberta-base", 1), ("distilbert-base", 0), ("mpnet-base", 1), ("siglip", 0)])
+def test_text_towers_of_every_family_train_and_are_opened_again(name, pad, task, siglip, scpc, tmp_path):
+    folder = siglip if name == "siglip" else text_folder(tmp_path / "text", name, pad)
+    words = [*QUICK, "--task", task, "--model", PAIR[0], f"text={folder}", "--output", str(tmp_path / "run")]
+    words += ["--data-dir", str(scpc)] if task == "choice" else ["--data-dir", str(write_vqa(tmp_path / "vqa"))]
+    assert program("train").main(words) == 0
+    run = load_run(tmp_path / "run")
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["best"]
+    assert run.evaluate(EvalConfig(amp="fp32")).scores["accuracy"] == pytest.approx(best["accuracy"])
+
+
+def test_a_vocabulary_that_pads_with_another_token_is_refused(scpc, tmp_path):
+    folder = text_folder(tmp_path / "text", "roberta-base", 0)
+    words = [*QUICK, "--task", "choice", "--model", PAIR[0], f"text={folder}", "--data-dir", str(scpc)]
+    with pytest.raises(UserError, match="pads with token 0, .* takes 1 for padding"):
+        build_task(parse_args(words)[0])

@@ -2,8 +2,9 @@
 
 v   = normalise(visual_projection(vision(picture)))               (B, e)
 t_c = normalise(text_projection(text(sentence of choice c)))      (B, C, e)
-logits_c = exp(logit_scale) * v . t_c                             (B, C)
-loss = cross entropy with label smoothing over the choices of a question
+logits_c = exp(logit_scale) * v . t_c + logit_bias                (B, C)
+loss = cross entropy with label smoothing over the choices of a question; of a model with logit_bias
+       - sum_c log sigmoid(+- logits_c), + for the right choice, as SigLIP is trained
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.loader import make_loader
@@ -49,7 +51,19 @@ def open_data(config: Config, require_train: bool = True) -> ChoiceSplits:
 
 
 class ChoicePredictor(LabelledPredictor):
-    """One distribution over the choices of each question."""
+    """One distribution over the choices of each question. pairwise: the loss takes every choice by
+    itself, right or wrong, as SigLIP's does."""
+
+    pairwise = False
+
+    def loss(self, logits: Tensor, batch: dict, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        total, correct, counts = super().loss(logits, batch, smoothing)
+        if self.pairwise:
+            right = F.one_hot(batch["label"].clamp(min=0), logits.shape[1]).to(logits)  # (B, C)
+            wanted = (1 - smoothing) * right + smoothing / logits.shape[1]
+            terms = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")  # (B, C)
+            total = terms.sum(1).where(counts, 0.0).sum()
+        return total, correct, counts
 
     def logits(self, model: nn.Module, batch: dict) -> Tensor:
         if "text_features" in batch:
@@ -63,7 +77,7 @@ def pooled_texts(model: nn.Module, batch: dict) -> Tensor:
     """input_ids (B, C, T) -> the text tower's vectors (B, C, d). Where a token sees only those
     before it, what a question's choices share can be encoded once."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    if hasattr(model.text, "pooled_choices") and (batch["share"] if share_prefix is None else share_prefix):
+    if getattr(model.text.config, "text_causal", False) and (batch["share"] if share_prefix is None else share_prefix):
         return model.text.pooled_choices(ids, batch.get("packed_length"))
     return model.pooled_text(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
 
@@ -93,6 +107,7 @@ class Choice(Labelled):
         device: torch.device,
     ):
         super().__init__(config, model, record, splits, device, ChoicePredictor(device))
+        self.predictor.pairwise = model.logit_bias is not None
         self.tokenizer, self.prompt = tokenizer, ChoicePrompt(tokenizer, config, model.config.context)
         parts = {"train": splits.train, "val": splits.val, "test": splits.test}
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}

@@ -20,11 +20,10 @@ class ChoicePrompt:
 
     def __init__(self, tokenizer: Tokenizer, config: Config, context: int):
         self.tokenizer, self.prompt = tokenizer, config.prompt or PROMPT
-        self.limit = config.max_length or min(tokenizer.max_length, context)
-        if self.limit > context:
-            raise UserError(
-                f"--max-length {self.limit}: this model has positions for {context} tokens; use at most that"
-            )
+        self.limit = config.max_length or (context if tokenizer.fill else min(tokenizer.max_length, context))
+        if self.limit > context or (tokenizer.fill and self.limit < context):
+            most = "all its texts have so many, leave it out" if tokenizer.fill else "use at most that"
+            raise UserError(f"--max-length {self.limit}: this model has positions for {context} tokens; {most}")
         self.cut = 0
 
     def __call__(self, question: str, choices: Sequence[str]) -> list[list[int]]:

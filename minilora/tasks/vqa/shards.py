@@ -25,7 +25,9 @@ def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
     sizes = (None, config.image_size, picture_flags(config))
     whole, _ = load_base(names["vision"], weights["vision"], config.seed, *sizes, **settings)
     tokenizer = open_tokenizer(config, weights)
-    longest = positions(config_of(names["text"]))
+    text = config_of(names["text"])
+    text = getattr(text, "text", text)
+    longest, tokenizer.fill = positions(text), getattr(text, "fill", None)
     limit = min(config.max_length or tokenizer.max_length, longest or tokenizer.max_length)
 
     def tokens(part):
