@@ -9,7 +9,7 @@ import torch
 
 from minilora import count_parameters
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
-from reference_models.files.swin import resize_window_table
+from reference_models.files.swin import config_for, resize_window_table
 from reference_models.swin import from_windows, to_windows
 from tests.support.parity import (
     TARGETS,
@@ -120,6 +120,27 @@ def test_logits_equal_torchvision(version, size, tmp_path):
     names = {1: "swin-nano-patch2-window4-32", 2: "swinv2-nano-patch2-window4-32"}
     model = load_pretrained(names[version], tmp_path, dim=16, mlp_ratio=2.0).eval()
     assert_parity(model, oracle, x)
+
+
+@pytest.mark.parametrize(("size", "windows", "stages"), [
+    ("tiny", (7, 7, 14, 7), (2, 2, 6, 2)),
+    ("small", (14, 14, 14, 7), (2, 2, 18, 2)),
+    ("base", (7, 7, 14, 7), (2, 2, 30, 2)),
+])  # fmt: skip
+def test_s3_has_its_own_window_in_each_stage(size, windows, stages, tmp_path):
+    import timm
+
+    config = create_model(f"swin-s3-{size}-224", depths=(1, 1, 1, 1)).config
+    assert (config.window, config_for(f"swin-s3-{size}-224").depths) == (windows, stages)
+    small = {"embed_dim": 24, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 6)}
+    oracle = fill(timm.create_model(f"swin_s3_{size}_224", num_classes=5, **small))
+    settings = {"architecture": f"swin_s3_{size}_224", "model_args": small}
+    model = load_pretrained(write_weights(oracle, tmp_path / "timm", settings)).eval()
+    assert model.config.window == windows
+    assert_parity(model, oracle, pictures(224))
+    assert_round_trip(model, "timm", tmp_path / "again")
+    with pytest.raises(ModelError, match="one window for all stages"):
+        save_pretrained(model, tmp_path / "hf", "transformers")
 
 
 def test_pretrained_windows_change_the_position_bias_as_in_transformers_and_timm(tmp_path):
