@@ -283,6 +283,7 @@ def test_a_run_answers_one_question(run_of_visual7w, capsys):
     for question, choices, message in (
         ("Who?", None, "needs --question"),
         (None, ["a", "b"], "needs --question"),
+        ("  ", ["a", "b"], "needs --question"),
         ("Who?", ["a"], "1 choice; a question needs 2 to 26"),
         ("Who?", ["a"] * 27, "27 choices; a question needs 2 to 26"),
         ("Who?", ["a", " "], "choice B is empty"),

@@ -158,12 +158,16 @@ def test_zero_shot_accuracy_stands_before_the_first_step_and_in_the_comparison(r
 def test_a_run_answers_with_its_own_and_with_new_class_names(run, photos, capsys):
     picture = str(next((photos / "val" / "class_0").iterdir()))
     found = load_run(run)
-    assert [name for name, _ in found.predict([picture])[0]].sort() == sorted(NAMES.values()).sort()
+    own = found.predict([picture])
+    assert sorted(name for name, _ in own[0]) == sorted(NAMES.values())
     labels = ["cat, dog", "the bird", "a very long name with spaces", "who"]
     assert program("evaluate").main([str(run), "--image", picture, "--classes", *labels]) == 0
     line = capsys.readouterr().out
     assert all(label in line for label in labels)
+    once = found.predict([picture], classes=labels)
+    assert found.predict([picture]) == own
     found.name_classes(labels)
+    assert found.predict([picture]) == once
     texts = found.tokenizer([text for word in ("a {}", "the {}") for text in class_texts(labels, word)])["input_ids"]
     with torch.no_grad():
         units = F.normalize(found.model.encode_text(texts), dim=-1).view(2, 4, -1).mean(0)
