@@ -9,3 +9,7 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """A run that could not continue: disk full, NaN loss, out of memory. The last checkpoint is
     intact; exit 1."""
+
+
+class LostWorker(RunError):
+    """A process that reads data has died; what is computed from whole batches is not touched."""

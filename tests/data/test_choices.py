@@ -229,7 +229,7 @@ def test_workers_give_the_same_bits_and_augmentation_follows_picture_and_epoch(t
     data = dataset(write_scpc(tmp_path), augment="basic", seed=4)
     pickle.dumps((data, choice_collate(0)))  # as a spawned worker gets it
     keys = train_keys([[0, 1, 2], [3, 4, 5]], 1)
-    here, there = (list(make_loader(data, keys, workers, False, choice_collate(0))) for workers in (0, 1))
+    here, there = (list(make_loader(data, keys, workers, choice_collate(0))) for workers in (0, 1))
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "input_ids", "picture", "index"))
     assert torch.equal(data[(1, 0)]["image"], data[(1, 1)]["image"])  # one picture, one crop

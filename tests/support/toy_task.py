@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from minilora.data.pictures.loader import ignore_signals
+from minilora.data.pictures.loader import make_loader
 from minilora.training.distributed import gather_objects, rank, world_size
 
 
@@ -76,9 +76,7 @@ class ToyTask:
 
     def train_loader(self, epoch, batches):
         keys = [[(epoch, i) for i in batch] for batch in batches]
-        return DataLoader(
-            self.data, batch_sampler=keys, collate_fn=collate, num_workers=self.workers, worker_init_fn=ignore_signals
-        )
+        return make_loader(self.data, keys, self.workers, collate)
 
     def loss(self, model, batch):
         self.losses += 1

@@ -8,18 +8,20 @@ the random numbers of the model.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
+from minilora.data import workers as processes
 from minilora.data.pictures.folder import Split
 from minilora.data.pictures.images import BadImage
 from minilora.data.pictures.transforms import Stored, build_transform
+from minilora.data.workers import in_workers
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures kept in memory, per process
 
@@ -83,7 +85,7 @@ class Pictures:
             return self.kept[i]
         image = self.split.load(i)
         size = 3 * image.width * image.height
-        if size <= self.room and get_worker_info() is None:
+        if size <= self.room and not processes.inside:
             self.kept[i], self.room = image, self.room - size
         return image
 
@@ -168,7 +170,6 @@ def make_loader(
     dataset: Dataset,
     batches: Sequence[Sequence],
     workers: int = 0,
-    pin_memory: bool = False,
     collate_fn: Callable[[Sequence[dict]], dict] = collate,
 ) -> Iterator[dict]:
     """The collated `batches` (lists of keys of `dataset`), in order, prepared by `workers`
@@ -177,54 +178,15 @@ def make_loader(
     The same bits for any number of workers. An error in a worker arrives here as the
     error that it was.
     """
-    loader = DataLoader(
-        _Guarded(dataset),
-        batch_sampler=[list(batch) for batch in batches],
-        num_workers=min(workers, len(batches)),
-        collate_fn=_GuardedCollate(collate_fn),
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-        # else every loader takes a number from the model's generator
-        generator=torch.Generator().manual_seed(0),
-    )
-    for batch in loader:
-        if isinstance(batch, BadImage):
-            raise batch
-        yield batch
+    make, workers = partial(made, dataset, collate_fn), min(workers, len(batches))
+    yield from in_workers(make, [list(batch) for batch in batches], workers) if workers else map(make, batches)
 
 
-def ignore_signals(worker_id: int) -> None:
-    """For workers: SIGINT and SIGTERM, which a terminal or a scheduler sends to all, are the main
-    process's to answer.
-
-    It still needs the batch under way to end its step and to write a checkpoint.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def made(dataset: Dataset, collate_fn: Callable[[Sequence[dict]], dict], batch: Sequence) -> dict:
+    """One batch of `make_loader`."""
+    return collate_fn([dataset[key] for key in batch])
 
 
 def train_keys(batches: Sequence[Sequence[int]], epoch: int) -> list[list[tuple[int, int]]]:
     """Batches of indices -> batches of (epoch, index), the keys of augmented items."""
     return [[(epoch, i) for i in batch] for batch in batches]
-
-
-class _Guarded(Dataset):
-    """Hands a BadImage over as a value: raised in a worker it would come back wrapped in that
-    worker's traceback."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key):
-        try:
-            return self.dataset[key]
-        except BadImage as error:
-            return error
-
-
-class _GuardedCollate:
-    def __init__(self, collate_fn: Callable):
-        self.collate_fn = collate_fn
-
-    def __call__(self, items: list):
-        return next((item for item in items if isinstance(item, BadImage)), None) or self.collate_fn(items)

@@ -126,11 +126,11 @@ def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def vqa_loader(
-    dataset: VQADataset, batches: Sequence[Sequence[int]], epoch: int | None, workers: int = 0, pin: bool = False
+    dataset: VQADataset, batches: Sequence[Sequence[int]], epoch: int | None, workers: int = 0
 ) -> Iterator[dict]:
     """The batches of these questions, in order; make_loader with one key for each batch."""
     keys = [[(epoch, list(batch))] for batch in batches]
-    return make_loader(dataset, keys, workers, pin, collate_fn=only)
+    return make_loader(dataset, keys, workers, only)
 
 
 def only(items: Sequence[dict]) -> dict:

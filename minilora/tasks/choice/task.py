@@ -119,8 +119,7 @@ class Choice(Labelled):
         return ChoiceDataset(split, tokens, self.preprocess, augment, self.config.seed, self.config.bad_data)
 
     def read(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
-        pin, collate = self.device.type == "cuda", choice_collate(self.tokenizer.pad_id)
-        return make_loader(self.data[part], batches, self.workers, pin, collate)
+        return make_loader(self.data[part], batches, self.workers, choice_collate(self.tokenizer.pad_id))
 
     def encoded(self, batch: dict) -> dict[str, Tensor]:
         ids = batch | {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}

@@ -142,7 +142,7 @@ class Classify(Labelled):
         return PictureDataset(split, self.preprocess, augment, self.config.seed, self.config.bad_data)
 
     def read(self, part: str, batches: Sequence[Sequence]) -> Iterable[dict]:
-        rows = make_loader(self.data[part], batches, self.workers, pin_memory=self.device.type == "cuda")
+        rows = make_loader(self.data[part], batches, self.workers)
         return self.finish(rows) if self.finish else rows  # shards: the rest happens on the device
 
     def encoded(self, batch: dict) -> dict[str, Tensor]:

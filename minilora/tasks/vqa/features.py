@@ -37,7 +37,7 @@ class FeatureCache:
         if "vision" in self.towers:
             rows = (plain_batch(data, batch) for batch in batches)
         else:
-            rows = vqa_loader(data, batches, epoch, task.workers, task.device.type == "cuda")
+            rows = vqa_loader(data, batches, epoch, task.workers)
         return (self.filled(batch, self.kept[part]) for batch in rows)
 
     def filled(self, batch: dict, kept: dict[str, Tensor]) -> dict:

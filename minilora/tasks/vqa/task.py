@@ -180,7 +180,7 @@ class VQA(DataTask):
         if self.cache:
             rows = self.cache.batches(part, batches, epoch)
         else:
-            rows = vqa_loader(data, batches, epoch, self.workers, self.device.type == "cuda")
+            rows = vqa_loader(data, batches, epoch, self.workers)
         return self.soft.added(rows, data.part.questions) if self.soft else rows
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
