@@ -10,9 +10,9 @@ import torch
 from minilora import LoRAConfig, inject_lora
 from minilora.inject import cast_frozen
 from minilora.settings.flags import Config
+from minilora.signals import Interrupted
 from minilora.tasks.load import build_task
 from minilora.training.device import Feed, set_deterministic
-from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models.load import FAMILIES
 from tests.support.families import inputs_of, small_model

@@ -22,13 +22,14 @@ READING_PATH = [
     "train.py",
 ]
 
-GROUND = {"minilora.errors", "minilora.atomic", "minilora.ticker", "minilora.version"}
+GROUND = {f"minilora.{name}" for name in ("errors", "atomic", "signals", "ticker", "version")}
 CORE_ROOMS = {"minilora.speed", "minilora.lora", "minilora.lora_config", "minilora.targets", "minilora.inject"}
 BELOW_TASKS = {"adapter", "compress", "data", "report", "settings", "training"}
 # every room of the house: what it may import of the project, besides itself
 MAY_IMPORT = {
     "minilora.errors": set(),
     "minilora.version": set(),
+    "minilora.signals": set(),
     "minilora.ticker": set(),
     "minilora.atomic": {"minilora.errors"},
     "minilora.speed": set(),

@@ -11,7 +11,6 @@ and to OUTPUT/table.md, what the runs say to stderr.
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -237,10 +236,5 @@ def write_table(output: Path, rows: list[RunRow]) -> None:
     atomic_write(output / "table.md", (comparison_table(rows, markdown=True, columns=BACKBONES) + "\n").encode())
 
 
-def stop(signum: int, frame: object) -> None:
-    raise SystemExit(128 + signum)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
     sys.exit(cli.run(main, (UserError, ModelError)))

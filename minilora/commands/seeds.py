@@ -6,8 +6,6 @@ Each is a process of its own and has the bits that --seed N gives. It lies in DI
 
 import copy
 import shlex
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +34,6 @@ def train_all(config: Config) -> int:
     def finish(path: Path, _: Config) -> None:
         rows.append(summary_row(path, read_run_config(path)[0], read_summary(path)))
 
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     failed = run_plan(plan, first.parent, finish)
     if rows:
         print(comparison_table([replace(row, group="") for row in rows] + rows * (len(rows) > 1)))

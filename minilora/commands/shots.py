@@ -11,7 +11,6 @@ to OUTPUT/table.md, its plot to OUTPUT/shots.png, what the runs say to stderr.
 """
 
 import itertools
-import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.atomic import atomic_write
-from minilora.commands.backbones import make_folder, read_table, run_plan, stop, values_of
+from minilora.commands.backbones import make_folder, read_table, run_plan, values_of
 from minilora.errors import UserError
 from minilora.report.curves import COLOURS
 from minilora.report.plots import load_pyplot, save_figure
@@ -138,5 +137,4 @@ def shots_figure(cells: Cells, path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
     sys.exit(cli.run(main, (UserError, ModelError)))

@@ -11,27 +11,31 @@ from collections.abc import Callable, Sequence
 
 from minilora import ticker
 from minilora.errors import RunError
+from minilora.signals import Interrupted, StopSignals
+
+LONGEST = 4000  # letters of a message that quotes a file's
 
 
 def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exception], ...]) -> int:
-    """`main`'s exit code; errors that people can act on become one line on stderr."""
+    """`main`'s exit code; errors that people can act on, and signals, become one line on stderr."""
     downloads, shown = logging.getLogger("reference_models"), logging.StreamHandler()
     downloads.addHandler(shown)
     downloads.setLevel(logging.INFO)
     ticker.visible = True
     try:
-        return main(None)
+        with StopSignals.shared():
+            return main(None)
     except user_errors as error:
         return _complain(str(error), 2)
     except RunError as error:
         return _complain(str(error), 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        return _complain("interrupted", getattr(stop, "code", 130))
     except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
             raise
         return _complain("out of memory; try a smaller --batch-size, --amp bf16, or another --device", 1)
     except OSError as error:
@@ -42,7 +46,8 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {printable(message)}", file=sys.stderr)
+    cut = f" ... ({len(message):,} letters)" * (len(message) > LONGEST)
+    print(f"error: {printable(message[:LONGEST])}{cut}", file=sys.stderr)
     return code
 
 

@@ -21,10 +21,12 @@ from torch.nn import functional as F
 
 from minilora import ticker
 from minilora.data.pictures.loader import epoch_order, in_order
+from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.task import DataTask
 from minilora.training.device import autocast
+from minilora.training.faults import UNREADABLE
 
 
 class Predictions(NamedTuple):
@@ -139,6 +141,12 @@ class Labelled(DataTask):
         if self.teacher:
             mean = self.teacher.added(mean, logits, batch, counts)
         return mean, {"correct": correct, "count": count}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        found = self.predictions(model, "val")
+        if not found.scored.any():
+            raise UserError(f"none of the {len(found.valid)} {self.unit} for validation {UNREADABLE}")
+        return self.scores(found, "val")
 
     def scores(self, found: Predictions, part: str) -> dict[str, float]:
         return found.scores()

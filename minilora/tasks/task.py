@@ -151,7 +151,9 @@ class DataTask(ABC):
             return None
         self.best = best or {}
         with autocast(self.device, self.amp):
-            return self.scores(self.predictions(model.eval(), "test"), "test")
+            scores = self.scores(self.predictions(model.eval(), "test"), "test")
+        # NaN where no picture can be read
+        return None if scores["accuracy"] != scores["accuracy"] else scores
 
     def zero_shot(self) -> dict[str, float] | None:
         return None

@@ -11,7 +11,6 @@ state        what a checkpoint holds, as named tensors and JSON values
 device       the device, and autocast to a precision
 checkpoint   step-N/ written whole or not at all; which one to resume from
 distributed  several processes: a step's batch is cut into shares that weigh every item equally
-signals      SIGTERM and SIGINT end a run after the present step
 faults       NaN, out of memory, a lost process: each as one line with what to try
 progress     the lines on the screen, train.log, metrics.jsonl
 """

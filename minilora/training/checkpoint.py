@@ -11,6 +11,7 @@ checkpoint is either whole or not there. One whose manifest does not agree with 
 byte, does not exist.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -48,7 +49,7 @@ def file_sha256(path: Path) -> str:
 
 def step_of(directory: Path) -> int | None:
     """N of a directory named step-N, None for any other name."""
-    match = re.fullmatch(r"step-(\d+)", directory.name)
+    match = re.fullmatch("step-(0|[1-9][0-9]*)", directory.name)
     return int(match[1]) if match else None
 
 
@@ -60,7 +61,7 @@ def directory_of(run_dir: str | Path, step: int) -> Path:
 def checkpoint_dirs(run_dir: str | Path) -> list[Path]:
     """Every step-N directory of a run, newest first, valid or not."""
     folder = Path(run_dir) / FOLDER
-    found = [d for d in folder.iterdir() if step_of(d) is not None] if folder.is_dir() else []
+    found = [d for d in folder.iterdir() if step_of(d) is not None and d.is_dir()] if folder.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -93,31 +94,36 @@ def save_checkpoint(run_dir: str | Path, tensors: dict[str, Tensor], state: dict
     """Writes step-N (N = state["step"]), then removes all but the newest `keep_last`;
     returns its path.
 
-    Raises RunError with one line when the disk is full; older checkpoints are untouched and nothing
-    half-made stays.
+    One of the same step is replaced: it was written before the validation, this one knows the
+    score. Raises RunError with one line when the disk is full; older checkpoints are untouched and
+    nothing half-made stays.
     """
     final = directory_of(run_dir, state["step"])
-    folder, temporary = final.parent, final.parent / f"{TEMPORARY}{final.name}"
+    folder, temporary, old = final.parent, final.parent / f"{TEMPORARY}{final.name}", final.parent / f"{TEMPORARY}old"
     try:
         remove_leftovers(run_dir)
         temporary.mkdir(parents=True)
         write_safetensors(temporary / FILES[0], {name: portable(t) for name, t in tensors.items()})
         atomic_write(temporary / FILES[1], json.dumps(state, indent=1).encode())
         atomic_write(temporary / MANIFEST, manifest_bytes(temporary))
-        shutil.rmtree(final, ignore_errors=True)  # only ever one that latest_checkpoint refused
+        if os.path.lexists(final):
+            os.replace(final, old)  # killed here, `recover` puts the new one in its place
         os.replace(temporary, final)
         sync_directory(folder)
+        remove(old)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        todo = "Make space" if full else "See to it that nothing else writes there"
         raise RunError(
             f"checkpoint {final} could not be written: {error.strerror or error}; older ones are intact. "
-            "Make space and start the same command again"
+            f"{todo} and start the same command again"
         ) from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         raise
-    for old in checkpoint_dirs(run_dir)[max(1, keep_last) :]:
-        shutil.rmtree(old, ignore_errors=True)
+    for directory in checkpoint_dirs(run_dir)[max(1, keep_last) :]:
+        remove(directory)
     return final
 
 
@@ -142,6 +148,7 @@ def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path
     """
     chosen = None
     if is_main():
+        recover(run_dir)
         chosen = find(run_dir, resume, log)
         ours = chosen is not None and chosen.resolve().parent == (Path(run_dir) / FOLDER).resolve()
         remove_newer(run_dir, step_of(chosen) if ours else -1)
@@ -166,12 +173,29 @@ def remove_newer(run_dir: str | Path, step: int) -> None:
     broken or given up."""
     for directory in checkpoint_dirs(run_dir):
         if step_of(directory) > step:
-            shutil.rmtree(directory, ignore_errors=True)
+            remove(directory)
+
+
+def recover(run_dir: str | Path) -> None:
+    """A checkpoint that a killed process had whole, manifest and all, gets its name."""
+    for torso in (Path(run_dir) / FOLDER).glob(f"{TEMPORARY}step-*"):
+        final = torso.with_name(torso.name.removeprefix(TEMPORARY))
+        if (torso / MANIFEST).is_file() and not os.path.lexists(final):
+            os.replace(torso, final)
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
     """Removes what a killed process left half-made, here and in the run directory itself."""
     for torso in Path(run_dir).glob(".*.tmp"):
-        torso.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.[0-9]+\.tmp", torso.name) and torso.is_file():  # atomic.py's
+            remove(torso)
     for torso in (Path(run_dir) / FOLDER).glob(f"{TEMPORARY}*"):
-        shutil.rmtree(torso, ignore_errors=True)
+        remove(torso)
+
+
+def remove(path: Path) -> None:
+    """Away with a folder and all that is in it, or with a file, a link, a pipe."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minilora.errors import UserError
+from minilora.errors import RunError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,32 +58,58 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return batch | {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile on every transformer block, else on the whole model; in place, so that the
+    names of parameters stay.
+
+    Blocks of one shape share one compilation, which so takes seconds however many there are. The
+    kinds of block, batch and mode together are more than the 8 after which torch gives up.
+    """
+    settings, limit = torch._dynamo.config, "recompile_limit"
+    limit = limit if hasattr(settings, limit) else "cache_size_limit"  # its old name
+    setattr(settings, limit, max(64, getattr(settings, limit)))
+    lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
+    for module in [block for blocks in lists for block in blocks] or [model]:
+        module.compile()
+
+
 class Feed:
     """The batches of a loader, each beside its copy on the device: next(feed) -> (batch, copy).
 
     `ahead()` is called when a step's work is on its way: a GPU then gets the next batch on a stream
     of its own while it computes, and the host reads it before it waits. A CPU has nothing to gain.
+    `wait()` returns when the next batch is here, or raises what reading it has raised.
     """
 
     def __init__(self, loader: Iterable[dict], device: torch.device):
         self.loader, self.device = iter(loader), device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ready: tuple[dict, dict] | None = None
+        self.ready: tuple[dict, dict] | Exception | None = None
 
     def ahead(self) -> None:
         if self.stream is not None:
             with torch.cuda.stream(self.stream), contextlib.suppress(StopIteration):
-                self.ready = self.fetch()
+                try:
+                    self.ready = self.fetch()
+                except (RunError, UserError) as error:  # a matter of the next step, not of this one
+                    self.ready = error
+
+    def wait(self) -> None:
+        if self.ready is None:
+            self.ready = self.fetch()
+        if isinstance(self.ready, Exception):
+            raise self.ready
 
     def __next__(self) -> tuple[dict, dict]:
-        if self.ready is None:
-            return self.fetch()
+        self.wait()
         (batch, copy), self.ready = self.ready, None
-        compute = torch.cuda.current_stream(self.device)
-        compute.wait_stream(self.stream)
-        for tensor in copy.values():
-            if isinstance(tensor, Tensor):
-                tensor.record_stream(compute)  # else its memory is free for the next copy too early
+        if self.stream is not None:
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_stream(self.stream)
+            for tensor in copy.values():
+                if isinstance(tensor, Tensor):
+                    # else its memory is free for the next copy too early
+                    tensor.record_stream(compute)
         return batch, copy
 
     def fetch(self) -> tuple[dict, dict]:

@@ -170,19 +170,33 @@ def skip_items(batches: list[list[int]], done: int) -> list[list[int]]:
     return left
 
 
+def joined(batches: list[list[int]], least: int) -> list[list[int]]:
+    """The batches with each of fewer than `least` items joined to the one before, the first to the
+    next. Where all are so small, somebody wanted it."""
+    if max(map(len, batches), default=0) < least:
+        return batches
+    whole: list[list[int]] = []
+    for batch in batches:
+        if whole and min(len(batch), len(whole[-1])) < least:
+            whole[-1] = whole[-1] + batch
+        else:
+            whole.append(batch)
+    return whole
+
+
 def turns(grad_accum_steps: int) -> int:
     """Microbatches of one optimizer step, over all processes."""
     return grad_accum_steps * world_size()
 
 
-def share_steps(batches: list[list[int]], grad_accum_steps: int) -> list[Step]:
-    """This process's share of the steps: each batch is cut into `turns` microbatches, every
-    world_size-th is ours."""
+def share_steps(batches: list[list[int]], grad_accum_steps: int, least: int = 1) -> list[Step]:
+    """This process's share of the steps: each batch is cut into `turns` microbatches of at least
+    `least` items, every world_size-th is ours."""
     world, me = world_size(), rank()
     steps = []
     for batch in batches:
-        size = -(-len(batch) // turns(grad_accum_steps))  # rounded up
-        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+        size = max(least, -(-len(batch) // turns(grad_accum_steps)))  # rounded up
+        parts = joined([batch[i : i + size] for i in range(0, len(batch), size)], least)
         mine = parts[me::world]
         weights = [len(part) * world / len(batch) for part in mine]
         # a short last step: take part in the exchange with a borrowed batch that counts nothing

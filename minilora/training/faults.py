@@ -15,6 +15,7 @@ from minilora.errors import RunError
 from minilora.training.distributed import gather_objects, world_size
 from minilora.training.progress import peak_memory_mb
 
+UNREADABLE = "counts: no picture can be read, or no answer is known; --bad-data error names the first of them"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ProcessGroup", "Gloo")
 
@@ -39,6 +40,14 @@ def explain_nonfinite(task: object, model: nn.Module, loss: float, microbatches:
     return f"{what} is not finite; batch: {'; '.join(f for files, _ in found for f in files)}"
 
 
+def least_items(model: nn.Module) -> int:
+    """2 for a model with a BatchNorm whose statistics move: one picture has no deviation."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    # torch's own move even where they are frozen
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return 1 + any(type(m) in plain or m.weight is None or m.weight.requires_grad for m in norms)
+
+
 def first_line(message: str) -> str:
     """What a long message says first, cut to 200 characters."""
     return next((line.strip() for line in message.splitlines() if line.strip()), "no reason given")[:200]
@@ -52,6 +61,10 @@ def readable_errors(device: torch.device, batch_size: int, where: Callable[[], s
         yield
     except RunError:
         raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RunError(f"{where()}: BatchNorm needs two items in a batch at least; try --batch-size 2") from error
     except RuntimeError as error:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError) or any(text in message for text in OUT_OF_MEMORY):

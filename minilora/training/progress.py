@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,8 +37,21 @@ def finite_or_none(value: object) -> object:
 
 def not_through_a_link(path: str, flags: int) -> int:
     """For open(): a file that is a symbolic link is refused, so that a run writes in its own
-    directory alone."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    directory alone; a pipe that nobody reads too, for which it would wait."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def resumed_line(run: Any) -> str:
+    """Where a Trainer's run continues and how its learning rate goes on, or that it has ended."""
+    now, o = run.state, run.options
+    if not run.unfinished():
+        why = "by --early-stop" if now.epoch < o.epochs and now.step < run.last_step else "as planned"
+        more = "--resume RUN with a larger --epochs (and --max-steps, if there is one) trains it longer"
+        end = f"this run has ended {why}, after epoch {now.epoch} of {o.epochs}, step {now.step}"
+        return f"resumed from {run.saved}: {end}; {more}"
+    rate = run.lr_factor() * run.optimizer.param_groups[0]["base_lr"]
+    line = f"resumed from {run.saved}: epoch {now.epoch + 1} of {o.epochs}, step {now.step} of {run.total_steps}"
+    return f"{line}; {o.sched} schedule, the next learning rate is {rate:.3g}"
 
 
 class Progress:

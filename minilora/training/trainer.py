@@ -18,6 +18,7 @@ A run stopped after any step and resumed ends with the same bits: the checkpoint
 changes, and random numbers are drawn from (seed, step, rank).
 """
 
+import contextlib
 import math
 import signal
 import sys
@@ -26,16 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.adapter import save_adapter
 from minilora.atomic import write_safetensors
-from minilora.errors import RunError, UserError
+from minilora.errors import LostWorker, RunError, UserError
+from minilora.signals import Interrupted, StopSignals
 from minilora.training import checkpoint, distributed, optim, state
-from minilora.training.device import Feed, autocast
-from minilora.training.faults import explain_nonfinite, readable_errors
-from minilora.training.progress import Progress
-from minilora.training.signals import Interrupted, StopSignals
+from minilora.training.device import Feed, autocast, compile_blocks
+from minilora.training.faults import UNREADABLE, explain_nonfinite, least_items, readable_errors
+from minilora.training.progress import Progress, resumed_line
 
 # what a step adds up over its microbatches, then over the processes, in this order
 LOSS, CORRECT, COUNTED, STOP, LATE = range(5)
@@ -95,10 +96,13 @@ class Trainer:
         self.loss = distributed.wrap(distributed.TaskLoss(task))
         unit = getattr(task, "unit", "items")
         self.progress = Progress(self.run_dir, self.device, options.log_interval, options.log_to, unit)
-        self.signals = StopSignals()
+        self.signals = StopSignals.shared()
+        self.between = True  # two steps: nothing is half done
+        self.least, self.joins = least_items(self.model), False
         self.state = state.TrainState()
         self.best_tensors: dict[str, Tensor] = {}  # of epoch self.state.best, on the CPU
         self.saved: Path | None = None  # the newest checkpoint
+        self.kept: tuple[int, int] | None = None  # step and epoch of what it holds
         self.deadline, self.late = math.inf, False  # --time-limit, and whether it is reached
 
         first = self.steps_of(0)
@@ -113,12 +117,18 @@ class Trainer:
     def fit(self) -> dict:
         """Trains to the end, leaves the best epoch's weights in the model, returns how it went."""
         self.load_checkpoint()
+        if self.joins:
+            self.progress.log("a batch of one joins the batch before it: BatchNorm needs two for its statistics")
         self.deadline = time.monotonic() + 60 * (self.options.time_limit or math.inf)
         with self.signals, self.progress, readable_errors(self.device, self.batch_size, self.where):
-            while self.unfinished():
-                # an epoch that the time limit cuts is scored only where there is no other score
-                if self.train_one_epoch() or self.state.best is None:
-                    self.end_epoch()
+            try:
+                while self.unfinished():
+                    # an epoch that the time limit cuts is scored only where there is no other score
+                    if (whole := self.train_one_epoch()) or self.state.best is None:
+                        self.end_epoch(whole)
+            except (Interrupted, LostWorker) as stop:
+                self.put_away(stop)
+                raise
         if self.cut_short:
             minutes, step = self.options.time_limit, self.state.step
             self.progress.log(f"time limit of {minutes:g} minutes reached after step {step}; checkpoint {self.saved}")
@@ -163,19 +173,26 @@ class Trainer:
         batches = [batch for step in steps for batch in step.batches]
         feed = Feed(self.task.train_loader(now.epoch, batches), self.device)
         self.model.train()
-        whole = True
-        for number, step in enumerate(steps, start=1):
-            stop = self.train_step(step, feed)
-            now.step += 1
-            now.position += step.items
-            self.progress.step(now, self.total_steps)
-            whole = number == len(steps)
-            if stop or (not whole and (self.late or (every and now.step % every == 0))):
-                self.save_checkpoint()
-            if stop:
-                self.leave()
-            if self.late:
-                break
+        whole, alone = True, distributed.world_size() == 1
+        # several processes stop after the same step: `train_step` asks them all
+        with contextlib.nullcontext() if alone else self.signals.held(ends=False):
+            for number, step in enumerate(steps, start=1):
+                feed.wait()
+                with self.signals.held():
+                    self.between = False
+                    stop = self.train_step(step, feed)
+                    now.step += 1
+                    now.position += step.items
+                    self.between = True
+                    self.progress.step(now, self.total_steps)
+                    whole = number == len(steps)
+                    if stop or (not whole and (self.late or (every and now.step % every == 0))):
+                        self.save_checkpoint()
+                if stop:
+                    distributed.barrier()  # torchrun stops all when the first one ends
+                    raise Interrupted(int(self.signals.signum or signal.SIGTERM))
+                if self.late:
+                    break
         self.progress.end_epoch()
         return whole
 
@@ -183,7 +200,10 @@ class Trainer:
         """This process's share of an epoch without its first `done` items."""
         accumulate = self.options.grad_accum_steps
         batches = self.task.train_batches(epoch, distributed.turns(accumulate))
-        return distributed.share_steps(distributed.skip_items(batches, done), accumulate)
+        whole = distributed.joined(batches, self.least)
+        self.joins = self.joins or len(whole) < len(batches)
+        left = distributed.joined(distributed.skip_items(whole, done), self.least)
+        return distributed.share_steps(left, accumulate, self.least)
 
     def train_step(self, step: distributed.Step, feed: Feed) -> bool:
         """One optimizer step; returns whether a signal has asked some process to stop after it.
@@ -244,26 +264,33 @@ class Trainer:
         self.state.skipped += 1
         self.progress.log(f"skipped step {self.state.step + 1}: {reason}")
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, whole: bool) -> None:
         """Validates, keeps the best epoch's weights, writes the epoch's line and a checkpoint."""
         now = self.state
+        if now.sums[3] and not now.sums[2]:
+            raise UserError(f"epoch {now.epoch + 1}: none of {now.sums[3]:.0f} {self.progress.unit} {UNREADABLE}")
         distributed.broadcast_buffers(self.model)
+        self.save_checkpoint()  # who is killed while it validates loses nothing of the epoch
+        if asked := [signum for signum in distributed.gather_objects(self.signals.signum) if signum]:
+            raise Interrupted(asked[0])
         self.model.eval()
         with torch.no_grad(), autocast(self.device, self.options.amp):
             scores = distributed.gather_objects(self.task.evaluate(self.model))[0]
         if not math.isfinite(scores["loss"]) and self.options.nan_policy == "stop":
             raise RunError(f"{self.where()}: the validation loss is {scores['loss']}; try a smaller --lr")
-        row = self.progress.epoch_row(now, scores)
-        now.history.append(row)
-        now.epoch, now.position, now.seconds, now.sums = now.epoch + 1, 0, 0.0, [0.0] * 4
-        if self.options.sched == "plateau":
-            now.plateau.update(scores["loss"])
-        if state.better(row, now.best, self.task.metric):
-            now.best = row
-            self.best_tensors = {n: state.portable(t) for n, t in state.model_tensors(self.model).items()}
-            self.save_best()
-        self.save_checkpoint()
-        self.progress.write_metrics(now.history)
+        with self.signals.held():
+            row = self.progress.epoch_row(now, scores)
+            now.history.append(row)
+            now.epoch, now.position, now.seconds, now.sums = now.epoch + 1, 0, 0.0, [0.0] * 4
+            if self.options.sched == "plateau":
+                now.plateau.update(scores["loss"])
+            if state.better(row, now.best, self.task.metric):
+                now.best = row
+                self.best_tensors = {n: state.portable(t) for n, t in state.model_tensors(self.model).items()}
+                self.save_best()
+            if whole:
+                self.save_checkpoint()
+            self.progress.write_metrics(now.history)
 
     def where(self) -> str:
         """For messages: the step under way and what is safe."""
@@ -276,12 +303,13 @@ class Trainer:
         warmup = round(self.options.warmup_ratio * total)
         return now.plateau.factor * optim.schedule_factor(sched, now.step, total, warmup)
 
-    def leave(self) -> None:
-        """Ends the process once rank 0 has written: torchrun stops all when the first one ends."""
-        distributed.barrier()
-        signum = int(self.signals.signum or signal.SIGTERM)
-        self.progress.log(f"stopped by signal {signum} after step {self.state.step}; checkpoint {self.saved}")
-        raise Interrupted(signum)
+    def put_away(self, stop: Interrupted | LostWorker) -> None:
+        """A run that is stopped keeps what it has learned, and says where."""
+        if self.between and self.state.step:
+            self.save_checkpoint()
+        if isinstance(stop, LostWorker):
+            raise RunError(f"{self.where()}: {stop}") from None
+        self.progress.log(f"stopped by signal {stop.signum} after step {self.state.step}; checkpoint {self.saved}")
 
     def save_best(self) -> None:
         """The weights now in the model become the run's result: an adapter, or all of
@@ -296,15 +324,15 @@ class Trainer:
             save_adapter(self.model, self.run_dir)
 
     def save_checkpoint(self) -> None:
-        """All that changes while training; once per step at most."""
+        """All that changes while training; once per step, and once more with its score."""
         now, path = self.state, checkpoint.directory_of(self.run_dir, self.state.step)
-        if self.saved == path:
+        if self.kept == (now.step, now.epoch):
             return
         tensors, values = state.pack(now, self.model, self.optimizer, self.scaler, self.best_tensors)
         values["data"] = self.listing
         if distributed.is_main():
             checkpoint.save_checkpoint(self.run_dir, tensors, values, self.options.keep_checkpoints)
-        self.saved = path
+        self.saved, self.kept = path, (now.step, now.epoch)
 
     def load_checkpoint(self) -> None:
         """Resumes where options.resume says; in a fresh run directory there is nothing to do."""
@@ -314,34 +342,9 @@ class Trainer:
         tensors, values = checkpoint.load_checkpoint(self.saved)
         parts = (self.model, self.optimizer, self.scaler)
         self.state, self.best_tensors = state.unpack(tensors, values, *parts, where=str(self.saved))
+        if self.saved == checkpoint.directory_of(self.run_dir, self.state.step):
+            self.kept = self.state.step, self.state.epoch
         self.progress.write_metrics(self.state.history)
-        self.progress.log(self.resumed_line())
+        self.progress.log(resumed_line(self))
         if change := state.changed_data(values.get("data"), self.listing):
             self.progress.log(change)
-
-    def resumed_line(self) -> str:
-        """Where the run continues and how its learning rate goes on, or that it has ended."""
-        now, o = self.state, self.options
-        if not self.unfinished():
-            why = "by --early-stop" if now.epoch < o.epochs and now.step < self.last_step else "as planned"
-            more = "--resume RUN with a larger --epochs (and --max-steps, if there is one) trains it longer"
-            end = f"this run has ended {why}, after epoch {now.epoch} of {o.epochs}, step {now.step}"
-            return f"resumed from {self.saved}: {end}; {more}"
-        rate = self.lr_factor() * self.optimizer.param_groups[0]["base_lr"]
-        line = f"resumed from {self.saved}: epoch {now.epoch + 1} of {o.epochs}, step {now.step} of {self.total_steps}"
-        return f"{line}; {o.sched} schedule, the next learning rate is {rate:.3g}"
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile on every transformer block, else on the whole model; in place, so that the
-    names of parameters stay.
-
-    Blocks of one shape share one compilation, which so takes seconds however many there are. The
-    kinds of block, batch and mode together are more than the 8 after which torch gives up.
-    """
-    settings, limit = torch._dynamo.config, "recompile_limit"
-    limit = limit if hasattr(settings, limit) else "cache_size_limit"  # its old name
-    setattr(settings, limit, max(64, getattr(settings, limit)))
-    lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
-    for module in [block for blocks in lists for block in blocks] or [model]:
-        module.compile()

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from minilora.errors import UserError
 from minilora.settings.parse import given, parse_args, read_run_config
+from minilora.signals import Interrupted
 from minilora.tasks.runfiles import ended
-from minilora.training.signals import Interrupted
 from tests.support.tiny_tasks import evaluate, run_quickly, train, write_tasks
 from tests.tasks.test_resume import stop_after
 

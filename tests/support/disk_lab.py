@@ -17,8 +17,8 @@ from pathlib import Path
 
 from minilora.errors import UserError
 from minilora.settings import exit_codes as cli
+from minilora.signals import Interrupted
 from minilora.training import checkpoint
-from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer
 from reference_models import ModelError
 from tests.support.tiny_tasks import bits, train, write_tasks

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from minilora.errors import UserError
-from minilora.training.signals import Interrupted
+from minilora.signals import Interrupted
 from minilora.training.state import changed_data
 from minilora.training.trainer import Trainer
 from tests.support.tiny_tasks import bits, run_quickly, write_tasks

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from minilora.errors import RunError, UserError
 from minilora.settings.flags import Config
 from minilora.settings.parse import read_toml
+from minilora.signals import Interrupted
 from minilora.tasks import rundir
-from minilora.training.signals import Interrupted
 from reference_models import create_model, save_pretrained
 from tests.support.cli_data import QUICK, write_photos
 from tests.support.tiny_tasks import bits, run_quickly, train

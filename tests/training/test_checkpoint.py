@@ -1,7 +1,11 @@
 """minilora/training/checkpoint.py: what is not exactly what was written does not exist."""
 
+import contextlib
 import json
+import os
 import shutil
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +170,75 @@ def test_digest_tells_names_and_bits_apart(tmp_path):
 def test_state_json_is_plain_json_with_the_step(run):
     values = json.loads((run / "checkpoints" / "step-8" / "state.json").read_text())
     assert values["step"] == 8
+
+
+def odd(path, kind):
+    """Something that is no checkpoint, at `path`."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as one:
+            one.bind(str(path))
+    elif kind == "link":
+        os.symlink("/etc", path)
+    elif kind == "folder":
+        path.mkdir()
+        os.mkfifo(path / "state.json")
+    else:
+        path.write_text("x")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "link", "folder", "file"])
+@pytest.mark.parametrize("name", ["step-8", "step-9", "step-102", ".tmp-step-9", ".tmp-old", "step-007", "notes"])
+def test_odd_entries_are_no_checkpoints_and_stop_nothing(run, monkeypatch, kind, name):
+    """In checkpoints/ and, as torsos, in the run itself; nothing waits for a pipe, and no good checkpoint goes."""
+    monkeypatch.chdir(run)  # the name of a socket may not be long
+    folder = run / "checkpoints"
+    if name == "step-8":
+        checkpoint.remove(folder / name)
+    odd(Path("checkpoints") / name, kind)
+    for torso in (".dir.tmp", ".a.17.tmp"):
+        odd(Path(torso), "folder")
+    assert checkpoint.choose(run, "auto", lambda line: None).name == ("step-4" if name == "step-8" else "step-8")
+    for step in (9, 102):
+        checkpoint.save_checkpoint(run, *tiny(step))
+    assert checkpoint.latest_checkpoint(run).name == "step-102"
+    assert [d.name for d in checkpoint.checkpoint_dirs(run)][:2] == ["step-102", "step-9"]
+    assert (run / ".dir.tmp").is_dir() and (run / ".a.17.tmp").is_dir(), "they are not ours"
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_and_never_missing(run, monkeypatch):
+    """Killed between the two renames, the next start finds the new one."""
+    tensors, values = tiny(8)
+    checkpoint.save_checkpoint(run, tensors, values | {"epoch": 2})
+    assert checkpoint.load_checkpoint(checkpoint.latest_checkpoint(run))[1]["epoch"] == 2
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        if str(source).endswith(".tmp-step-8"):
+            calls.append(target)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(checkpoint, "remove", lambda path: None)  # as a SIGKILL would leave it
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_checkpoint(run, tensors, values | {"epoch": 3})
+    monkeypatch.undo()
+    assert not (run / "checkpoints" / "step-8").exists() and calls
+    chosen = checkpoint.choose(run, "auto", print)
+    assert chosen.name == "step-8" and checkpoint.load_checkpoint(chosen)[1]["epoch"] == 3
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-4", "step-8"]
+
+
+def test_a_folder_that_goes_away_while_it_is_written_is_no_matter_of_space(run, monkeypatch):
+    replace = os.replace
+
+    def vanished(source, target):
+        shutil.rmtree(run / "checkpoints")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", vanished)
+    with pytest.raises(RunError) as caught:
+        checkpoint.save_checkpoint(run, *tiny(9))
+    assert "No such file" in str(caught.value) and "space" not in str(caught.value)

@@ -113,3 +113,27 @@ def test_torchrun_passes_sigterm_on_and_max_restarts_goes_on_from_the_checkpoint
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed from" in done.stdout and checkpoint.latest_checkpoint(tmp_path / "run") is not None
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("items", [3, 4, 7, 9, 13, 22])
+def test_with_batchnorm_no_microbatch_has_one_item_and_every_item_counts_once(monkeypatch, turns, items):
+    order = list(range(items))
+    batches = [order[i : i + 3 * turns] for i in range(0, items, 3 * turns)]
+    for world in (1, 2):
+        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
+        seen: list[int] = []
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            for step in distributed.share_steps(distributed.joined(batches, 2), turns, least=2):
+                assert all(len(part) >= 2 for part in step.batches)
+                seen += [i for part, w in zip(step.batches, step.weights, strict=True) if w for i in part]
+        assert sorted(seen) == order
+
+
+def test_batches_that_are_too_small_join_the_one_before_and_the_first_the_next():
+    assert distributed.joined([[1, 2], [3]], 2) == [[1, 2, 3]]
+    assert distributed.joined([[1], [2, 3], [4], [5, 6], [7]], 2) == [[1, 2, 3, 4], [5, 6, 7]]
+    assert distributed.joined([[1, 2], [3]], 1) == [[1, 2], [3]]
+    assert distributed.joined([[1], [2]], 2) == [[1], [2]], "--batch-size 1 is what somebody wants"
+    assert distributed.joined([], 2) == []

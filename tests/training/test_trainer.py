@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from minilora.errors import RunError, UserError
+from minilora.signals import Interrupted
 from minilora.training import checkpoint
-from minilora.training.signals import Interrupted
 from minilora.training.state import step_seed, tensors_sha256
 from minilora.training.trainer import Trainer, TrainOptions
 from tests.support.toy_task import ToyTask
@@ -346,3 +346,75 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     train(tmp_path, {"norm": False})
     with pytest.raises(UserError, match="missing norm.weight.*--resume never"):
         train(tmp_path, {"norm": True})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_last_batch_of_one_joins_the_one_before_where_batchnorm_moves(tmp_path, accumulate, capsys):
+    """13 items in batches of 4 (12 items a step): the bits of one run, of one resumed at every step, and a line."""
+    task = {"n": 13, "batch_size": 4}
+    trainer, result = train(tmp_path / "whole", task, epochs=2, grad_accum_steps=accumulate, log_interval=0)
+    assert result["steps"] == (6 if accumulate == 1 else 2)
+    assert capsys.readouterr().out.count("a batch of one joins the batch before it") == 1
+    for k in range(1, result["steps"]):
+        run = tmp_path / f"at-{k}"
+        options = TrainOptions(**{"epochs": 2, "grad_accum_steps": accumulate, "log_interval": 0, "amp": "fp32"})
+        stopped = Trainer(ToyTask(**task), options, run, "cpu")
+        interrupt_after(k, stopped)
+        _, again = train(run, task, epochs=2, grad_accum_steps=accumulate, log_interval=0)
+        assert again["weights_sha256"] == result["weights_sha256"], k
+    capsys.readouterr()
+    _, plain = train(tmp_path / "plain", task | {"norm": False}, epochs=2, grad_accum_steps=accumulate, log_interval=0)
+    assert plain["steps"] == (8 if accumulate == 1 else 4) and "joins" not in capsys.readouterr().out
+
+
+def test_a_single_item_for_batchnorm_is_a_sentence(tmp_path):
+    with pytest.raises(RunError, match="BatchNorm needs two items in a batch at least; try --batch-size 2"):
+        train(tmp_path, {"n": 5, "batch_size": 1}, epochs=1)
+
+
+def test_a_frozen_batchnorm_of_ours_needs_no_second_item():
+    from minilora.training.faults import least_items
+    from reference_models.mobilenet import BatchNorm
+
+    assert least_items(torch.nn.Sequential(BatchNorm(3))) == 2
+    assert least_items(torch.nn.Sequential(BatchNorm(3).requires_grad_(False))) == 1
+    assert least_items(torch.nn.Sequential(torch.nn.BatchNorm2d(3).requires_grad_(False))) == 2
+    assert least_items(torch.nn.Linear(3, 3)) == 1
+
+
+def test_an_epoch_of_which_nothing_counts_says_so(tmp_path):
+    task = ToyTask()
+    loss = task.loss
+    task.loss = lambda model, batch: (lambda mean, stats: (mean * 0, stats | {"count": 0}))(*loss(model, batch))
+    with pytest.raises(UserError, match="epoch 1: none of 22 items counts: no picture can be read"):
+        Trainer(task, TrainOptions(epochs=1), tmp_path, "cpu").fit()
+
+
+def test_killed_while_it_validates_a_run_goes_on_after_the_epoch(tmp_path):
+    """--save-every 0: the checkpoint of the epoch's end is written before its validation, and once more after it."""
+    whole = train(tmp_path / "whole", epochs=2, log_interval=0)[1]
+
+    class Killed(Exception):
+        pass
+
+    for epoch in (1, 2):
+        task, seen = ToyTask(), []
+
+        def evaluate(model, task=task, seen=seen, epoch=epoch, evaluate=ToyTask.evaluate):
+            seen.append(1)
+            if len(seen) == epoch:
+                raise Killed
+            return evaluate(task, model)
+
+        task.evaluate = evaluate
+        run = tmp_path / f"killed-{epoch}"
+        trainer = Trainer(task, TrainOptions(epochs=2, log_interval=0), run, "cpu")
+        with pytest.raises(Killed):
+            trainer.fit()
+        newest = checkpoint.latest_checkpoint(run)
+        assert newest.name == f"step-{6 * epoch}"
+        assert checkpoint.load_checkpoint(newest)[1]["position"] == 22
+        trainer, again = train(run, epochs=2, log_interval=0)
+        assert again["weights_sha256"] == whole["weights_sha256"]
+        assert without_times(again["history"]) == without_times(whole["history"])
+        assert checkpoint.load_checkpoint(checkpoint.latest_checkpoint(run))[1]["position"] == 0
