@@ -22,13 +22,18 @@ from pathlib import Path
 # which other work may need, and a step beside it then takes five to ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from minilora.signals import StopSignals
+
+if __name__ == "__main__":
+    StopSignals.shared().__enter__()  # what follows takes seconds to import
+
 import torch
 
 from minilora import ticker
 from minilora.adapter import export_adapter
 from minilora.atomic import atomic_write, write_json, write_png
 from minilora.commands.compression import check_pruning, compression_report, latency
-from minilora.commands.results import attention_figures, report_data, run_row, zero_shot_row
+from minilora.commands.results import attention_figures, report_data, resume_command, run_row, zero_shot_row
 from minilora.errors import UserError
 from minilora.formats.foreign import layout_table
 from minilora.inject import merge_lora
@@ -43,6 +48,7 @@ from minilora.settings.flags import PICTURE_FLAGS, Config
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import Parser, check_prompt
 from minilora.speed.threads import set_threads
+from minilora.tasks import lock
 from minilora.tasks.load import load_run, task_module
 from minilora.tasks.run import Evaluation, Run
 from minilora.tasks.runfiles import ended
@@ -77,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in runs if options.classes else ():
         run.name_classes(options.classes)
     for run in (run for run in runs if not ended(run.config, run.summary)):
-        done = f"{len(read_metrics(run.path / 'metrics.jsonl'))} of {run.config.epochs} epochs are done"
-        print(f"{run.path}: has not ended, {done}; continue it with: python train.py --resume {run.path}")
+        done = f"has not ended, {len(read_metrics(run.path / 'metrics.jsonl'))} of {run.config.epochs} epochs are done"
+        other = lock.at_work(run.path)
+        todo = f"{other} trains there now" if other else f"continue it with: {resume_command(run.path)}"
+        print(f"{run.path}: {done}; {todo}")
     if options.image:
         return answer(runs[0], options)
     check_pruning(runs, options, typed)

@@ -18,11 +18,24 @@ from pathlib import Path
 # which other work may need, and a step beside it then takes five to ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from minilora.signals import Interrupted, StopSignals
+
+if __name__ == "__main__":
+    StopSignals.shared().__enter__()  # what follows takes seconds to import
+
 import torch
 
 from minilora.commands.dryrun import describe_plan
 from minilora.commands.listing import print_lists
-from minilora.commands.results import method_line, next_commands, result_line, write_results, zero_shot_line
+from minilora.commands.results import (
+    method_line,
+    next_commands,
+    result_line,
+    resume_command,
+    unlearned_line,
+    write_results,
+    zero_shot_line,
+)
 from minilora.commands.seeds import train_all
 from minilora.errors import UserError
 from minilora.inject import count_parameters
@@ -30,6 +43,7 @@ from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config
 from minilora.settings.parse import parse_args
 from minilora.speed.threads import set_threads
+from minilora.tasks import lock
 from minilora.tasks.load import build_task
 from minilora.tasks.precision import choose_amp, settle_precision
 from minilora.tasks.rundir import continued, open_run_dir
@@ -38,7 +52,6 @@ from minilora.tasks.task import Task
 from minilora.training import distributed
 from minilora.training.board import check_available
 from minilora.training.device import choose_device, set_deterministic
-from minilora.training.signals import Interrupted
 from minilora.training.trainer import Trainer, TrainOptions
 from reference_models import ModelError
 
@@ -69,27 +82,36 @@ def train(config: Config, checkpoint: Path | None, device: torch.device) -> int:
     if config.dry_run:
         print(*describe_plan(task, options, device), sep="\n")
         return 0
-    # rank 0 opens the directory, and everybody learns its name
-    opened = prepare(task, checkpoint) if distributed.is_main() else None
-    run_dir = Path(distributed.gather_objects(opened)[0])
-    trainer = Trainer(task, options, run_dir, device)
-    data = (*task.data_lines(), *task.picture_lines())
-    for line in (*data, str(count_parameters(task.model)), method_line(config, options, device)):
-        trainer.progress.log(line)
-    if zero_shot := task.zero_shot():
-        trainer.progress.log(zero_shot_line(task, zero_shot))
     try:
+        # rank 0 opens the directory, and everybody learns its name
+        opened = prepare(task, checkpoint) if distributed.is_main() else None
+        run_dir = Path(distributed.gather_objects(opened)[0])
+        return run(task, Trainer(task, options, run_dir, device))
+    finally:
+        lock.release()
+
+
+def run(task: Task, trainer: Trainer) -> int:
+    """What happens in the run directory."""
+    config, options, device, run_dir = task.config, trainer.options, trainer.device, trainer.run_dir
+    try:
+        for line in (*task.data_lines(), *task.picture_lines(), str(count_parameters(task.model))):
+            trainer.progress.log(line)
+        trainer.progress.log(method_line(config, options, device))
+        if zero_shot := task.zero_shot():
+            trainer.progress.log(zero_shot_line(task, zero_shot))
         result = trainer.fit()
+        if trainer.cut_short:
+            trainer.progress.log(f"resume with: {resume_command(run_dir)}")
+        test = task.test(task.model, result["best"])
+        for line in filter(None, (result_line(task, result, test), unlearned_line(task, result))):
+            trainer.progress.log(line)
+        if distributed.is_main():
+            write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)
+            print(*next_commands(run_dir, config), sep="\n")
     except Interrupted:
-        trainer.progress.log(f"go on with: python train.py --resume {run_dir}")
+        trainer.progress.log(f"go on with: {resume_command(run_dir)}")
         raise
-    if trainer.cut_short:
-        trainer.progress.log(f"resume with: python train.py --resume {run_dir}")
-    test = task.test(task.model, result["best"])
-    trainer.progress.log(result_line(task, result, test))
-    if distributed.is_main():
-        write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)
-        print(*next_commands(run_dir, config), sep="\n")
     return 0
 
 

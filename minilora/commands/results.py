@@ -2,6 +2,8 @@
 report.html and README.md.
 """
 
+import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,17 +81,35 @@ def _by_part(task: Task, shares: dict[str, float | None], metric: str) -> str:
     return f"{NAMES.get(metric, metric)} {', '.join(words)}"
 
 
+def unlearned_line(task: Task, result: dict) -> str | None:
+    """A line where the training loss did not fall below that of a guess, log(K) of K classes."""
+    config, loss, guess = task.config, result["final"]["train_loss"], math.log(len(task.labels))
+    other = config.teacher or config.soft_targets or getattr(config, "multi_label", False)
+    if other or loss is None or loss < guess:
+        return None
+    return (
+        f"nothing was learned: the training loss ended at {loss:.4g}, and that of a guess is {guess:.4g}; try another "
+        f"--lr (it was {config.lr:g}) or more --epochs"
+    )
+
+
+def resume_command(run_dir: Path) -> str:
+    """What to type to resume a run."""
+    return shlex.join(["python", "train.py", "--resume", str(run_dir)])
+
+
 def next_commands(run_dir: Path, config: Config) -> list[str]:
     """The run directory, and what to type now."""
     # two towers are ours, or need a text tower as transformers has it
     layout = "minilora" if config.task == "vqa" or isinstance(config.model, dict) else "transformers"
     question = {"classify": "", "vqa": ' --question "..."', "choice": ' --question "..." --choices A B C D'}
+    command = shlex.join(["python", "evaluate.py", str(run_dir)])
     return [
         f"run directory: {run_dir}",
         "next:",
-        f"  python evaluate.py {run_dir} --report report.html",
-        f"  python evaluate.py {run_dir} --image PICTURE{question[config.task]}",
-        f"  python evaluate.py {run_dir} --merge-to merged --layout {layout}",
+        f"  {command} --report report.html",
+        f"  {command} --image PICTURE{question[config.task]}",
+        f"  {command} --merge-to merged --layout {layout}",
     ]
 
 

@@ -8,6 +8,7 @@ from minilora.report.samples import Example, data_uri
 from minilora.report.svg import bars_html, curves_html, heat_table_html, table_html
 from minilora.report.tables import COMPARISON, REPORT_FORMS, RunRow, comparison_cells, group_runs
 
+MOST_SAMPLED = 30  # classes whose pictures are shown
 MOST_CLASSES = 40  # more than that are neither a readable confusion table nor readable bars
 
 
@@ -142,7 +143,7 @@ def _picture(image, limit: int) -> str:
     return f'<img{tiny} src="{data_uri(image, limit)}" alt="">'
 
 
-def samples(classes: Mapping[str, Sequence], most: int = 30) -> str:
+def samples(classes: Mapping[str, Sequence], most: int = MOST_SAMPLED) -> str:
     rows = "".join(
         f'<div class="strip"><span class="name">{escape(name)}</span>'
         f'<span class="row">{"".join(_picture(image, 168) for image in pictures)}</span></div>'

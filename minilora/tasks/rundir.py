@@ -19,6 +19,7 @@ from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.settings.parse import NOT_SAVED, given, read_run_config, read_toml, to_toml
 from minilora.settings.values import option
+from minilora.tasks import lock
 from minilora.tasks.runfiles import read_labels
 from minilora.training.checkpoint import step_of
 
@@ -57,8 +58,9 @@ def continued(config: Config) -> tuple[Config, Path | None]:
 def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = ()) -> Path:
     """The directory of this run with its config.toml: new, or an old one of the same configuration.
 
-    `base` records the base weights, `labels` are the classes of the data. Raises UserError for a
-    directory that holds another run, or other files.
+    `base` records the base weights, `labels` are the classes of the data. The directory is locked
+    until lock.release(). Raises UserError for one that holds another run, or other files, and where
+    another process trains there.
     """
     prefix, text = f"{config.task}-{config.mode}", to_toml(config, base) + launch_mark()
     path = Path(config.output) if config.output else _restarted(prefix)
@@ -66,17 +68,25 @@ def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = (
         path = _numbered(prefix)
     else:
         if (path / "config.toml").exists():
-            if _same_run(path, config, base, labels):
+            renamed = _same_run(path, config, base, labels)
+            _lock(path)
+            if renamed:
                 atomic_write(path / "config.toml", text.encode())
             return path
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {lock.FILE}):
             raise UserError(f"--output {path} is not empty and holds no run; choose another folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output {path} cannot be made: {error.strerror}") from None
+    _lock(path)
     atomic_write(path / "config.toml", text.encode())
     return path
+
+
+def _lock(path: Path) -> None:
+    if line := lock.take(path):
+        print(line)
 
 
 def _numbered(prefix: str) -> Path:

@@ -29,6 +29,7 @@ from minilora.data.shards.pictures import ShardSplit
 from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics, format_metrics, percent
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
+from minilora.report.sections import MOST_SAMPLED
 from minilora.settings.flags import Config
 from minilora.tasks.classify import multi
 from minilora.tasks.classify.multi import above
@@ -214,7 +215,9 @@ def evaluation(
     found: Predictions, split: Split, labels: Sequence[str], part: str, notes: Sequence[str], top_k: int = 5
 ) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers."""
-    order = np.argsort(-found.probabilities, axis=1, kind="stable")[:, : min(top_k, len(labels))]
+    # a part at a time: with thousands of classes the order of all of them is gigabytes
+    parts = np.array_split(found.probabilities, 1 + len(split) // 1000)
+    order = np.concatenate([np.argsort(-p, axis=1, kind="stable")[:, : min(top_k, len(labels))] for p in parts])
     chosen, sure = order[:, 0], np.take_along_axis(found.probabilities, order, 1)
     header = top_columns(order.shape[1])
     empty = [""] * (len(header) - 1)
@@ -243,18 +246,19 @@ def evaluation(
         part=part,
         metrics=metrics,
         mistakes=examples(most_confident_mistakes(truth, chosen, sure[:, 0], SHOWN)),
-        unsure=examples(least_sure(found.probabilities, SHOWN)),
+        unsure=examples(least_sure(sure, SHOWN)),
         samples=class_samples(split, labels, found.valid),
     )
 
 
 def class_samples(split: Split, labels: Sequence[str], valid: np.ndarray, each: int = 6) -> dict[str, list]:
-    """{class: its first pictures}."""
+    """{class: its first pictures}, which are loaded for as many classes as a page shows."""
     rows: dict[int, list[int]] = {}
     for i, sample in enumerate(split):
         if sample.label >= 0 and valid[i] and len(rows.setdefault(sample.label, [])) < each:
             rows[sample.label].append(i)
-    return {labels[label]: [split.load(i) for i in numbers] for label, numbers in sorted(rows.items())}
+    first = sorted(rows)[:MOST_SAMPLED]
+    return {labels[label]: [split.load(i) for i in rows[label]] if label in first else [] for label in sorted(rows)}
 
 
 def zero_shot(config: Config, options: Any, device: torch.device) -> str:
