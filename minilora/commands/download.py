@@ -4,15 +4,16 @@
     python -m minilora.commands.download vqa2 DIR           # 20 GB, questions and COCO pictures
     python -m minilora.commands.download visual7w DIR       # 1.8 GB, questions and pictures
 
-An archive is downloaded beside its final place, compared with the size and checksum that are known
-of it, looked through for members that would land outside DIR (nothing is unpacked then), unpacked
-and removed. What is complete is noted in DIR/.downloaded.json, so that the command can be repeated
-after an interruption.
+An archive is downloaded into DIR, where a repeated command resumes it, compared with the size and
+checksum that are known of it, read to its end, looked through for members that would land outside
+DIR (nothing is unpacked then), unpacked and removed. What is complete is noted in
+DIR/.downloaded.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -22,16 +23,19 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from urllib.error import URLError
 
-from torchvision.datasets.utils import calculate_md5, download_url
+from torchvision.datasets.utils import calculate_md5
 
 from minilora.errors import RunError, UserError
 from minilora.settings import exit_codes as cli
+from reference_models import ModelError
+from reference_models.files.download import download, shown
 
 # environment variable: take every archive from this base address instead
 MIRROR = "MINILORA_MIRROR"
 NOTES = ".downloaded.json"
+DEEPEST, LONGEST = 64, 4096  # folders in a member's name, and letters
+GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -130,23 +134,22 @@ def _read_notes(path: Path) -> list[str]:
 
 def _download(archive: Archive, root: Path, url: str) -> Path:
     """The archive in `root`, complete and checked; half a download never has its final name."""
-    path, part = root / archive.name, root / f"{archive.name}.part"
+    path = root / archive.name
     if path.is_file():
         return path
-    part.unlink(missing_ok=True)
     try:
-        download_url(url, str(root), part.name)
-    except (URLError, OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"{url}: download failed ({error}); repeat the command to try again") from None
-    size = part.stat().st_size
+        print(f"downloading {shown(url)}")
+        download(url, path)
+    except ModelError as error:
+        raise RunError(f"{error}; repeat the command to try again") from None
+    size, wrong = path.stat().st_size, None
     if archive.size is not None and size != archive.size:
-        part.unlink()
-        raise RunError(f"{url}: got {size:,} bytes instead of {archive.size:,}; repeat the command to try again")
-    if archive.md5 is not None and calculate_md5(str(part)) != archive.md5:
-        part.unlink()
-        raise RunError(f"{url}: the checksum differs from {archive.md5}; repeat the command to try again")
-    os.replace(part, path)
+        wrong = f"got {size:,} bytes instead of {archive.size:,}"
+    elif archive.md5 is not None and calculate_md5(str(path)) != archive.md5:
+        wrong = f"the checksum differs from {archive.md5}"
+    if wrong:
+        path.unlink()
+        raise RunError(f"{shown(url)}: {wrong}; repeat the command to try again")
     return path
 
 
@@ -154,7 +157,7 @@ def unpack(path: Path, root: Path) -> int:
     """Unpack a .zip or .tar(.gz) into `root`; returns the number of files.
 
     Every member is checked before the first is written: absolute paths, `..`, links and
-    devices raise RunError.
+    devices raise RunError. A damaged archive is removed, so that it is fetched anew.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -163,26 +166,41 @@ def unpack(path: Path, root: Path) -> int:
                 for member in members:
                     kind = stat.S_IFMT(member.external_attr >> 16)
                     _check_member(path, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                    if member.flag_bits & 1:
+                        raise RunError(f"{path}: member {member.filename!r} is encrypted; nothing was unpacked")
                 _check_space(path, root, sum(member.file_size for member in members))
                 archive.extractall(root)
                 return sum(not member.is_dir() for member in members)
+        with open(path, "rb") as file, gzip.open(file) if file.peek(2)[:2] == GZIP else file as stream:
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                members = archive.getmembers()
+            while stream.read(1 << 20):  # to the end, where gzip's checksum is
+                pass
         with tarfile.open(path) as archive:
-            members = archive.getmembers()
             for member in members:
                 _check_member(path, member.name, member.isfile() or member.isdir())
             _check_space(path, root, sum(member.size for member in members))
             archive.extractall(root, members=members, filter="data")
             return sum(member.isfile() for member in members)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be unpacked ({error}); delete it and repeat the command") from None
+    except RunError:
+        raise
+    # damaged archives find a new kind of error in zipfile, tarfile and the decompressors each time
+    except Exception as error:
+        if isinstance(error, gzip.BadGzipFile) or not isinstance(error, OSError):
+            path.unlink()
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise RunError(f"{path}: cannot be unpacked ({reason}); repeat the command to try again") from None
 
 
 def _check_member(path: Path, name: str, plain: bool) -> None:
     slashed = name.replace("\\", "/")
-    outside = slashed.startswith("/") or ".." in PurePosixPath(slashed).parts or PureWindowsPath(name).drive
-    if outside or not plain:
-        reason = "would land outside the folder" if outside else "is a link or a device"
-        raise RunError(f"{path}: member {name!r} {reason}; nothing was unpacked, do not use this archive")
+    parts = PurePosixPath(slashed).parts
+    outside = slashed.startswith("/") or ".." in parts or PureWindowsPath(name).drive
+    odd = not parts or len(parts) > DEEPEST or len(name) > LONGEST
+    if outside or odd or not plain:
+        reason = "has no usable name" if odd else "is a link or a device"
+        reason = "would land outside the folder" if outside else reason
+        raise RunError(f"{path}: member {name[:80]!r} {reason}; nothing was unpacked, do not use this archive")
 
 
 def _check_space(path: Path, root: Path, size: int) -> None:
@@ -210,12 +228,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mirror", metavar="URL", help=f"base address of a mirror (default: ${MIRROR})")
     options = parser.parse_args(argv)
 
-    def download(_: object) -> int:
+    def get(_: object) -> int:
         folder = fetch(options.name, options.directory, options.mirror)
         print(f"next: python train.py --recipe {SETS[options.name].recipe} --data-dir {folder}")
         return 0
 
-    return cli.run(download, (UserError,))
+    return cli.run(get, (UserError,))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import os
 import re
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -23,6 +24,8 @@ BLOCK = 1 << 16
 TRIES = 5  # attempts in a row that bring no new byte
 WAIT = 0.5  # seconds before the first retry; doubles
 TIMEOUT = 30.0
+SLOW = 256  # bytes per second, over twice TIMEOUT, below which a transfer counts as broken
+PAGE = re.compile(rb"\s*<(!doctype\s+html|!--|html|head)", re.IGNORECASE)
 AGENT = "minilora"
 
 
@@ -49,39 +52,39 @@ class Declared:
     commit: str | None
 
 
-def download(url: str, target: Path, token: str | None = None) -> Declared:
+def download(url: str, target: Path, token: str | None = None, limit: int | None = None) -> Declared:
     """Fetch `url` into `target`, resuming what an earlier call left unfinished.
 
     The declared size and digest are the hub's X-Linked-Size and X-Linked-ETag (large files), else
     ETag and Content-Length. `token` goes to the host of `url` alone, never to one that it redirects
-    to. Raises NotFound; ModelError for a refusal, wrong bytes (twice), no progress in TRIES
-    attempts, or a full disk.
+    to. limit: most bytes that the file may have. Raises NotFound; ModelError for a refusal, a web
+    page in the file's place, wrong bytes (twice), no progress in TRIES attempts, or a full disk.
     """
     target = Path(target)
     failures = wrong = 0
     while True:
         before = _part_size(target)
         try:
-            declared, part = _attempt(url, target, token)
+            declared, part = _attempt(url, target, token, limit)
             _verify(part, declared)
             break
         except _Broken as error:
             failures = 0 if _part_size(target) > before else failures + 1
             if failures >= TRIES:
                 kept = f"; the {_part_size(target)} bytes so far are kept, run again to go on" * bool(before)
-                raise ModelError(f"{url}: download failed {failures} times ({error}){kept}") from None
+                raise ModelError(f"{shown(url)}: download failed {failures} times ({error}){kept}") from None
             time.sleep(WAIT * 2**failures * (failures > 0))
         except _Wrong as error:
             _drop_parts(target)
             wrong += 1
             if wrong == 2:  # the first time a bad resume may be to blame
-                raise ModelError(f"{url}: {error}; nothing was kept, the server's copy is damaged") from None
+                raise ModelError(f"{shown(url)}: {error}; nothing was kept, the server's copy is damaged") from None
     os.replace(part, target)
     _drop_parts(target)
     return declared
 
 
-def _attempt(url: str, target: Path, token: str | None) -> tuple[Declared, Path]:
+def _attempt(url: str, target: Path, token: str | None, limit: int | None) -> tuple[Declared, Path]:
     old = next(iter(_parts(target)), None)
     start = old.stat().st_size if old else 0
     response, declared = _open(url, token, start)
@@ -91,28 +94,34 @@ def _attempt(url: str, target: Path, token: str | None) -> tuple[Declared, Path]
         if old and (part != old or not resumed):  # other content, or a server that cannot resume
             _drop_parts(target)
             if resumed:
-                return _attempt(url, target, token)
+                return _attempt(url, target, token, limit)
             start = 0
         if resumed and not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
             _drop_parts(target)
             raise _Wrong("the server sent another range of the file than asked for")
-        _receive(response, part, start, declared)
+        limit = limit or start + shutil.disk_usage(target.parent).free * 9 // 10
+        _receive(response, part, start, declared, limit)
+    with open(part, "rb") as file:
+        if PAGE.match(file.read(4096)) or "html" in response.headers.get_content_type():
+            _drop_parts(target)
+            page = "a web page, not the file; is it the login page of this network, or a proxy's?"
+            raise ModelError(f"{shown(url)}: the answer is {page}")
     if declared.size is not None and part.stat().st_size < declared.size:
         raise _Broken(f"broke off after {part.stat().st_size} of {declared.size} bytes")
     return declared, part
 
 
-def _receive(response, part: Path, start: int, declared: Declared) -> None:
+def _receive(response, part: Path, start: int, declared: Declared, limit: int) -> None:
     """Append (or begin) the part file; what arrived before a break stays."""
     try:
         file = open(part, "ab" if start else "wb")
     except OSError as error:
         raise ModelError(f"{part}: cannot be written ({error.strerror})") from None
     with file:
-        received = start
+        received, began = start, time.monotonic()
         while True:
             try:
-                block = response.read(BLOCK)
+                block = response.read1(BLOCK)  # read() would wait for a whole block
             except (OSError, http.client.HTTPException) as error:
                 raise _Broken(str(error) or type(error).__name__) from None
             if not block:
@@ -120,6 +129,12 @@ def _receive(response, part: Path, start: int, declared: Declared) -> None:
             received += len(block)
             if declared.size is not None and received > declared.size:
                 raise _Wrong(f"wrong size: more than the {declared.size} bytes declared")
+            if received > limit:
+                part.unlink(missing_ok=True)
+                raise ModelError(f"{part.name}: more than {limit:,} bytes; no such file is that long, or no disk here")
+            passed = time.monotonic() - began
+            if passed > 2 * TIMEOUT and received - start < SLOW * passed:
+                raise ModelError(f"{part.name}: given up, only {received - start} bytes came in {passed:.0f} seconds")
             try:
                 file.write(block)
             except OSError as error:
@@ -163,6 +178,11 @@ def _drop_parts(target: Path) -> None:
 
 
 # ---- HTTP
+def shown(url: str) -> str:
+    """An address for messages: without its password, and its query, which may be a signature."""
+    return re.sub("//[^/]*@", "//", url.partition("?")[0])
+
+
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     split = urllib.parse.urlsplit(url)
     return split.scheme, split.hostname, split.port or {"http": 80, "https": 443}.get(split.scheme)
@@ -184,7 +204,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         scheme = _origin(newurl)[0]
         if scheme not in ("http", "https") or (self.home[0] == "https" and scheme != "https"):
-            raise ModelError(f"{req.full_url}: redirects to {scheme}:, which is not followed")
+            raise ModelError(f"{shown(req.full_url)}: redirects to {scheme}:, which is not followed")
         self.note(req.full_url, headers)
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
         if new is not None and _origin(newurl) == self.home and "Authorization" in req.unredirected_hdrs:
@@ -194,21 +214,28 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def _open(url: str, token: str | None, start: int):
     """The response to a GET from byte `start`, and what was declared."""
-    request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Accept-Encoding": "identity"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    redirects = _Redirects(url)
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Accept-Encoding": "identity"})
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        if token:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        redirects = _Redirects(url)
         response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         with error:
             raise _refusal(url, error, token, start) from None
     except urllib.error.URLError as error:
         raise _Broken(str(error.reason)) from None
+    except ModelError:
+        raise
+    except (ValueError, http.client.InvalidURL):  # whose text holds the address, or the token
+        raise ModelError(f"{shown(url)}: it, or where it leads, is no address; or HF_TOKEN is no token") from None
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(str(error) or type(error).__name__) from None
+    if response.status not in (200, 206):
+        with response:
+            raise ModelError(f"{shown(url)}: the server answered {response.status} {response.reason}, and sent no file")
     redirects.note(response.url, response.headers)
     at_home = _origin(response.url) == redirects.home
     return response, _declared(redirects.declared, response, at_home)
@@ -228,7 +255,8 @@ def _declared(noted: dict[str, str], response, at_home: bool) -> Declared:
 
 
 def _refusal(url: str, error: urllib.error.HTTPError, token: str | None, start: int) -> Exception:
-    code, reason = error.code, error.headers.get("X-Error-Message") or error.reason
+    url, code = shown(url), error.code
+    reason = " ".join(str(error.headers.get("X-Error-Message") or error.reason).split())
     if code == 404:
         return NotFound(f"{url}: not found ({error.headers.get('X-Error-Code') or reason})")
     if code in (401, 403):

@@ -18,12 +18,14 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from reference_models.errors import ModelError
-from reference_models.files.download import Declared, NotFound, download
+from reference_models.files.download import Declared, NotFound, download, shown
+from reference_models.files.safetensors import read_header
 from reference_models.text.textfiles import read_json, write_atomic
 
 LOG = logging.getLogger("reference_models")  # silent in a library; programs show it on stderr
 PREFIX = "hf:"
 MANIFEST = ".minilora.json"
+SMALL = 256 << 20  # bytes: no configuration or vocabulary is longer
 CONFIGS = ("config.json", "open_clip_config.json")  # one of them must exist
 EXTRAS = (
     *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -134,8 +136,8 @@ class _Snapshot:
         self.name, self.folder, self.pinned = name, folder, revision
         self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         if urlsplit(self.endpoint).scheme not in ("http", "https"):
-            raise ModelError(f"HF_ENDPOINT={self.endpoint}: expected an http:// or https:// address")
-        self.token = os.environ.get("HF_TOKEN") or None
+            raise ModelError(f"HF_ENDPOINT={shown(self.endpoint)}: expected an http:// or https:// address")
+        self.token = os.environ.get("HF_TOKEN", "").strip() or None
         self.earlier = _manifest(folder)
         self.commit: str | None = None
         self.files: dict[str, int] = {}
@@ -144,7 +146,8 @@ class _Snapshot:
         found = [name for name in CONFIGS if self.optional(name)]
         if not found:
             raise ModelError(
-                f"hf:{self.name}@{self.pinned}: no config.json at {self.endpoint}; is the name (and revision) right?"
+                f"hf:{self.name}@{self.pinned}: no config.json at {shown(self.endpoint)}; is the name (and revision) "
+                "right?"
             )
         for name in EXTRAS:
             self.optional(name)
@@ -173,11 +176,21 @@ class _Snapshot:
                 self.files[name] = known[name]
                 return
         url = f"{self.endpoint}/{self.name}/resolve/{quote(self.pinned, safe='')}/{name}"
-        if name.endswith((".safetensors", ".bin")):
-            LOG.info("downloading %s", url)
-        (self.folder / name).parent.mkdir(exist_ok=True)
-        self.pin(download(url, self.folder / name, self.token))
-        self.files[name] = (self.folder / name).stat().st_size
+        path, weights = self.folder / name, name.endswith((".safetensors", ".bin"))
+        if weights:
+            LOG.info("downloading %s", shown(url))
+        path.parent.mkdir(exist_ok=True)
+        declared = download(url, path, self.token, None if weights else SMALL)
+        read = {"json": read_json, "safetensors": read_header}.get(name.rpartition(".")[2])
+        # nobody has vouched for the bytes, and what is here stays
+        if declared.digest is None and read:
+            try:
+                read(path)
+            except ModelError as error:
+                path.unlink()
+                raise ModelError(f"{error}; {shown(url)} sent something else than the file") from None
+        self.pin(declared)
+        self.files[name] = path.stat().st_size
         self.write_manifest(complete=False)
 
     def pin(self, declared: Declared) -> None:

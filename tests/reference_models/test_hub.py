@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import types
 from collections import Counter
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_broken_download_is_resumed_where_it_stopped(hub, stops):
 
 def test_a_later_run_goes_on_from_what_an_earlier_one_kept(hub):
     hub.break_after["model.safetensors"] = [5000] + [0] * 50
-    with pytest.raises(ModelError, match="5000 of 307200 bytes.*run again"):
+    with pytest.raises(ModelError, match=f"5000 of {len(WEIGHTS)} bytes.*run again"):
         resolve("hf:org/name")
     folder = cache_folder() / "org--name" / "main"
     assert not (folder / "model.safetensors").exists() and len(leftovers(folder)) == 1
@@ -305,3 +306,136 @@ def test_a_full_disk_is_named(hub, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="config.json.*No space left"):
         download(f"{hub.url}/org/name/resolve/main/config.json", tmp_path / "config.json")
     assert not (tmp_path / "config.json").exists()
+
+
+# ---- servers that lie, addresses that are none, secrets ------------------------------------------------------
+
+
+def left_in_the_cache():
+    """Files that a later call would take for the checkpoint."""
+    folder = cache_folder() / "org--name" / "main"
+    return {path.name for path in folder.iterdir()} - {".lock", ".minilora.json"}
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["http://127.0.0.1:99999/", "http://[::1/", "http://:0x/", "http://a b/", "http://" + "a" * 300, "//"]
+    + ["http://127.0.0.1:-1/x", "https://" + "x" * 70 + ".org/"],
+)
+def test_a_redirect_to_an_address_that_is_none_is_a_sentence(hub, monkeypatch, place):
+    monkeypatch.setattr(download_module, "TRIES", 1)
+    hub.declare["model.safetensors"] = {"Location": place.encode().decode("latin-1")}
+    with pytest.raises(ModelError) as caught:
+        resolve("hf:org/name")
+    assert "model.safetensors: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_redirects_end(hub):
+    hub.declare["model.safetensors"] = {"Location": f"{hub.url}/org/name/resolve/main/model.safetensors"}
+    with pytest.raises(ModelError, match="infinite loop"):
+        resolve("hf:org/name")
+    assert len(hub.requests("model.safetensors")) < 20
+
+
+@pytest.mark.parametrize("token", ["hf_ge\nheim", "hf_ge\r\nX-Header: heim", "hf_ge\u2028heim"])
+def test_a_token_that_cannot_be_sent_is_not_shown(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ModelError, match="or HF_TOKEN is no token") as caught:
+        resolve("hf:org/name")
+    assert "heim" not in str(caught.value) and "hf_ge" not in str(caught.value) and hub.seen == []
+
+
+def test_a_password_in_the_address_is_never_shown(hub, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    told = ""
+    for endpoint in (hub.url.replace("//", "//tom:geheim@"), "ftp://tom:geheim@x", "http://tom:ge@heim@127.0.0.1:9/a"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        with pytest.raises(ModelError, match="//127.0.0.1|//x") as caught:
+            resolve("hf:org/name")
+        told += str(caught.value)
+    assert "tom" not in told + caplog.text and "heim" not in told + caplog.text
+
+
+def test_what_follows_the_question_mark_is_not_shown():
+    shown = download_module.shown
+    assert shown("https://a:b@c.org:8/d/e?X-Signature=geheim") == "https://c.org:8/d/e"
+    assert shown("http://[::1/") == "http://[::1/" and shown("nonsense") == "nonsense"
+
+
+@pytest.mark.parametrize("status", [202, 203, 204, 205])
+def test_an_answer_without_a_file_is_no_file(hub, status):
+    hub.status = {"config.json": [status]}
+    with pytest.raises(ModelError, match=f"answered {status} .*sent no file"):
+        resolve("hf:org/name")
+    assert left_in_the_cache() == set()
+
+
+@pytest.mark.parametrize(
+    "page", [b"<html>login</html>", b"\n <!DOCTYPE html>\n<p>", b"<!-- portal --><HTML>", b"\xef\xbb\xbf{}x"]
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_the_login_page_of_a_network_is_not_taken_for_a_checkpoint(hub, page, typed):
+    """With its type and without it, in every file's place; nothing of it stays, and the next try succeeds."""
+    for name in hub.files:
+        hub.send[name] = page
+        hub.declare[name] = {"ETag": "", "Content-Length": len(page)} | (
+            {"Content-Type": "text/html; a=b"} if typed else {}
+        )
+    with pytest.raises(ModelError, match="a web page|sent something else than the file"):
+        resolve("hf:org/name")
+    assert left_in_the_cache() == set()
+    hub.send, hub.declare = {}, {}
+    assert (resolve("hf:org/name") / "config.json").read_bytes() == CONFIG
+
+
+def test_weights_that_are_cut_where_nobody_declares_their_size_are_not_kept(hub):
+    hub.large = set()
+    hub.send["model.safetensors"] = WEIGHTS[:-9]
+    hub.declare["model.safetensors"] = {"ETag": '"abc"', "Content-Length": len(WEIGHTS) - 9}
+    with pytest.raises(ModelError, match="not a readable safetensors file.*sent something else"):
+        resolve("hf:org/name")
+    assert "model.safetensors" not in left_in_the_cache()
+
+
+def test_a_small_file_without_end_is_given_up_early(hub, monkeypatch):
+    monkeypatch.setattr("reference_models.files.hub.SMALL", 1 << 20)
+    hub.endless["config.json"] = (b" " * 65536, 0)
+    with pytest.raises(ModelError, match="more than 1,048,576 bytes; no such file is that long"):
+        resolve("hf:org/name")
+    assert left_in_the_cache() == set()
+
+
+def test_weights_without_end_leave_room_on_the_disk(hub, monkeypatch):
+    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1 << 20))
+    hub.endless["model.safetensors"] = (b" " * 65536, 0)
+    with pytest.raises(ModelError, match="more than 943,718 bytes"):
+        resolve("hf:org/name")
+    assert "model.safetensors" not in left_in_the_cache() and leftovers(cache_folder() / "org--name" / "main") == []
+
+
+def test_a_server_that_drips_is_given_up(hub, monkeypatch):
+    """Each byte comes in time, the file would take years."""
+    monkeypatch.setattr(download_module, "TIMEOUT", 0.1)
+    hub.endless["config.json"] = (b"x", 0.02)
+    with pytest.raises(ModelError, match="given up, only .* bytes came in"):
+        resolve("hf:org/name")
+
+
+def test_a_server_that_says_nothing_is_given_up(hub, monkeypatch):
+    monkeypatch.setattr(download_module, "TIMEOUT", 0.1)
+    monkeypatch.setattr(download_module, "TRIES", 2)
+    hub.endless["config.json"] = (b"", 0.5)
+    with pytest.raises(ModelError, match="failed 2 times .*timed out"):
+        resolve("hf:org/name")
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://127.0.0.1:9", "http://tom:geheim@127.0.0.1:9", "nonsense", "socks5://127.0.0.1:9"]
+)
+def test_a_proxy_that_does_not_answer_is_a_sentence(hub, monkeypatch, proxy):
+    monkeypatch.setattr(download_module, "TRIES", 1)
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(ModelError, match="config.json: ") as caught:
+        resolve("hf:org/name")
+    assert "\n" not in str(caught.value) and "geheim" not in str(caught.value) and hub.seen == []

@@ -3,10 +3,13 @@
 import hashlib
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes: several blocks
+TENSOR = bytes(range(256)) * 1200  # 307,200 bytes: several blocks
+HEADER = b'{"w":{"dtype":"U8","shape":[307200],"data_offsets":[0,307200]}}'
+WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + TENSOR
 CONFIG = b'{"model_type": "vit"}'
 
 
@@ -20,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.declare: dict[str, dict] = {}  # name -> headers that override the true ones
         self.break_after: dict[str, list[int]] = {}  # name -> bytes to send before closing, request by request
         self.send: dict[str, bytes] = {}  # name -> bytes sent in place of the true ones
+        self.endless: dict[str, tuple[bytes, float]] = {}  # name -> bytes sent again and again, seconds between them
         self.status: dict[str, list[int]] = {}  # name -> answers before the real one
         self.ranges = True
         self.token: str | None = None
@@ -51,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         if inside := re.search(r"/resolve/[^/]+/(.+)$", self.path):  # 1_Pooling/config.json is another file
             name = inside[1]
         hub.seen.append((self.path, dict(self.headers)))
+        if name in hub.endless:
+            return self.without_end(hub.endless[name])
         if hub.status.get(name):
             return self.answer(hub.status[name].pop(0))
         if self.path.startswith("/old/"):  # a renamed model
@@ -67,6 +73,16 @@ class Handler(BaseHTTPRequestHandler):
             place = f"{hub.redirect_to or hub.url}/blobs/{name}"
             return self.answer(302, headers | {"Location": place} | hub.declare.get(name, {}))
         self.content(name, hub.send.get(name, body), {} if "/blobs/" in self.path else headers)
+
+    def without_end(self, endless: tuple[bytes, float]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(endless[0])
+                time.sleep(endless[1])
+        except OSError:
+            self.close_connection = True
 
     def content(self, name: str, body: bytes, headers: dict) -> None:
         hub, start = self.server, 0
