@@ -95,7 +95,9 @@ def own_weights(model: str) -> str | Path | None:
 def weights_sha256(source: str | Path) -> str:
     """sha256 of a weight file, or of the sha256s of the weight files in a folder."""
     path = local(source)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    # a pipe would be waited for
+    found = ([one for one in sorted(path.glob(f"*.{kind}")) if one.is_file()] for kind in ("safetensors", "bin"))
+    files = [path] if path.is_file() else next(filter(None, found), [])
     digests = [file_sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -2,7 +2,9 @@
 pytorch_model.bin, json."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +15,8 @@ from reference_models.errors import ModelError
 from reference_models.files.preprocess import preprocess_to_json
 from reference_models.text.textfiles import read_json, replace_file, write_atomic
 
+FORMATS = "another format; read are safetensors and torch.save's .bin, .pt, .pth, .ckpt"
+READ = "Read are safetensors files and what torch.save made of a dictionary of tensors (.bin, .pt, .pth, .ckpt)"
 NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -35,7 +39,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         files = _shards(file)
     state: dict[str, Tensor] = {}
     for one in files:
-        read = _read_bin(one) if one.suffix in (".bin", ".pt", ".pth") else read_safetensors(one)
+        read = _read_bin(one) if _is_pickle(one) else read_safetensors(one)
         for key, tensor in read.items():
             if tensor.is_floating_point():
                 if not torch.isfinite(tensor).all():
@@ -48,7 +52,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 def weight_files(folder: Path, open_clip: bool = False) -> list[Path]:
     """The weight files of a folder; the first is the one that is meant, on request open_clip's."""
     names = sorted(NAMES, key=lambda name: open_clip and not name.startswith("open_clip"))
-    return [folder / name for name in names if (folder / name).exists()] + sorted(folder.glob("*.safetensors"))
+    found = [*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))]
+    return [file for file in found if file.is_file()]  # a pipe would be waited for
 
 
 def _shards(index: Path) -> list[Path]:
@@ -65,11 +70,22 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
+    return read_header(path, lambda file: {key: file.get_tensor(key) for key in file.keys()})
+
+
+def read_header(path: Path, read: Callable = lambda file: None) -> Any:
+    """read(the open file); ModelError where its header does not fit its length."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            return read(file)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file (truncated, or another format?): {error}") from None
+        raise ModelError(f"{path}: not a readable safetensors file (truncated, or {FORMATS}?): {error}") from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether torch.save made a file, whatever its name: a zip archive, or before 2020 a pickle."""
+    with open(path, "rb") as file:
+        return path.suffix in (".bin", ".pt", ".pth") or file.read(4)[:2] in (b"PK", b"\x80\x02")
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
@@ -78,11 +94,16 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path}: refused, it holds more than tensors or is damaged: {reason}") from None
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ModelError(f"{path}: no dictionary of tensors in it")
-    return state
+        raise ModelError(f"{path}: refused, it holds more than tensors or is damaged: {reason}; {READ}") from None
+    whole, kind = state if isinstance(state, dict) else {}, type(state).__name__
+    state = whole.get("state_dict", whole.get("model", whole))
+    if isinstance(state, dict) and state and all(isinstance(tensor, Tensor) for tensor in state.values()):
+        return state
+    kinds = ", ".join(f"{str(key)[:40]} ({type(value).__name__})" for key, value in [*whole.items()][:12])
+    raise ModelError(
+        f"{path}: no dictionary of tensors in it, but {kinds or kind}; save the part that is the "
+        f"model: torch.save(torch.load(FILE)[KEY], 'model.pt'). {READ}"
+    )
 
 
 def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: str, model: nn.Module) -> Path:

@@ -1,6 +1,7 @@
 """What a checkpoint's files say is found and believed; what they do not say is assumed in the open."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from minilora.data.pictures.images import open_image
 from minilora.data.pictures.transforms import build_transform
 from minilora.errors import UserError
 from minilora.settings.parse import parse_args
-from minilora.tasks.weights import load_base, tokenizer_beside
+from minilora.tasks.weights import load_base, tokenizer_beside, weights_sha256
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.files.checkpoint import find_checkpoint
+from reference_models.files.safetensors import read_weights
 from reference_models.text.tokenizers import WordPieceTokenizer, load_tokenizer
 from tests.reference_models.test_clip import hf_oracle, open_clip_oracle
 from tests.support.parity import distance
@@ -357,3 +359,57 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name(tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {key: value}))
         with pytest.raises(ModelError, match=f"key {key}"):
             load_tokenizer(tmp_path)
+
+
+# ---- files of other kinds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pth.tar", "weights", "checkpoint.pt", "last.model"])
+def test_what_torch_save_made_is_read_whatever_its_name(tmp_path, name, old):
+    vit = create_model("vit-tiny-patch16-224", 3, image_size=16, dim=8, heads=2, hidden=16, depth=1)
+    save_pretrained(vit, tmp_path)
+    state = {"state_dict": vit.state_dict(), "epoch": 3}
+    torch.save(state, tmp_path / name, _use_new_zipfile_serialization=not old)
+    tensors, where = read_weights(tmp_path / name)
+    assert where.endswith(name) and tensors.keys() == vit.state_dict().keys()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in vit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (
+            {"student": {"a": torch.ones(1)}, "teacher": {"b": torch.ones(1)}},
+            r"student \(dict\), teacher \(dict\); save the",
+        ),
+        ({"net": {"a": torch.ones(1)}, "epoch": 3}, r"net \(dict\), epoch \(int\)"),
+        ({}, "but dict"),
+        ([torch.ones(1)], "but list"),
+        ({f"k{i}": i for i in range(5000)}, r"k11 \(int\); save"),
+        ({"model": {"encoder": {"a": torch.ones(1)}}}, r"model \(dict\)"),
+    ],
+)
+def test_a_dictionary_of_something_else_names_its_keys_and_what_is_read(tmp_path, state, said):
+    torch.save(state, tmp_path / "model.ckpt")
+    with pytest.raises(ModelError, match=said) as caught:
+        read_weights(tmp_path / "model.ckpt")
+    assert "Read are safetensors files and what torch.save made" in str(caught.value) and len(str(caught.value)) < 900
+
+
+@pytest.mark.parametrize("head", [b"\x89HDF\r\n\x1a\n", b"GGUF", b"\x93NUMPY", b"version https://git-lfs", b"<html>"])
+def test_another_format_is_refused_with_the_formats_that_are_read(tmp_path, head):
+    (tmp_path / "model.h5").write_bytes(head + b"\0" * 200)
+    with pytest.raises(ModelError, match=r"another format; read are safetensors and torch.save's .bin, .pt"):
+        read_weights(tmp_path / "model.h5")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "other.safetensors"])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(ModelError, match="no weights here"):
+            read_weights(source)
+    save_pretrained(create_model("vit-tiny-patch16-224", 3, image_size=16, dim=8, heads=2, depth=1), tmp_path / "vit")
+    os.mkfifo(tmp_path / "vit" / "zz.safetensors")
+    assert weights_sha256(tmp_path / "vit") == weights_sha256(tmp_path / "vit" / "model.safetensors")
