@@ -48,9 +48,19 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         if config.lora_dropout:
             layer.lora_dropout = dropouts.setdefault(parent_name, layer.lora_dropout).train(layer.training)
         setattr(parent, child, layer)
+    _leave_fast_path(model)
     mark_only_lora_as_trainable(model, config)
     model.lora_config = config
     return model
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """In eval mode torch's encoder layers read the weights of their parts instead of calling them;
+    those with LoRA inside compute as in training."""
+    for module in model.modules():
+        inside = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        if inside and next(lora_layers(module), None):
+            module.activation_relu_or_gelu, module.use_nested_tensor = 0, False
 
 
 def mark_only_lora_as_trainable(model: nn.Module, config: LoRAConfig) -> None:

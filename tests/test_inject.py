@@ -315,3 +315,32 @@ def test_the_readme_line_is_printed_in_pefts_format():
         model = inject_lora(create_model("vit-tiny-patch16-224", 10), LoRAConfig(modules_to_save=("head",)))
     line = "trainable params: 75,658 || all params: 5,600,074 || trainable%: 1.3510"
     assert str(count_parameters(model)) == line
+
+
+@pytest.mark.parametrize("targets", [("linear1", "linear2"), ("linear2",), "all-linear"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_torch_s_encoder_layers_leave_the_fast_path_that_reads_weights(targets, whole):
+    """In eval mode, with a padding mask and without; before and after merging; a lone layer and a whole encoder."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2) if whole else nn.Sequential(layer)
+    model = inject_lora(model.double(), LoRAConfig(r=2, target_modules=targets, init_lora_weights=False))
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    masks = [{}, {"src_key_padding_mask": padding}] if whole else [{}]
+    for mask in masks:
+        trained = model.train()(x, **mask)
+        with torch.no_grad():
+            evaluated = model.eval()(x, **mask)
+            with disable_lora(model):
+                assert not torch.allclose(model(x, **mask), evaluated)
+            merged = merge_lora(copy.deepcopy(model)).eval()(x, **mask)
+        seen = ~padding if mask else torch.ones_like(padding)
+        assert torch.allclose(trained[seen], evaluated[seen], rtol=0, atol=1e-12)
+        assert torch.allclose(merged[seen], evaluated[seen], rtol=0, atol=1e-12)
+
+
+def test_an_encoder_without_lora_inside_keeps_its_fast_path():
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), "head": nn.Linear(8, 2)})
+    inject_lora(model, LoRAConfig(r=2, target_modules=("head",)))
+    assert model["encoder"].activation_relu_or_gelu == 1
