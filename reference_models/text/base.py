@@ -3,8 +3,10 @@ padding, counting, saving."""
 
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,21 @@ WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205
 BLANKS = WHITE_SPACE.replace("-", "".join(map(chr, range(0x2001, 0x200A))))
 CACHE_LIMIT = 1 << 16  # chunks remembered; a few MB
 CACHED_LENGTH = 64  # letters; a longer chunk will hardly come again
+MOST_MARKS = 64  # accents and the like, one after another
+
+
+def normalized(form: str, text: str) -> str:
+    """unicodedata.normalize in linear time: it sorts a run of accents in n squared steps, so of one
+    that is longer than in any writing the rest is left out."""
+    if len(text) > MOST_MARKS and not text.isascii():
+        text = _long_runs().sub(r"\1", text)
+    return unicodedata.normalize(form, text)
+
+
+@cache
+def _long_runs() -> re.Pattern:
+    marks = "".join(filter(unicodedata.combining, map(chr, range(0x300, 0x20000))))
+    return re.compile(f"([{marks}]{{{MOST_MARKS}}})[{marks}]+")
 
 
 class Added(NamedTuple):

@@ -8,6 +8,7 @@ neighbours are joined in the order of the merge list:
     l o w e r</w> -> lo w e r</w> -> low e r</w> -> low er</w> -> lower</w>
 """
 
+import contextlib
 import heapq
 import html
 import json
@@ -16,7 +17,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from reference_models.errors import ModelError
-from reference_models.text.base import LOWER, WHITE_SPACE, Added, Table, Tokenizer
+from reference_models.text.base import LOWER, WHITE_SPACE, Added, Table, Tokenizer, normalized
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # merges CLIP takes from its list of 262,144: the vocabulary is 49,408 with bytes and specials
@@ -93,7 +94,8 @@ class ClipTokenizer(Tokenizer):
     def text_ids(self, text: str) -> list[int]:
         if self.clean_html:
             # twice, as OpenAI: captions from the web are often escaped twice
-            text = html.unescape(html.unescape(text))
+            with contextlib.suppress(ValueError):  # a number of thousands of digits is no character
+                text = html.unescape(html.unescape(text))
         return super().text_ids(text)
 
     def _chunks(self, text: str, first: bool = False) -> Iterable[str]:
@@ -106,7 +108,7 @@ class ClipTokenizer(Tokenizer):
     def words(self, chunk: str) -> list[str]:
         """A chunk without white space -> what the merges work on. "It's 42!"
         gives it, 's and 4, 2, !"""
-        chunk = unicodedata.normalize("NFC", chunk).translate(LOWER)
+        chunk = normalized("NFC", chunk).translate(LOWER)
         words: list[str] = []
         for match in WORDS.finditer(chunk.translate(SHADOW)):
             word = chunk[match.start() : match.end()]

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from reference_models.errors import ModelError
-from reference_models.text.base import LOWER, Added, Tokenizer
+from reference_models.text.base import LOWER, Added, Tokenizer, normalized
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 # Separators that survive the cleaning; the control characters among White_Space are deleted
@@ -107,7 +107,7 @@ class WordPieceTokenizer(Tokenizer):
         if self.split_cjk:
             text = CJK.sub(r" \1 ", text)
         if self.lowercase if self.strip_accents is None else self.strip_accents:
-            text = "".join(char for char in unicodedata.normalize("NFD", text) if category(char) != "Mn")
+            text = "".join(char for char in normalized("NFD", text) if category(char) != "Mn")
         return text.translate(LOWER) if self.lowercase else text
 
     def _pieces(self, word: str) -> list[int]:

@@ -202,3 +202,42 @@ def test_a_picture_in_memory_is_read_like_its_file_and_refused_in_the_same_words
         assert here.value.reason == there.value.reason
     with pytest.raises(BadImage, match="known format"):
         open_image(io.BytesIO())
+
+
+def endless(kind: str) -> bytes:
+    """A picture whose header goes on to the end of 30 MB."""
+    n = 30_000_000
+    chunk = b"\0\0\0\1tEXta" + zlib.crc32(b"tEXta").to_bytes(4, "big")
+    return {
+        "comment of ppm": b"P6 #" + b"x" * n,
+        "spaces of ppm": b"P5" + b" " * n,
+        "markers of jpeg": b"\xff\xd8\xff" + b"\xff" * n,
+        "text of png": png_header(40, 40)[:33] + chunk * (n // len(chunk)),
+        "blocks of gif": b"GIF89a\1\0\1\0\0\0\0!\xfe" + b"\1x" * (n // 2),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["comment of ppm", "spaces of ppm", "markers of jpeg", "text of png", "blocks of gif"])
+def test_a_header_without_end_is_given_up_after_bounded_work(tmp_path, kind):
+    import time
+
+    (tmp_path / "a.jpg").write_bytes(endless(kind))
+    started = time.process_time()
+    with pytest.raises(BadImage):
+        open_image(tmp_path / "a.jpg")
+    assert time.process_time() - started < 5, "one such file of many must not stop a run"
+
+
+def test_what_a_header_may_take_is_counted_by_bytes_and_by_reads(tmp_path, monkeypatch):
+    from minilora.data.pictures import images
+
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_HEADER", 2 * images.STEP)
+    with pytest.raises(BadImage, match="its header has no end"):
+        open_image(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_HEADER", 60 * images.STEP)
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (1, 2, 3)
+    (tmp_path / "big.png").touch()
+    os.truncate(tmp_path / "big.png", images.MAX_BYTES + 1)
+    with pytest.raises(BadImage, match="the file has 1024 MiB"):
+        open_image(tmp_path / "big.png")

@@ -4,13 +4,15 @@ import copy
 import gzip
 import json
 import random
+import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 
 from reference_models.errors import ModelError
-from reference_models.text.base import longest_first
+from reference_models.text.base import MOST_MARKS, longest_first, normalized
 from reference_models.text.tokenizers import ClipTokenizer, WordPieceTokenizer, build_wordpiece_vocab, load_tokenizer
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -395,3 +397,27 @@ class TestBadFiles:
             path.write_text(json.dumps(good))
         path.write_text(json.dumps(good | {"model_max_length": 10**30}))
         assert load_tokenizer(tmp_path).max_length == 512
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "clip"])
+def test_enormous_texts_cost_linear_time(kind, vocab):
+    """A word, a text without spaces, runs of accents, entities and numbers of megabytes: what a hostile table holds."""
+    name = {"wordpiece": "bert-base-uncased-vocab.txt", "clip": "bpe_simple_vocab_16e6.txt.gz"}[kind]
+    tokenizer = load_tokenizer(vocab / name)
+    tokenizer.clean_html = True
+    texts = ["a" * 10**6, "word " * 200_000, "中" * 300_000, "'s" * 300_000, "[SEP]" * 99_999, "&" * 10**6]
+    texts += ["e" + "\u0301\u0323" * 300_000, "\u0301" * 10**6, "\u1100\u1161" * 200_000, f"&#{'1' * 10**6};"]
+    texts += ["<|endoftext|>" * 50_000]
+    for text in texts:
+        started = time.process_time()
+        rows = tokenizer([text], max_length=20)["input_ids"]
+        assert rows.shape == (1, 20) or rows.shape[1] < 20
+        assert time.process_time() - started < 20, f"{text[:9]!r}: a square of its length would take an hour"
+
+
+def test_long_runs_of_marks_alone_are_cut_before_normalising():
+    for form in ("NFC", "NFD"):
+        for text in ("e" + "\u0301\u0323" * 32, "a\u0301b" * 900, "각" * 3000, "x" * 5000 + "é" * 5000):
+            assert normalized(form, text) == unicodedata.normalize(form, text)
+        long = "e" + "\u0323" * 500 + "x"
+        assert normalized(form, long) == unicodedata.normalize(form, "e" + "\u0323" * MOST_MARKS + "x")

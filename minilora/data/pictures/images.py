@@ -7,6 +7,7 @@ folder, then the header (format and size: a 50 kB file may unpack to gigabytes),
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 
@@ -25,6 +26,8 @@ EXTENSIONS = frozenset(
 )
 # Pillow's own limit, 256 MiB as RGB; a file whose header names more is not decoded
 MAX_PIXELS = 89_478_485
+MAX_BYTES = 1 << 30  # of a file
+MAX_HEADER, STEP = 1 << 28, 1 << 10  # bytes read before the pixels, at least STEP at a time
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
 
 
@@ -65,12 +68,13 @@ def open_image(path: str | os.PathLike | io.BytesIO, root: str | os.PathLike | N
             if not os.path.isfile(path):  # a pipe or a device would block for ever
                 reason = "is not a file" if os.path.exists(path) else "no such file"
                 raise BadImage(path, reason)
-            if os.path.getsize(path) == 0:
-                raise BadImage(path, "the file is empty")
+            if not 0 < (size := os.path.getsize(path)) <= MAX_BYTES:
+                raise BadImage(path, f"the file has {size >> 20} MiB; make it smaller" if size else "the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata is no news; a bomb is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Header(path) as file, Image.open(file, formats=FORMATS) as image:
+                file.left = math.inf
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise BadImage(path, _too_large(f"{width} x {height}"))
@@ -88,6 +92,22 @@ def open_image(path: str | os.PathLike | io.BytesIO, root: str | os.PathLike | N
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadImage(path, f"cannot be decoded: {reason}") from None
+
+
+class Header(io.BufferedReader):
+    """A picture's file, of which `left` may still be read: some headers go on for ever, and Pillow
+    reads them byte by byte."""
+
+    def __init__(self, path: str | os.PathLike | io.BytesIO):
+        super().__init__(io.BytesIO(path.getvalue()) if isinstance(path, io.BytesIO) else io.FileIO(path))
+        self.left = MAX_HEADER
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.left -= max(len(data), STEP)
+        if self.left < 0:
+            raise OSError("its header has no end")
+        return data
 
 
 def upright(image: Image.Image) -> Image.Image:
