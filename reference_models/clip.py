@@ -226,11 +226,6 @@ class CLIP(nn.Module):
         """(B, T) -> (B, e), not normalised."""
         return self.text_projection(self.text.pooled(input_ids, attention_mask))
 
-    def encode_choices(self, input_ids: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, e): `encode_text` of C texts for each of B questions, what
-        they share computed once."""
-        return self.text_projection(self.text.pooled_choices(input_ids))
-
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine + logit_bias, where there
         is one, as (B, C) and transposed, (C, B)."""

@@ -19,8 +19,6 @@ layouts = {"transformers4": ("",), "transformers5": ("",), "open_clip": ("",)}
 adapter_layouts = ("transformers5", "transformers4")
 # position_ids: a buffer of old transformers; the three numbers: OpenAI's own files
 ignored = r"position_ids$|^(input_resolution|context_length|vocab_size)$"
-optional = r"^$"
-layout_settings = {}
 preprocess = {**OPENAI, "interpolation": "bicubic", "resize": "shortest"}
 
 #        e, patch, vision (d, depth, heads, hidden), text (d, depth, heads, hidden)
