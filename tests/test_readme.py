@@ -74,12 +74,13 @@ def test_every_command_in_the_readme_takes_the_flags_it_is_given():
     """Each program by its own flags, and what train.py is given by its parser, values included."""
     from minilora.commands.backbones import Sweep
     from minilora.commands.shards import ShardConfig
+    from minilora.commands.shots import FewShots
     from minilora.settings.flags import Config
     from minilora.settings.flags_evaluate import EvalConfig
     from minilora.settings.parse import Parser, parse_args, train_parser
 
     tables = {"train.py": Config, "evaluate.py": EvalConfig, "minilora.commands.backbones": Sweep}
-    tables |= {"minilora.commands.shards": ShardConfig}
+    tables |= {"minilora.commands.shards": ShardConfig, "minilora.commands.shots": FewShots}
     parsers = {name: Parser(table, name, "", "") for name, table in tables.items()} | {"train.py": train_parser()}
     known = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     known["minilora.commands.download"] = set()

@@ -14,8 +14,8 @@ microbatches; `share_steps` gives this process its own as a `Step`, each with it
 / n * processes, because DistributedDataParallel averages the gradients over the processes. A lone
 process with grad_accum_steps 1 has one microbatch of weight 1.
 
-A run stopped after any step and resumed ends with the same bits: the checkpoint holds all that
-changes, and random numbers are drawn from (seed, step, rank).
+A run stopped after any step and resumed ends with the same bits, on a GPU with --deterministic:
+the checkpoint holds all that changes, and random numbers are drawn from (seed, step, rank).
 """
 
 import contextlib
