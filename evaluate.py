@@ -12,15 +12,14 @@ python evaluate.py --model clip-nano --task choice --data-format shapes  a base 
 # ruff: noqa: E402
 import csv
 import io
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-# Read by OpenMP when torch is loaded: threads without work sleep. By default they spin on a core
-# which other work may need, and a step beside it then takes five to ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from minilora.speed.threads import set_threads, settle_waiting
+
+settle_waiting()  # before torch is loaded
 
 from minilora.signals import StopSignals
 
@@ -47,7 +46,6 @@ from minilora.settings.checks_evaluate import check
 from minilora.settings.flags import PICTURE_FLAGS, Config
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import Parser, check_prompt
-from minilora.speed.threads import set_threads
 from minilora.tasks import lock
 from minilora.tasks.load import load_run, task_module
 from minilora.tasks.run import Evaluation, Run

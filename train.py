@@ -8,15 +8,14 @@ torchrun --nproc-per-node 2 train.py --data-dir photos   two processes
 """
 
 # ruff: noqa: E402
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-# Read by OpenMP when torch is loaded: threads without work sleep. By default they spin on a core
-# which other work may need, and a step beside it then takes five to ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from minilora.speed.threads import set_threads, settle_waiting
+
+settle_waiting()  # before torch is loaded
 
 from minilora.signals import Interrupted, StopSignals
 
@@ -42,7 +41,6 @@ from minilora.inject import count_parameters
 from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config
 from minilora.settings.parse import parse_args
-from minilora.speed.threads import set_threads
 from minilora.tasks import lock
 from minilora.tasks.load import build_task
 from minilora.tasks.precision import choose_amp, settle_precision

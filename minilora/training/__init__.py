@@ -3,8 +3,7 @@ task brings both.
 
 A run must be able to stop anywhere and end with the same bits as if it had not (on a GPU with
 --deterministic), so everything that changes while training lives in one TrainState, and every
-random number comes from (seed, epoch, step, rank) instead of from a running generator. Read in
-this order:
+random number comes from (seed, epoch, step, rank) and not from a running generator. Read on:
 
 trainer      the loop: Trainer.fit, train_one_epoch, train_step              one screen each
 optim        parameter groups, schedules, the gradient's norm

@@ -50,3 +50,31 @@ def test_a_wish_counts_before_the_environment_and_the_environment_before_the_cor
     machine.setenv("OMP_NUM_THREADS", "3")
     assert threads.set_threads() == 3
     assert threads.set_threads(1) == torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("running", "expected"),
+    [("1", ("GOMP_SPINCOUNT", "3000")), ("3", ("GOMP_SPINCOUNT", "3000")), ("4", ("OMP_WAIT_POLICY", "PASSIVE"))],
+)
+def test_threads_sleep_where_others_want_the_processors_and_spin_where_none_do(machine, tmp_path, running, expected):
+    """Two cores of four processors: up to two other threads have processors of their own."""
+    machine.setattr(os, "environ", {})
+    machine.setattr(os, "cpu_count", lambda: 4)
+    machine.setattr(threads, "LOAD", tmp_path / "loadavg")
+    threads.LOAD.write_text(f"0.20 0.18 0.12 {running}/80 11206\n")
+    threads.settle_waiting()
+    assert os.environ == dict([expected])
+
+
+@pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_how_threads_wait_is_the_users_to_say(machine, given):
+    machine.setattr(os, "environ", dict(given))
+    threads.settle_waiting()
+    assert os.environ == given
+
+
+def test_where_the_load_is_not_known_threads_spin(machine, tmp_path):
+    machine.setattr(os, "environ", {})
+    machine.setattr(threads, "LOAD", tmp_path / "none")
+    threads.settle_waiting()
+    assert "GOMP_SPINCOUNT" in os.environ
