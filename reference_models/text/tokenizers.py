@@ -64,6 +64,9 @@ def _load(path: Path) -> Tokenizer:
     for file in (path.with_name("special_tokens_map.json"), settings):
         config |= read_json(file) if file.is_file() and file != path else {}
     _check_class(path, config, settings)
+    beside = path.with_name("open_clip_config.json")
+    if (_open_clip_texts(beside).get("tokenizer_kwargs") or {}).get("strip_sep_token"):
+        raise ModelError(f"{beside}, key strip_sep_token: texts without an end token (CLIPA) are not supported")
     if path.suffix == ".gz":
         return ClipTokenizer(_read_gz(path), where=str(path), **_clip_options(config, settings))
     if path.name == "merges.txt":
@@ -246,12 +249,17 @@ def _pipeline(data, model, path: Path, config: dict, settings: Path, added: dict
     return PipelineTokenizer(data, model, pad, length, str(path), added, CLEAN.get(clean), config, files)
 
 
-def _open_clip_cleaning(path: Path) -> str | None:
-    """How open_clip cleans the texts for a tokenizer of the hub; None where no such file is."""
+def _open_clip_texts(path: Path) -> dict:
+    """open_clip's text_cfg; {} where no such file is."""
     data = read_json(path) if path.is_file() else {}
     for key in ("model_cfg", "text_cfg"):
         data = data[key] if isinstance(data.get(key), dict) else {}
-    kwargs = data.get("tokenizer_kwargs")
+    return data
+
+
+def _open_clip_cleaning(path: Path) -> str | None:
+    """How open_clip cleans the texts for a tokenizer of the hub; None where no such file is."""
+    kwargs = (data := _open_clip_texts(path)).get("tokenizer_kwargs")
     usual = "whitespace" if data.get("hf_tokenizer_name") else None
     return kwargs.get("clean", usual) if isinstance(kwargs, dict) else usual
 

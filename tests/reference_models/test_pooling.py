@@ -146,6 +146,14 @@ def test_lower_casing_that_the_vocabulary_does_not_do_is_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_texts_of_open_clip_without_an_end_token_are_named(tmp_path):
+    load_tokenizer(bundled_weights("bert-nano")).save(tmp_path)
+    kwargs = {"text_cfg": {"tokenizer_kwargs": {"strip_sep_token": True}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": kwargs}))
+    with pytest.raises(ModelError, match=r"open_clip_config\.json, key strip_sep_token: .*CLIPA"):
+        load_tokenizer(tmp_path)
+
+
 def test_an_unknown_pooling_names_the_choices():
     with pytest.raises(ModelError, match="the choices are pooler, mean, cls, max"):
         tiny(pooling="median")
