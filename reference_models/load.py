@@ -40,6 +40,7 @@ from reference_models.files.config_check import readable
 from reference_models.files.names import file_layout, prefixed, strip_wrappers, to_ours, to_theirs
 from reference_models.files.pooling import with_pooling
 from reference_models.files.preprocess import assumed_settings, assumption, preprocess_for
+from reference_models.files.refused import instead
 from reference_models.files.safetensors import read_weights, write_model_files
 
 WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
@@ -55,6 +56,8 @@ def config_for(name: str):
     for family in FAMILIES:
         if (config := family_module(family).config_for(name)) is not None:
             return config
+    if why := instead(name):
+        raise ModelError(f"{name}: {why}")
     near = difflib.get_close_matches(name.replace("_", "-").lower(), list_models(), n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     hint = "no such folder, and a name has no slash (weights of the hub are hf:org/name); " if "/" in name else hint

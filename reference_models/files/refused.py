@@ -17,7 +17,7 @@ REFUSED = (  # pattern in model_type or architecture, what differs, what to take
     (r"resnet|resnext|efficientnet|regnet|mobilenet|densenet|vgg", "convolutions", "mobilenet-v2, " + VIT),
     (r"^coca", "a decoder of captions (CoCa)", "CLIP (clip-vit-b-32)"),
     (
-        r"^siglip2|naflex",
+        r"^siglip2(_text_model|_vision_model)?$|naflex",
         "pictures of any number of patches (NaFlex)",
         "a SigLIP 2 of one size (siglip2-base-patch16-224)",
     ),

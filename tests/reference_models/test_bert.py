@@ -313,6 +313,8 @@ def test_a_refused_model_names_in_one_line_what_to_take(kind, instead, tmp_path)
     with pytest.raises(ModelError, match=rf"{kind}: it has .*; take .*{instead}") as error:
         load_pretrained(folder)
     assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match=rf"{kind}-base.*: it has .*; take .*{instead}"):
+        create_model(f"{kind}-base" if kind != "siglip2" else "siglip2-base-patch16-naflex")
 
 
 def test_a_checkpoint_of_another_kind_than_its_name_is_refused(tmp_path):
