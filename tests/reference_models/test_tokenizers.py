@@ -401,18 +401,17 @@ class TestBadFiles:
 
 @pytest.mark.parametrize("kind", ["wordpiece", "clip"])
 def test_enormous_texts_cost_linear_time(kind, vocab):
-    """A word, a text without spaces, runs of accents, entities and numbers of megabytes: what a hostile table holds."""
+    """A word, a text without spaces, runs of accents, entities and numbers without end: what a hostile table holds."""
     name = {"wordpiece": "bert-base-uncased-vocab.txt", "clip": "bpe_simple_vocab_16e6.txt.gz"}[kind]
-    tokenizer = load_tokenizer(vocab / name)
+    tokenizer, n = load_tokenizer(vocab / name), 100_000
     tokenizer.clean_html = True
-    texts = ["a" * 10**6, "word " * 200_000, "中" * 300_000, "'s" * 300_000, "[SEP]" * 99_999, "&" * 10**6]
-    texts += ["e" + "\u0301\u0323" * 300_000, "\u0301" * 10**6, "\u1100\u1161" * 200_000, f"&#{'1' * 10**6};"]
-    texts += ["<|endoftext|>" * 50_000]
+    texts = ["a" * n, "word " * n, "中" * n, "'s" * n, "[SEP]" * n, "&" * n, f"&#{'1' * n};", "<|endoftext|>" * n]
+    texts += ["e" + "\u0301\u0323" * n, "\u0301" * n, "\u1100\u1161" * n]
     for text in texts:
         started = time.process_time()
         rows = tokenizer([text], max_length=20)["input_ids"]
         assert rows.shape == (1, 20) or rows.shape[1] < 20
-        assert time.process_time() - started < 20, f"{text[:9]!r}: a square of its length would take an hour"
+        assert time.process_time() - started < 5, f"{text[:9]!r}: sorting its accents one by one takes 20 s"
 
 
 def test_long_runs_of_marks_alone_are_cut_before_normalising():
