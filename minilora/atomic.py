@@ -18,10 +18,11 @@ from safetensors.torch import save
 from minilora.errors import RunError
 
 
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what was there. RunError where the disk is full; then the
-    old file stays intact."""
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write `data`, a text in UTF-8, to `path`, replacing what was there. RunError where the disk
+    is full; then the old file stays intact."""
     path = Path(path)
+    data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -64,4 +65,4 @@ def write_png(path: str | Path, image: Image.Image) -> None:
 
 def write_json(path: str | Path, value, default: Callable | None = None) -> None:
     """Write a value as indented json, atomically."""
-    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n").encode())
+    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n"))

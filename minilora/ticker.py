@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
+from minilora.textfiles import printable
+
 T = TypeVar("T")
 
 visible = False
@@ -26,7 +28,7 @@ def clock(seconds: float) -> str:
 
 def through(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
     """The items, one by one. total: how many there will be; of a list it need not be said."""
-    total = len(items) if isinstance(items, Sized) else total
+    total, title = len(items) if isinstance(items, Sized) else total, printable(title)
     if not visible or os.environ.get("RANK", "0") != "0":
         yield from items
     elif (bar := terminal_bar(title, total)) is not None:

@@ -22,7 +22,7 @@ READING_PATH = [
     "train.py",
 ]
 
-GROUND = {f"minilora.{name}" for name in ("errors", "atomic", "signals", "ticker", "version")}
+GROUND = {f"minilora.{name}" for name in ("errors", "atomic", "signals", "textfiles", "ticker", "version")}
 CORE_ROOMS = {"minilora.speed", "minilora.lora", "minilora.lora_config", "minilora.targets", "minilora.inject"}
 BELOW_TASKS = {"adapter", "compress", "data", "report", "settings", "training"}
 # every room of the house: what it may import of the project, besides itself
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "minilora.errors": set(),
     "minilora.version": set(),
     "minilora.signals": set(),
-    "minilora.ticker": set(),
+    "minilora.textfiles": {"minilora.errors"},
+    "minilora.ticker": {"minilora.errors", "minilora.textfiles"},
     "minilora.atomic": {"minilora.errors"},
     "minilora.speed": set(),
     "minilora.fused": {"minilora.speed"},

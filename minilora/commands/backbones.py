@@ -233,7 +233,7 @@ def _relay(process: subprocess.Popen) -> str:
 
 def write_table(output: Path, rows: list[RunRow]) -> None:
     """OUTPUT/table.md, after every run, so that a table that was stopped shows what there is."""
-    atomic_write(output / "table.md", (comparison_table(rows, markdown=True, columns=BACKBONES) + "\n").encode())
+    atomic_write(output / "table.md", comparison_table(rows, markdown=True, columns=BACKBONES) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from minilora.inject import count_parameters, lora_layers
 from minilora.report.page import parameter_rows
 from minilora.report.tables import text_table
 from minilora.tasks.task import Task
+from minilora.textfiles import printable
 from minilora.training.device import autocast, to_device
 from minilora.training.distributed import share_steps, turns
 from minilora.training.trainer import TrainOptions
@@ -24,7 +25,8 @@ def describe_plan(task: Task, options: TrainOptions, device: torch.device) -> li
     total = min(options.epochs * steps, options.max_steps or options.epochs * steps)
     parameters = ((name, p.numel(), p.requires_grad) for name, p in task.model.named_parameters())
     rows = [[name, n, f"{trained:,}", f"{size:,}"] for name, n, trained, size in parameter_rows(parameters)]
-    lines = [*task.data_lines(), *task.picture_lines(), text_table(["module", "layers", "trainable", "all"], rows)]
+    lines = [*map(printable, (*task.data_lines(), *task.picture_lines()))]
+    lines.append(text_table(["module", "layers", "trainable", "all"], rows))
     lines += [str(count_parameters(task.model)), *target_lines(task.model)]
     lines.append(f"steps: {steps} per epoch, {total} in all; lr {options.lr:g} {options.sched}, {options.amp}")
     parts = memory_estimate(task, options, device)

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def finish(path: Path, config: Config) -> None:
         add_run(cells, config, read_summary(path))
-        atomic_write(output / "table.md", (markdown_table(*table(cells)) + "\n").encode())
+        atomic_write(output / "table.md", markdown_table(*table(cells)) + "\n")
 
     failed = run_plan(plan, output, finish)
     if cells:

@@ -5,7 +5,6 @@ LoRAConfig is a part of it; what PEFT knows beyond is refused where it changes t
 ignored where it does not.
 """
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from minilora.errors import UserError
 from minilora.inject import NORMS, lora_layers
 from minilora.lora_config import LoRAConfig
 from minilora.targets import ends
+from minilora.textfiles import read_bytes, read_json
 
 PREFIX = "base_model.model."
+WEIGHTS = 64 << 30  # bytes of an adapter's tensors, which are read at once
 
 # forms that PEFT no longer writes
 OLD_FORMS = {
@@ -79,17 +80,15 @@ def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor], str]:
     """Configuration and tensors of an adapter directory, names without "base_model.model."; and the
     class of the model that it was trained on, "" where the file does not say."""
-    path = directory / "adapter_config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-        file = directory / "adapter_model.safetensors"
-        tensors = parse_safetensors(file.read_bytes())
-    except FileNotFoundError as error:
-        missing = f"{Path(error.filename).name} is missing" if directory.exists() else "it does not exist"
+    path, file = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    if missing := next((one.name for one in (path, file) if not one.is_file()), None):
+        missing = f"{missing} is missing" if directory.exists() else "it does not exist"
         there = next((name for name in HINTS if (directory / name).exists()), None)
         hint = f"; {HINTS[there]}" if there else ""
-        raise UserError(f"{directory}: not an adapter directory: {missing}{hint}") from None
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{directory}: not an adapter directory: {missing}{hint}")
+    try:
+        data, tensors = read_json(path), parse_safetensors(read_bytes(file, WEIGHTS))
+    except (ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: the adapter cannot be read (truncated or damaged?): {error}") from None
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         found = data.get("peft_type") if isinstance(data, dict) else data

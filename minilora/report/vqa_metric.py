@@ -23,6 +23,7 @@ from pathlib import Path
 from minilora.atomic import atomic_write
 from minilora.errors import UserError
 from minilora.report.metrics import percent
+from minilora.textfiles import printable
 
 OFFICIAL = "official VQA accuracy"
 EXACT = "exact match after normalisation"
@@ -189,9 +190,9 @@ def format_vqa(scores: Mapping, question_types: int = 10) -> str:
     share = percent(scores["accuracy"], len(worth), statistics.pstdev(worth) if worth else 0.0)
     lines = [f"accuracy {share} ({scores['metric']}) | {scores['count']} questions"]
     for kind, value in scores["by_answer_type"].items():
-        lines.append(f"  {kind:<10} {value:6.2f} %  ({scores['counts_by_answer_type'][kind]} questions)")
+        lines.append(f"  {printable(kind):<10} {value:6.2f} %  ({scores['counts_by_answer_type'][kind]} questions)")
     by_type = sorted(scores["by_question_type"].items(), key=lambda item: item[1])
     if by_type:
         lines.append(f"  weakest {min(question_types, len(by_type))} of {len(by_type)} question types:")
-        lines += [f"    {kind:<24} {value:6.2f} %" for kind, value in by_type[:question_types]]
+        lines += [f"    {printable(kind):<24} {value:6.2f} %" for kind, value in by_type[:question_types]]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from minilora import ticker
 from minilora.errors import RunError
 from minilora.signals import Interrupted, StopSignals
+from minilora.textfiles import printable
 
 LONGEST = 4000  # letters of a message that quotes a file's
 
@@ -22,6 +23,9 @@ def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exc
     downloads.addHandler(shown)
     downloads.setLevel(logging.INFO)
     ticker.visible = True
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with StopSignals.shared():
             return main(None)
@@ -49,9 +53,3 @@ def _complain(message: str, code: int) -> int:
     cut = f" ... ({len(message):,} letters)" * (len(message) > LONGEST)
     print(f"error: {printable(message[:LONGEST])}{cut}", file=sys.stderr)
     return code
-
-
-def printable(message: str) -> str:
-    """One line without control characters: names of files and tensors are quoted in it, and these
-    may be anybody's."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)

@@ -20,9 +20,11 @@ from minilora.errors import UserError
 from minilora.settings.checks_labels import check_labels
 from minilora.settings.flags import TASKS, Config, Rule, rules
 from minilora.settings.values import close_match, convert, option
+from minilora.textfiles import encodable, read_text
 from minilora.version import __version__
 
 RECIPES = Path(__file__).parent / "recipes"
+LONGEST, DOTS = 1 << 18, 2000  # of a TOML file; the time for a key grows with its dots squared
 BASE = "base"  # a table of config.toml that is no flag: the base weights with their sha256
 # what version 0.1 did unless it says more
 FIRST = {"vqa": {"fusion": "product", "text_pooling": "pooler"}, "classify": {"head": "linear"}}
@@ -282,11 +284,11 @@ def read_run_config(run_dir: str | os.PathLike) -> tuple[Config, dict[str, Any]]
 
 def _load_toml(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path) / "config.toml" if Path(path).is_dir() else Path(path)
+    text = read_text(path, LONGEST)
+    if any(line.count(".") > DOTS for line in text.splitlines()):
+        raise UserError(f"{path}: not a TOML file of minilora: more than {DOTS} dots in a line")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from None
 
@@ -326,6 +328,10 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
+        if value != encodable(value):
+            raise UserError(
+                f"{value}: config.toml cannot hold a name that is not UTF-8; rename it, or name a link to it"
+            )
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml_value(one)}" for key, one in value.items()) + "}"

@@ -8,8 +8,10 @@ from typing import Any
 
 from minilora.errors import UserError
 from minilora.settings.flags import Rule
+from minilora.textfiles import encodable
 
 TOWERS = ("vision", "text")
+TEXTS = ("question", "choices", "classes", "prompt")  # which a tokenizer reads
 VERBATIM = ("image", "choices", "classes", "prompt")  # files and texts may hold commas
 
 
@@ -31,6 +33,9 @@ def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
     """`value` as the flag's type; UserError names the flag (or `where`: file and key) and
     what it accepts."""
     label = where or option(name)
+    for text in (value if isinstance(value, (list, tuple)) else [value]) if name in TEXTS else ():
+        if isinstance(text, str) and text != encodable(text):
+            raise UserError(f"{label} must be a text in UTF-8, got {text!r}")
     if rule.kind is bool:
         if not isinstance(value, bool):
             raise UserError(f"{label} must be true or false, got {value!r}")

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from minilora.data.json_file import read_json
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.tasks.weights import weights_sha256
+from minilora.textfiles import read_json
 
 RESIZES = ("squash", "shortest")
 NUMBERS = ("best", "test", "zero_shot", "parameters")  # parts of summary.json that hold numbers

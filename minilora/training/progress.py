@@ -15,6 +15,7 @@ import torch
 
 from minilora.atomic import atomic_write
 from minilora.errors import RunError
+from minilora.textfiles import printable
 from minilora.ticker import clock, terminal_bar
 from minilora.training.board import Board
 from minilora.training.distributed import is_main
@@ -73,6 +74,7 @@ class Progress:
     def log(self, line: str) -> None:
         """One line to the screen and to train.log."""
         if is_main():
+            line = printable(line)
             self._to_file(line)
             print(line, flush=True) if self.bar is None else self.bar.write(line)
 
@@ -154,7 +156,7 @@ class Progress:
     def _to_file(self, line: str) -> None:
         path = self.run_dir / "train.log"
         try:
-            with open(path, "a", encoding="utf-8", opener=not_through_a_link) as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=not_through_a_link) as file:
                 file.write(line + "\n")
         except OSError as error:
             if path.is_symlink():

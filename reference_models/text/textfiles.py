@@ -1,9 +1,11 @@
-"""Text and JSON read with errors that name file and line; files written so that a crash leaves
-the old or the new.
+"""Text and JSON read within limits, with errors that name file and line; files written so that a
+crash leaves the old or the new.
 """
 
 import json
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +13,30 @@ from typing import Any
 
 from reference_models.errors import ModelError
 
+LIMIT = 256 << 20  # bytes; the largest vocabulary known has 35 million
+
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file. Raises ModelError naming the file (and the line of the
-    first bad byte)."""
+    """The UTF-8 text of a file, without a byte order mark. Raises ModelError naming the file (and
+    the line of the first bad byte); for a pipe or a device too, and for one of over 256 MiB."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
+                what = f"is longer than {LIMIT >> 20} MiB" if status.st_size > LIMIT else "is a pipe or a device"
+                raise ModelError(f"{path}: {what}; this is no such file")
+            return decode_utf8(file.read(), path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return decode_utf8(data, path)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def decode_utf8(data: bytes, path: Path) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ModelError(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x})") from None
@@ -32,16 +44,22 @@ def decode_utf8(data: bytes, path: Path) -> str:
 
 def read_json(path: Path, unique: bool = False, kind: type = dict) -> Any:
     """A JSON file whose outermost value is an object, or a list with kind=list. Raises ModelError
-    naming the file and the line or the key.
+    naming the file and the line or the key; for half a character (a surrogate alone) too.
 
     unique: refuse an object with a key twice, of which json would take the last, as
     transformers does.
     """
     hook = (lambda pairs: _unique(pairs, path)) if unique else None
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path), object_pairs_hook=hook)
+        value = json.loads(text, object_pairs_hook=hook)
+        if re.search(r"\\u[dD]", text):
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ModelError(f"{path}: {half} in a text is half a character; correct it") from None
     except ModelError:
         raise
     # nested too deep; a number of thousands of digits

@@ -20,10 +20,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from minilora import ticker
-from minilora.data.json_file import read_json
 from minilora.data.pictures.images import is_picture, open_image
-from minilora.data.pictures.parts import PARTS, LeftOut, entries, find_parts, list_pictures, nfc, part_of
+from minilora.data.pictures.parts import PARTS, LeftOut, entries, find_parts, is_folder, list_pictures, nfc, part_of
 from minilora.errors import UserError
+from minilora.textfiles import read_json
 
 
 class Sample(NamedTuple):
@@ -165,7 +165,7 @@ def parts_below(root: Path) -> dict[str, Path]:
     seg_train/seg_train/<class>, where nothing else lies in the outer one, the inner one counts."""
 
     def folders(path: Path) -> list[Path]:
-        return [Path(entry.path) for entry in entries(path, root, lenient=True) if entry.is_dir()]
+        return [Path(entry.path) for entry in entries(path, root, lenient=True) if is_folder(entry)]
 
     holding = {}
     for path in (path for path in folders(root) if part_of(path.name)):
@@ -179,7 +179,7 @@ def parts_below(root: Path) -> dict[str, Path]:
 
 def has_class_folders(root: Path) -> bool:
     """Whether `root` holds two or more folders of pictures that are not named like parts."""
-    folders = (entry for entry in entries(root, root, lenient=True) if entry.is_dir() and not part_of(entry.name))
+    folders = (entry for entry in entries(root, root, lenient=True) if is_folder(entry) and not part_of(entry.name))
     return sum(any(is_picture(one.name) for one in os.scandir(folder)) for folder in folders) > 1
 
 
@@ -187,7 +187,7 @@ def _beside(root: Path, parts: dict[str, Path], left: LeftOut) -> None:
     """Counts the pictures that lie in `root`, but in none of its parts."""
     taken = {path for folder in parts.values() for path in (folder, *folder.parents)}
     for entry in entries(root, root, left, lenient=True):
-        if entry.is_dir() and Path(entry.path) not in taken:
+        if is_folder(entry) and Path(entry.path) not in taken:
             count = sum(is_picture(name) for _, _, names in os.walk(entry.path) for name in names)
             left.add("pictures beside the parts" if count else "folders without pictures", f"{entry.name}/", count or 1)
         elif is_picture(entry.name):
@@ -198,7 +198,7 @@ def _class_folders(folder: Path, root: Path, left: LeftOut) -> dict[str, list[st
     """class folder -> its pictures, relative to `root`; an empty class is an error."""
     found: dict[str, list[str]] = {}
     for entry in ticker.through(entries(folder, root, left), f"listing {folder}, classes"):
-        if entry.is_dir():
+        if is_folder(entry):
             pictures = list_pictures(entry.path, root, left)
             if not pictures:
                 raise UserError(f"{entry.path}: class folder without a picture; add pictures or remove it")

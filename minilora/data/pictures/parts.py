@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from minilora import ticker
 from minilora.data.pictures.images import inside, is_picture
 from minilora.errors import UserError
+from minilora.textfiles import encodable
 
 PARTS = ("train", "val", "test")
 NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -26,8 +27,9 @@ SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
 
 def nfc(text: str) -> str:
-    """One form for names that look alike: macOS writes an accent as a character of its own."""
-    return unicodedata.normalize("NFC", text)
+    """One form for names that look alike: macOS writes an accent as a character of its own. Bytes
+    of a file name that are no UTF-8 become text."""
+    return unicodedata.normalize("NFC", encodable(text))
 
 
 def part_of(name: str) -> tuple[str, tuple[str, str]] | None:
@@ -112,6 +114,14 @@ def entries(
             yield entry
 
 
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def list_pictures(
     folder: str | os.PathLike, root: str | os.PathLike | None = None, left: LeftOut | None = None
 ) -> list[str]:
@@ -126,7 +136,7 @@ def _pictures_below(folder: str, root: str, left: LeftOut | None) -> Iterator[st
     while queue:
         prefix, above = queue.pop()
         for entry in entries(os.path.join(folder, prefix), root, left):
-            if entry.is_dir():
+            if is_folder(entry):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
                 if real not in above:
                     queue.append((f"{prefix}{entry.name}/", (*above, real)))

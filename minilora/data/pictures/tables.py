@@ -19,6 +19,7 @@ from minilora.data.pictures.folder import Sample, Split, Splits, class_names, re
 from minilora.data.pictures.label_sets import BITS, END, MARKS, binary_columns, coded, json_rows, split_cells
 from minilora.data.pictures.parts import NAMES, PARTS, find_parts, list_pictures, nfc, part_named
 from minilora.errors import UserError
+from minilora.textfiles import DATA, from_cell, read_bytes
 
 # what a column may be called, the first found counts; in a header "Image ID" is image_id
 COLUMNS = {
@@ -139,10 +140,8 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     if Path(path).suffix.lower() == ".json":
         return json_rows(Path(path))
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(path, DATA)
         text = content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save the table as UTF-8") from None
     first, _, rest = text.lstrip().partition("\n")
@@ -155,7 +154,7 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     header: list[str] | None = None
     try:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
+            cells = [from_cell(cell.strip()) for cell in cells]
             if not any(cells):
                 continue
             if header is None:

@@ -15,13 +15,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from minilora.data.json_file import read_json
 from minilora.data.pictures.folder import Sample, Split
 from minilora.data.pictures.loader import mix
 from minilora.data.pictures.parts import PARTS, part_named
 from minilora.data.pictures.tables import contained
 from minilora.data.questions.choices import ChoiceSplit, ChoiceSplits, Question, check_choices
 from minilora.errors import UserError
+from minilora.textfiles import DATA, read_json
 
 FILE = "dataset_v7w_telling.json"
 
@@ -73,7 +73,7 @@ def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
 
 
 def _images(file: Path) -> list:
-    data = read_json(file)
+    data = read_json(file, DATA)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
         raise UserError(f"{file}: no list `images`; is this {FILE}?")

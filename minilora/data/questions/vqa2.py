@@ -24,10 +24,10 @@ from pathlib import Path
 from sys import intern
 
 from minilora import ticker
-from minilora.data.json_file import read_json
 from minilora.data.pictures.folder import Sample, Split, existing_path
 from minilora.data.pictures.parts import list_pictures, part_of
 from minilora.errors import UserError
+from minilora.textfiles import DATA, read_json
 
 ID = re.compile(r"(\d+)$")
 EXPANSIONS = (
@@ -266,7 +266,7 @@ def by_id(path: Path) -> dict[int, dict]:
 def records(path: Path, key: str, fields: dict[str, type]) -> list[dict]:
     """The list under `key` of a VQA v2 file: every record has `fields`, and no
     question_id comes twice."""
-    data = read_json(path)
+    data = read_json(path, DATA)
     rows = data.get(key) if isinstance(data, dict) else None
     if not isinstance(rows, list):
         raise UserError(f'{path}: not a VQA v2 file: no list under "{key}"')

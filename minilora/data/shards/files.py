@@ -24,6 +24,7 @@ from torch import Tensor
 from minilora.atomic import write_json, write_safetensors
 from minilora.data.pictures.folder import Sample
 from minilora.errors import UserError
+from minilora.textfiles import read_json
 
 INDEX = "index.json"
 FORMATS = {"vqa": "minilora-shards-1", "classify": "minilora-pictures-1"}  # of each task
@@ -87,9 +88,9 @@ def file_sha256(path: Path) -> str:
 def read_index(folder: Path, wanted: str) -> dict:
     """index.json, checked; UserError where it is damaged or of another format than `wanted`."""
     try:
-        index = json.loads((folder / INDEX).read_bytes())
+        index = read_json(folder / INDEX)
         found, sound = index["format"], isinstance(index["shards"], dict)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INDEX}: damaged ({error}); write the shards again") from None
     if found != wanted or not sound:
         belongs = next((f"; these shards are for --task {t}" for t, name in FORMATS.items() if name == found), "")
