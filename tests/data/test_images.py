@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from minilora.data.pictures.images import MAX_PIXELS, BadImage, open_image
+from minilora.data.pictures.images import MAX_PIXELS, PNG, BadImage, open_image
 from minilora.data.pictures.transforms import build_transform, to_uint8
 from minilora.errors import UserError
 
@@ -26,14 +26,14 @@ PREPROCESS = {
 }
 
 
+def chunk(kind: bytes, body: bytes, sound: bool = True) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ (not sound))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A valid PNG header of that size with hardly any pixel data behind it."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return PNG + size + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
@@ -241,3 +241,78 @@ def test_what_a_header_may_take_is_counted_by_bytes_and_by_reads(tmp_path, monke
     os.truncate(tmp_path / "big.png", images.MAX_BYTES + 1)
     with pytest.raises(BadImage, match="the file has 1024 MiB"):
         open_image(tmp_path / "big.png")
+
+
+def png(pixels, bits=8, colour=2, extra=b"") -> bytes:
+    """A PNG written by hand: (H, W, bands) values, and chunks before the pixels."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return PNG + chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+METADATA = {
+    "a text of 3 MB": chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 3_000_000)),
+    "many texts": 70 * chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 1_000_000)),
+    "a long international text": chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"x" * 3_000_000)),
+    "a text with a wrong checksum": chunk(b"tEXt", b"k\0hello", sound=False),
+    "an unknown chunk with a wrong checksum": chunk(b"prVt", b"x", sound=False),
+    "a name of no letters": chunk(b"\1abc", b"x"),
+    "a long profile": chunk(b"iCCP", b"k\0\0" + zlib.compress(b"x" * 3_000_000)),
+    "a profile of unknown compression": chunk(b"iCCP", b"k\0\7x"),
+    "a short gamma": chunk(b"gAMA", b"x"),
+    "a short resolution": chunk(b"pHYs", b"x"),
+    "a short animation": chunk(b"fcTL", b"x"),
+}
+
+
+@pytest.mark.parametrize("what", METADATA)
+def test_pixels_are_read_whatever_the_metadata_say(tmp_path, what):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3))
+    (tmp_path / "x.png").write_bytes(png(pixels, extra=METADATA[what]))
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), pixels)
+    assert np.array_equal(np.asarray(open_image(io.BytesIO((tmp_path / "x.png").read_bytes()))), pixels)
+
+
+def test_damaged_pixels_stay_an_error_beside_damaged_texts(tmp_path):
+    data = png(np.zeros((50, 50, 3), int), extra=METADATA["a text with a wrong checksum"])
+    (tmp_path / "x.png").write_bytes(data[:-60])
+    with pytest.raises(BadImage):
+        open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("colour, bands", [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"])
+def test_16_bit_files_of_8_bit_values_are_not_black(tmp_path, colour, bands):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, bands))
+    if bands in (2, 4):
+        pixels[..., -1] = 255
+    expected = np.repeat(pixels[..., :1], 3, -1) if bands < 3 else pixels[..., :3]
+    for scale in (1, 257):  # 8-bit values, and all 16 bits
+        (tmp_path / "x.png").write_bytes(png(pixels * scale, 16, colour))
+        assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), expected)
+    if bands in (1, 3):
+        (tmp_path / "x.png").write_bytes(png(np.zeros_like(pixels), 16, colour))
+        assert not np.asarray(open_image(tmp_path / "x.png")).any()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_16_bit_tiff_of_8_bit_values_is_not_black(tmp_path, order):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3))
+    for scale in (1, 257):
+        (tmp_path / "x.tif").write_bytes(tiff(pixels * scale, order))
+        assert np.array_equal(np.asarray(open_image(tmp_path / "x.tif")), pixels)
+
+
+def tiff(pixels, order: str) -> bytes:
+    """An uncompressed TIFF of three 16-bit colours, written by hand."""
+    height, width, _ = pixels.shape
+    data = pixels.astype(order + "u2").tobytes()
+    values = {256: width, 257: height, 258: None, 259: 1, 262: 2, 273: None, 277: 3, 278: height, 279: len(data)}
+    after = 8 + 2 + 12 * len(values) + 4
+    values |= {258: after, 273: after + 6}
+    fields = b""
+    for tag, value in values.items():
+        kind, count = (3, 3) if tag == 258 else (4, 1)
+        fields += struct.pack(order + "HHII", tag, kind, count, value)
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    return start + struct.pack(order + "H", len(values)) + fields + struct.pack(order + "IHHH", 0, 16, 16, 16) + data

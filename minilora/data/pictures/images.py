@@ -6,15 +6,19 @@ folder, then the header (format and size: a 50 kB file may unpack to gigabytes),
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
+import sys
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minilora.errors import UserError
+from minilora.textfiles import read_bytes
 
 # Formats that Pillow decodes by itself, without those that start other programs (EPS: ghostscript).
 WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
@@ -28,6 +32,8 @@ EXTENSIONS = frozenset(
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 1 << 30  # of a file
 MAX_HEADER, STEP = 1 << 28, 1 << 10  # bytes read before the pixels, at least STEP at a time
+MAX_CHUNKS = 1 << 16  # of a PNG that is read once more without its metadata
+PNG = b"\x89PNG\r\n\x1a\n"
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
 
 
@@ -73,13 +79,14 @@ def open_image(path: str | os.PathLike | io.BytesIO, root: str | os.PathLike | N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata is no news; a bomb is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Header(path) as file, Image.open(file, formats=FORMATS) as image:
-                file.left = math.inf
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadImage(path, _too_large(f"{width} x {height}"))
-                image.load()
-                return to_rgb(upright(image))
+            try:
+                return decoded(path, path)
+            except BadImage:
+                raise
+            except (SyntaxError, OSError, ValueError):
+                if (bare := without_metadata(path)) is None:
+                    raise
+                return decoded(bare, path)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -108,6 +115,58 @@ class Header(io.BufferedReader):
         if self.left < 0:
             raise OSError("its header has no end")
         return data
+
+
+def decoded(
+    source: str | os.PathLike | io.BytesIO, path: str | os.PathLike | io.BytesIO, lower: bool = False
+) -> Image.Image:
+    """The picture of a file or of its bytes as RGB, upright; `path` names it in BadImage.
+
+    lower: of 16 bits per colour take the lower 8. A picture whose upper 8 are all 0 holds
+    8-bit values, and is read so.
+    """
+    with Header(source) as file, Image.open(file, formats=FORMATS) as image:
+        file.left = math.inf
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(path, _too_large(f"{width} x {height}"))
+        deep = any(";16" in str(tile[3]) for tile in image.tile)
+        grey = lower and any("LA;16" in str(tile[3]) for tile in image.tile)
+        image.tile = [_exchanged(*tile) for tile in image.tile] if lower else image.tile
+        image.load()
+        if deep and not lower and not np.max(image.getextrema()):
+            with contextlib.suppress(ValueError):  # Pillow cannot read every form in another order
+                return decoded(source, path, lower=True)
+        image = upright(image)
+        return to_rgb(Image.merge("LA", [image.getchannel(band) for band in "GA"]) if grey else image)
+
+
+def _exchanged(decoder: str, extents: tuple, offset: int, arguments: str | tuple) -> tuple:
+    """A tile of Pillow's whose pairs of bytes are taken in the other order; grey and alpha of 16
+    bits are the four bytes of a pixel with 8-bit colours."""
+    mode, *rest = [arguments] if isinstance(arguments, str) else arguments
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+    mode = "RGBA" if mode.startswith("LA") else mode[:-1] + other.get(mode[-1], mode[-1])
+    return decoder, extents, offset, mode if isinstance(arguments, str) else (mode, *rest)
+
+
+def without_metadata(path: str | os.PathLike | io.BytesIO) -> io.BytesIO | None:
+    """A PNG's pixels, transparency and orientation alone: its texts and profiles may be longer than
+    Pillow reads, or damaged. None for other files, and for one of more than MAX_CHUNKS pieces."""
+    data = path.getvalue() if isinstance(path, io.BytesIO) else read_bytes(path, MAX_BYTES)
+    if not data.startswith(PNG):
+        return None
+    kept, at = [PNG], len(PNG)
+    for _ in range(MAX_CHUNKS):
+        if at + 12 > len(data):
+            return io.BytesIO(b"".join(kept))
+        size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        chunk = data[at : at + 12 + size]
+        sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if name in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (sound and name in (b"tRNS", b"eXIf")):
+            kept.append(chunk)
+        at += len(chunk)
+    return None
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -141,7 +200,7 @@ def _grey_8bit(image: Image.Image) -> np.ndarray:
         values = np.nan_to_num(values.astype(np.float64), posinf=255.0, neginf=0.0)
         return np.clip(values * (255 if values.max(initial=0) <= 1 else 1), 0, 255).astype(np.uint8)
     values = np.clip(values.astype(np.int64), 0, 65535)
-    if image.mode == "I" and values.max(initial=0) <= 255:  # a 32-bit file that holds 8-bit values
+    if values.max(initial=0) <= 255:  # a file of 16 or 32 bits that holds 8-bit values
         return values.astype(np.uint8)
     return (values >> 8).astype(np.uint8)
 
