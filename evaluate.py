@@ -10,8 +10,6 @@ python evaluate.py --model clip-nano --task choice --data-format shapes  a base 
 """
 
 # ruff: noqa: E402
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,19 +25,28 @@ if __name__ == "__main__":
     StopSignals.shared().__enter__()  # what follows takes seconds to import
 
 import torch
+from PIL import Image
 
 from minilora import ticker
 from minilora.adapter import export_adapter
 from minilora.atomic import atomic_write, write_json, write_png
 from minilora.commands.compression import check_pruning, compression_report, latency
-from minilora.commands.results import attention_figures, report_data, resume_command, run_row, zero_shot_row
+from minilora.commands.pages import attention_figures, names_of, report_data
+from minilora.commands.results import resume_command, run_row, zero_shot_row
 from minilora.errors import UserError
 from minilora.formats.foreign import layout_table
 from minilora.inject import merge_lora
 from minilora.report.curves import read_metrics
-from minilora.report.page import write_report
-from minilora.report.spectrum import format_spectrum, full_updates, lora_updates, spectrum, spectrum_figure
-from minilora.report.tables import comparison_table
+from minilora.report.page import Figure, Table, write_report
+from minilora.report.spectrum import (
+    format_spectrum,
+    full_updates,
+    lora_updates,
+    spectrum,
+    spectrum_figure,
+    spectrum_table,
+)
+from minilora.report.tables import RunRow, comparison_table, text_table
 from minilora.report.vqa_metric import write_results as write_vqa_results
 from minilora.settings import exit_codes as cli
 from minilora.settings.checks_evaluate import check
@@ -50,6 +57,7 @@ from minilora.tasks import lock
 from minilora.tasks.load import load_run, task_module
 from minilora.tasks.run import Evaluation, Run
 from minilora.tasks.runfiles import ended
+from minilora.textfiles import csv_text, printable
 from minilora.training.device import choose_device
 from reference_models import ModelError, save_pretrained
 from reference_models.files.names import file_layout
@@ -84,19 +92,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = f"has not ended, {len(read_metrics(run.path / 'metrics.jsonl'))} of {run.config.epochs} epochs are done"
         other = lock.at_work(run.path)
         todo = f"{other} trains there now" if other else f"continue it with: {resume_command(run.path)}"
-        print(f"{run.path}: {done}; {todo}")
+        tell(f"{run.path}: {done}; {todo}")
     if options.image:
         return answer(runs[0], options)
     check_pruning(runs, options, typed)
     check_export(runs[0], options)
     exports = options.merge_to or options.export_adapter
-    if not exports or SCORED & typed.keys():
-        score(runs, options)
-    extras(runs, options)
+    scored = score(runs, options) if not exports or SCORED & typed.keys() else ()
+    tables, figures = extras(runs, options)
     if options.prune is not None:
-        table, runs = compression_report(runs, options)
-        print(table)
+        table, pruned = compression_report(runs, options)
+        print(f"{text_table(table.columns, table.rows)}\n{table.note}")
+        tables.setdefault("", []).append(table)
+    if options.report:
+        evaluations, rows = scored
+        write_report(report_data(runs, evaluations, options, rows, tables, figures), options.report)
+        tell(f"wrote {options.report}")
     if exports:
+        runs = runs if options.prune is None else pruned
         export(runs[0], options)
     return 0
 
@@ -120,20 +133,26 @@ def answer(run: Run, options: EvalConfig) -> int:
         raise UserError(f"--{next(iter(texts))} is not for a run of --task classify; leave it out")
     images = [options.image] if isinstance(options.image, str) else options.image
     for image, row in zip(images, run.predict(list(images), **texts), strict=True):
-        print(f"{image}: " + (", ".join(f"{label} {100 * p:.1f} %" for label, p in row) or "no label is likely"))
+        tell(f"{image}: " + (", ".join(f"{label} {100 * p:.1f} %" for label, p in row) or "no label is likely"))
     return 0
 
 
-def score(runs: list[Run], options: EvalConfig) -> None:
-    """Scores of each run; a comparison of several; the files that --predictions, --submission
-    and --report name."""
+def tell(line: str) -> None:
+    """Print a line in which names of files and classes are quoted."""
+    print(printable(line))
+
+
+def score(runs: list[Run], options: EvalConfig) -> tuple[list[Evaluation], list[RunRow]]:
+    """Scores of each run; a comparison of several; the files that --predictions and --submission
+    name. Returns the scores, and the lines of the comparison."""
     evaluations = [run.evaluate(options) for run in runs]
     for run, evaluation in zip(runs, evaluations, strict=True):
         scored = f"{evaluation.part}, {len(evaluation.rows)} {run.unit}"
-        print(f"{run.path} ({run.config.mode}, {run.config.model}, {run.amp}): {scored}\n{evaluation.text}")
-    rows = [run_row(run, e) for run, e in zip(runs, evaluations, strict=True)]
+        tell(f"{run.path} ({run.config.mode}, {run.config.model_name}, {run.amp}): {scored}")
+        print(evaluation.text)
+    rows = [run_row(run, e, options) for run, e in zip(runs, evaluations, strict=True)]
     if base := runs[0].untrained(options):
-        rows.insert(0, zero_shot_row(runs[0], base))
+        rows.insert(0, zero_shot_row(runs[0], base, options))
     if len(rows) > 1:
         print(comparison_table(rows))
     first = evaluations[0]
@@ -141,33 +160,44 @@ def score(runs: list[Run], options: EvalConfig) -> None:
         write_csv(options.predictions, first.header, first.rows)
     if options.submission:
         write_submission(options.submission, first)
-    if options.report:
-        write_report(report_data(runs, evaluations, options, rows), options.report)
-        print(f"wrote {options.report}")
+    return evaluations, rows
 
 
-def extras(runs: list[Run], options: EvalConfig) -> None:
-    """--attention, --spectrum and --latency."""
+def extras(runs: list[Run], options: EvalConfig) -> tuple[dict[str, list[Table]], list[Figure]]:
+    """--attention, --spectrum and --latency; returns what a page shows of the last two: {run, or ""
+    for all: tables}, and figures."""
+    tables, figures = {}, []
     if options.attention:
         figures = attention_figures(runs, options)
         if not figures:
             raise UserError(f"--attention: {runs[0].config.model} has no attention maps; leave the flag out")
         for figure in figures:
             write_png(beside(runs[0], "attention.png"), figure.image)
+        figures = []
     if options.spectrum:
-        layers = {run.name: spectrum(ticker.through(updates(run, options), "spectrum, layers")) for run in runs}
+        layers = {
+            name: spectrum(ticker.through(updates(run, options), "spectrum, layers"))
+            for name, run in zip(names_of(runs), runs, strict=True)
+        }
         print(format_spectrum(layers))
-        spectrum_figure(layers, beside(runs[0], "spectrum.png"))
-    for run in runs if options.latency else ():
-        times = ", ".join(f"batch {n} {1000 * s:.1f} ms ({n / s:.0f}/s)" for n, s in latency(run, options))
-        print(f"{run.name}: {times}, median of 15 in {run.amp} on {run.device}, {torch.get_num_threads()} threads")
+        tables = {name: [spectrum_table(one)] for name, one in layers.items()}
+        if spectrum_figure(layers, path := beside(runs[0], "spectrum.png")):
+            figures.append(Figure("Spectrum", Image.open(path)))
+    if options.latency:
+        how = f"median of 15 in {runs[0].amp} on {runs[0].device}, {torch.get_num_threads()} threads"
+        times = [(name, *one) for name, run in zip(names_of(runs), runs, strict=True) for one in latency(run, options)]
+        cells = [[name, n, f"{1000 * s:.1f}", f"{n / s:.0f}"] for name, n, s in times]
+        tables[""] = [Table("Latency", ["run", "batch", "ms", "per second"], cells, f"A forward pass: {how}.")]
+        for name, n, s in times:
+            tell(f"{name}: batch {n} {1000 * s:.1f} ms ({n / s:.0f}/s), {how}")
+    return tables, figures
 
 
 def beside(run: Run, name: str) -> Path:
     """RUN/evaluation/NAME: the files that the training wrote stay as they are."""
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
-    print(f"wrote {folder / name}")
+    tell(f"wrote {folder / name}")
     return folder / name
 
 
@@ -195,30 +225,29 @@ def export(run: Run, options: EvalConfig) -> None:
     """--export-adapter before --merge-to, which takes the adapter away."""
     if options.export_adapter:
         export_adapter(run.model, options.export_adapter, options.layout)
-        print(f"wrote {options.export_adapter}")
+        tell(f"wrote {options.export_adapter}")
     if options.merge_to:
         run.model.labels, run.model.multi_label = run.labels, run.config.multi_label
         save_pretrained(merge_lora(run.model), options.merge_to, layout=options.layout)
         if getattr(run, "tokenizer", None) and run.task != "vqa":
             run.tokenizer.save(options.merge_to)
-        print(f"wrote {options.merge_to}")
+        tell(f"wrote {options.merge_to}")
 
 
 def write_submission(path: str, evaluation: Evaluation) -> None:
     """A table in a .csv or .tsv file, else what the data set's toolkit reads, if it has one."""
     answers = evaluation.results
     if answers is None or path.endswith((".csv", ".tsv")):
-        return write_csv(path, *evaluation.submission)
+        return write_csv(path, *evaluation.submission, guard=False)
     write_vqa_results(path, answers) if isinstance(answers, dict) else write_json(Path(path), answers)
-    print(f"wrote {path}: {len(answers)} answers to {evaluation.part}, as the toolkit's results json")
+    tell(f"wrote {path}: {len(answers)} answers to {evaluation.part}, as the toolkit's results json")
 
 
-def write_csv(path: str, header: list[str], rows: list[list]) -> None:
-    """A table in UTF-8, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    atomic_write(Path(path), text.getvalue().encode())
-    print(f"wrote {path}: {len(rows)} rows")
+def write_csv(path: str, header: list[str], rows: list[list], guard: bool = True) -> None:
+    """A table in UTF-8, whole or not at all. guard: no cell is a formula to a spreadsheet; what a
+    server takes is written as it is."""
+    atomic_write(Path(path), csv_text([header, *rows], guard))
+    tell(f"wrote {path}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from minilora.tasks.precision import choose_amp, settle_precision
 from minilora.tasks.rundir import continued, open_run_dir
 from minilora.tasks.runfiles import ended, read_summary
 from minilora.tasks.task import Task
+from minilora.textfiles import printable
 from minilora.training import distributed
 from minilora.training.board import check_available
 from minilora.training.device import choose_device, set_deterministic
@@ -106,7 +107,7 @@ def run(task: Task, trainer: Trainer) -> int:
             trainer.progress.log(line)
         if distributed.is_main():
             write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)
-            print(*next_commands(run_dir, config), sep="\n")
+            print(*map(printable, next_commands(run_dir, config)), sep="\n")
     except Interrupted:
         trainer.progress.log(f"go on with: {resume_command(run_dir)}")
         raise

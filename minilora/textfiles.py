@@ -84,8 +84,8 @@ def _seen(c: str) -> bool:
 
 
 def encodable(text: str) -> str:
-    r"""The text with the bytes of a file name that are no UTF-8 made visible: \udcff."""
-    return text.encode(errors="backslashreplace").decode()
+    """The text with the bytes of a file name that are no UTF-8 as %FF, which is a name again."""
+    return re.sub("[\ud800-\udfff]", lambda half: f"%{ord(half[0]) & 255:02X}", text)
 
 
 def csv_text(rows: Iterable[Sequence], guard: bool = True) -> str:

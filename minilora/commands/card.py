@@ -12,6 +12,7 @@ from minilora.report.metrics import NAMES, shown
 from minilora.settings.flags import Config
 from minilora.settings.parse import NOT_SAVED
 from minilora.settings.values import option
+from minilora.textfiles import printable
 
 CLASSES = {"classify": "AutoModelForImageClassification", "choice": "AutoModel"}  # of transformers
 PREDICT = {
@@ -55,7 +56,7 @@ print({PREDICT[config.task]})
     kind = "choice" if config.head == "names" else config.task  # both are a CLIP
     if "transformers5" not in layouts or kind not in CLASSES or isinstance(config.model, dict):
         return text
-    model_class, folder = CLASSES[kind], shlex.quote(str(path))
+    model_class, folder = CLASSES[kind], printable(shlex.quote(str(path)))
     text += f"""
 In transformers, merged to one model:
 
@@ -102,19 +103,21 @@ def model_card(
     base: weights and sha256 of the base; lines: what the data line of the run says; layouts: those
     that the model can be written in.
     """
+    lines = [printable(line).replace("|", "\\|") for line in lines]
     counts, best, test = summary["parameters"], summary["best"], summary.get("test") or {}
     metric = summary["metric"]
     scores = {"validation": best.get("val_loss" if metric == "loss" else metric), "test": test.get(metric)}
     scored = ", ".join(f"{part} {shown(metric, value)}" for part, value in scores.items() if value is not None)
-    some = ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)
-    model = " + ".join(config.model.values()) if isinstance(config.model, dict) else config.model
-    return f"""# {path.name}
+    some = printable(", ".join(labels[:20])).replace("|", "\\|") + f" and {len(labels) - 20} more" * (len(labels) > 20)
+    model, both = config.model_name, (base["weights"], base.get("sha256"))
+    weights, sha256 = (" + ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in both)
+    return f"""# {printable(path.name)}
 
 {config.mode} fine-tuning of {model} for {config.task}, made with minilora {summary["versions"].get("minilora", "")}.
 
 | | |
 |---|---|
-| base | {model}, weights {base["weights"]}, sha256 {str(base.get("sha256"))[:16]}... |
+| base | {model}, weights {printable(weights)}, sha256 {sha256[:16]}... |
 | {" | ".join(lines[0].split(": ", 1)) if lines and ": " in lines[0] else "data | " + "; ".join(lines)} |
 | {"answers" if config.task == "vqa" else "classes"} | {len(labels)}: {some} |
 | trained | {counts["trainable"]:,} of {counts["total"]:,} parameters |
@@ -124,7 +127,7 @@ def model_card(
 The weights kept are those of the best epoch by {NAMES.get(metric, metric)} on the validation data. Made by
 
 ```sh
-{command(config)}
+{printable(command(config))}
 ```
 
 {loading(path, config, base, layouts, len(labels))}"""

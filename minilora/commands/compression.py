@@ -21,7 +21,7 @@ from minilora.compress.structured import check_units, remove_mlp_units
 from minilora.errors import UserError
 from minilora.inject import inject_lora, merge_lora
 from minilora.lora_config import LoRAConfig
-from minilora.report.tables import text_table
+from minilora.report.page import Table
 from minilora.settings.flags import DEFAULT_LR
 from minilora.settings.values import option
 from minilora.tasks.load import build_task
@@ -164,7 +164,7 @@ def compression_cells(rows: Sequence[dict]) -> list[list[str]]:
     ]
 
 
-def compression_report(runs: Sequence[Run], options: Any) -> tuple[str, list[Run]]:
+def compression_report(runs: Sequence[Run], options: Any) -> tuple[Table, list[Run]]:
     """(the table of all runs, each as it is and pruned; the pruned runs)."""
     pruned = [pruned_run(run, options) for run in runs]
     what = f"{options.prune:g} of {options.prune_scope} pruned"
@@ -172,4 +172,4 @@ def compression_report(runs: Sequence[Run], options: Any) -> tuple[str, list[Run
     rows = compression_rows([*runs, *pruned], names, options)
     threads = torch.get_num_threads()
     note = f"MB: 1e6 bytes of model.safetensors; ms: median of 9 forward passes on {runs[0].device}, {threads} threads"
-    return f"{text_table(COLUMNS, compression_cells(rows))}\n{note}", pruned
+    return Table("Compression", COLUMNS, compression_cells(rows), note), pruned

@@ -12,14 +12,14 @@ import torch
 
 from minilora.atomic import atomic_write, write_json, write_png
 from minilora.commands.card import model_card
+from minilora.commands.pages import SHOWN, data_name, report_data, scored_on
 from minilora.data.unlabelled import mixed_counts
 from minilora.inject import count_parameters
-from minilora.report.attention import attention_figure
 from minilora.report.curves import curves_figure
 from minilora.report.metrics import NAMES, percent, shown
-from minilora.report.page import Figure, ReportData, collect_versions, parameter_rows, write_report
+from minilora.report.page import collect_versions, write_report
 from minilora.report.tables import RunRow, group_key
-from minilora.settings.flags import Config, rules
+from minilora.settings.flags import Config
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.tasks.load import load_run
 from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
@@ -29,11 +29,6 @@ from minilora.training.board import Board
 from minilora.training.distributed import world_size
 from minilora.training.progress import finite_or_none
 from minilora.training.trainer import TrainOptions
-
-HOW_TO_READ = (
-    "Light: the patches that the class token attends to. Last layer is the mean over its heads; rollout follows the "
-    "attention through all layers."
-)
 
 
 def method_line(config: Config, options: TrainOptions, device: torch.device) -> str:
@@ -47,6 +42,9 @@ def method_line(config: Config, options: TrainOptions, device: torch.device) -> 
     if config.base_dtype not in (None, "fp32"):
         line += f", frozen weights in {config.base_dtype}"
     line += "; frozen features are computed once, in the first epoch's seconds" * config.cache_features
+    if config.adapter:
+        fresh = f", with a new {', '.join(config.new_heads)}" * bool(config.new_heads)
+        line += f"; started from the adapter {config.adapter}{fresh}"
     if config.teacher:
         square = f", times {config.distill_temperature**2:g}"
         soft = f" at temperature {config.distill_temperature:g}" + square * config.distill_t2
@@ -139,8 +137,9 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         "versions": collect_versions(),
     }
     write_json(run_dir / "summary.json", summary)
-    curves_figure({run_dir.name: run_dir / "metrics.jsonl"}, run_dir / "curves.png")
-    options = EvalConfig(workers=task.workers, attention=4)
+    best = {run_dir.name: result["best"]["epoch"]}
+    curves_figure({run_dir.name: run_dir / "metrics.jsonl"}, run_dir / "curves.png", best)
+    options = EvalConfig(workers=task.workers, attention=SHOWN)
     run = load_run(run_dir, device, config.weights if config.mode != "full" else None)
     evaluation = run.evaluate(options)
     data = report_data([run], [evaluation], options)
@@ -149,7 +148,7 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
     write_report(data, run_dir / "report.html")
     layouts = tuple(getattr(run.model, "layouts", ()))
     card = model_card(run_dir, config, task.base, task.labels, summary, task.data_lines(), layouts)
-    atomic_write(run_dir / "README.md", card.encode())
+    atomic_write(run_dir / "README.md", card)
     if config.log_to == "tensorboard":
         board = Board(run_dir, result["steps"] + 1)
         for name in ("curves", "attention"):
@@ -157,22 +156,27 @@ def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, de
         board.close()
 
 
-def run_row(run: Run, evaluation: Evaluation | None = None) -> RunRow:
+def run_row(run: Run, evaluation: Evaluation | None = None, options: EvalConfig | None = None) -> RunRow:
     """A run's line in a comparison; scores of `evaluation`, or those of its best epoch."""
     scores = evaluation.scores if evaluation and evaluation.scores else {}
-    return summary_row(run.path, run.config, run.summary, scores)
+    data = scored_on(run, evaluation, options) if evaluation and options else data_name(run.config)
+    return summary_row(run.path, run.config, run.summary, scores, data)
 
 
-def zero_shot_row(run: Run, evaluation: Evaluation) -> RunRow:
+def zero_shot_row(run: Run, evaluation: Evaluation, options: EvalConfig) -> RunRow:
     """The line of a run's base model, of which nothing is trained."""
     scores = evaluation.scores or {}
     kept = {key: scores.get(key) for key in ("accuracy", "balanced", "precision", "recall", "f1")}
     total = count_parameters(run.model).total - count_parameters(run.model).trainable * (run.config.mode == "lora")
-    return RunRow("zero-shot", "none", model=str(run.config.model), trainable=0, total=total, **kept)
+    known = {"model": run.config.model_name, "data": scored_on(run, evaluation, options)}
+    return RunRow("zero-shot", "none", trainable=0, total=total, **known, **kept)
 
 
-def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dict | None = None) -> RunRow:
+def summary_row(
+    path: Path, config: Config, summary: dict[str, Any], scores: dict | None = None, data: str = ""
+) -> RunRow:
     """The same line from the files of a run alone; `scores` win over those of its best epoch."""
+    ended = (summary.get("final") or {}).get("epoch", config.epochs)
     best, counts, scores = summary.get("best") or {}, summary.get("parameters") or {}, scores or {}
     main = "map" if config.multi_label else "accuracy"
     return RunRow(
@@ -180,7 +184,9 @@ def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dic
         mode=config.mode,
         group=group_key(asdict(config)),
         seed=config.seed,
-        model=str(config.model),
+        model=config.model_name,
+        data=data,
+        epochs=str(ended) if ended == config.epochs else f"{ended} of {config.epochs}",
         augment=config.augment,
         metric=NAMES[main],
         accuracy=scores.get(main, best.get(main)),
@@ -193,64 +199,3 @@ def summary_row(path: Path, config: Config, summary: dict[str, Any], scores: dic
         **{name: summary.get(name) for name in ("seconds", "peak_memory_mb")},
         file_mb=(path / WEIGHT_FILES[config.mode]).stat().st_size / 1e6,
     )
-
-
-def report_data(
-    runs: list[Run], evaluations: list[Evaluation], options: Any, rows: list[RunRow] | None = None
-) -> ReportData:
-    """Everything the page shows of one run, or of several side by side (pictures: of the first).
-    rows: the lines of the comparison, where there are more than one for each run."""
-    run, first = runs[0], evaluations[0]
-    counts = count_parameters(run.model)
-    facts = {}
-    if first.scores:
-        keys = ("map", "f1") if "map" in first.scores else ("accuracy", "balanced", "f1")
-        facts = {NAMES[key]: percent(first.scores[key]) for key in keys if key in first.scores}
-    trainable = (run.summary.get("parameters") or {}).get("trainable", counts.trainable)
-    facts |= {"trainable": f"{trainable:,}", "all parameters": f"{counts.total:,}"}
-    counted = run.summary.get("rows") or {}
-    if "unlabelled" in counted:
-        facts |= {"labelled rows": f"{counted['train']:,}", "unlabelled rows": f"{counted['unlabelled']:,}"}
-    parameters = ((name, p.numel(), p.requires_grad) for name, p in run.model.named_parameters())
-    return ReportData(
-        title=" and ".join(r.name for r in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
-        subtitle=f"{run.config.task}, {run.config.model}, mode {run.config.mode}",
-        facts=facts,
-        runs=rows or [run_row(r, e) for r, e in zip(runs, evaluations, strict=True)],
-        curves={r.name: r.path / "metrics.jsonl" for r in runs},
-        metrics=first.metrics,
-        vqa=first.vqa,
-        answer_histogram=first.answer_histogram,
-        parameters=parameter_rows(parameters),
-        parameter_line=str(counts),
-        figures=attention_figures(runs, options),
-        samples=first.samples,
-        mistakes=first.mistakes,
-        unsure=first.unsure,
-        examples=first.examples,
-        configuration={key: value for key, value in asdict(run.config).items() if key in rules(type(run.config))},
-        versions=run.summary.get("versions") or collect_versions(),
-    )
-
-
-def attention_figures(runs: list[Run], options: Any) -> list[Figure]:
-    """Attention of the base model and of each run over the same pictures; [] where a model has no
-    attention maps."""
-    run = runs[0]
-    if not options.attention:
-        return []
-    batch = run.batch(options.attention, options)
-    models = {"base": run.base_model(options.weights)} if run.config.mode != "full" else {}
-    models |= {f"{r.config.mode} {r.name}" if len(runs) > 1 else r.config.mode: r.model for r in runs}
-    models = {name: model for name, model in models.items() if has_attention(model, run.pictures(batch)[:1])}
-    if not models:
-        return []
-    image = attention_figure(models, run.pictures(batch), per_head=options.per_head, titles=run.titles(batch))
-    return [Figure("Attention", image, HOW_TO_READ)]
-
-
-@torch.no_grad()
-def has_attention(model: torch.nn.Module, picture: torch.Tensor) -> bool:
-    """Whether a model has attention maps; a convolutional one says that it has none."""
-    tower = getattr(model, "vision", model)
-    return hasattr(tower, "attention_maps") and len(tower.attention_maps(picture)) > 0

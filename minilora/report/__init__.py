@@ -9,7 +9,7 @@ tables       text and Markdown tables, runs compared
 curves       loss and accuracy over the epochs
 spectrum     what an update s B A looks like from inside
 attention    where a vision transformer looks
-samples      grids of pictures, confident mistakes
+samples      pictures in rows, confident mistakes
 page         report.html, made of sections, svg and page_style
 plots        matplotlib, if it is there
 

@@ -111,31 +111,38 @@ def attention_figure(
     per_head: bool = False,
     titles: Sequence[str] = (),
     side: int = 150,
+    said: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
     """One row per picture: the picture, then last layer and rollout (and each head) for
-    each of the models.
+    each of the models. Models that look at the same places share their columns.
 
     images (N, 3, H, W) normalised by the models' `preprocess`; models such as {"base": ..., "LoRA":
     ...}. Returns the figure and writes it to `path` as PNG. Each heat is stretched from its least
-    to its greatest value, so that pictures can be compared by place, not by strength.
+    to its greatest value, so that pictures can be compared by place, not by strength. said: {model:
+    its answer to each picture}, below its maps.
     """
     first = next(iter(models.values()))
     preprocess = getattr(first, "preprocess", None) or first.vision.preprocess
     pictures = [square(to_picture(image, preprocess), side) for image in images.cpu()]
     rows, heads = [[picture] for picture in pictures], ["picture"]
+    captions = [[""] for _ in pictures]
+    seen: list[tuple[list[str], Tensor, Tensor | None]] = []  # names, and what they share
     for name, model in models.items():
         device = next(model.parameters()).device
         last, rollout = attention_heats(model, images.to(device))
-        layers = [(f"{name} last layer", last.mean(1))]
-        if rollout is not None:
-            layers.append((f"{name} rollout", rollout))
+        same = next((names for names, other, _ in seen if torch.equal(last, other)), None)
+        same.append(name) if same else seen.append(([name], last, rollout))
+    for names, last, rollout in seen:
+        layers = [("last layer", last.mean(1))] + ([("rollout", rollout)] if rollout is not None else [])
         if per_head:
-            layers += [(f"{name} head {head}", last[:, head]) for head in range(last.shape[1])]
-        for title, heat in layers:
-            heads.append(title)
-            for row, picture, one in zip(rows, pictures, heat.cpu(), strict=True):
-                row.append(overlay(picture, one.numpy()))
-    figure = picture_table(rows, list(titles), heads, side)
+            layers += [(f"head {head}", last[:, head]) for head in range(last.shape[1])]
+        answers = [one for name in names if (one := (said or {}).get(name))]
+        for number, (title, heat) in enumerate(layers):
+            heads.append(f"{', '.join(names)} {title}")
+            for i, (picture, one) in enumerate(zip(pictures, heat.cpu(), strict=True)):
+                rows[i].append(overlay(picture, one.numpy()))
+                captions[i].append(" / ".join(one[i] for one in answers) * (number == 0))
+    figure = picture_table(rows, list(titles), heads, side, captions if said else ())
     if path is not None:
         write_png(path, figure)
     return figure

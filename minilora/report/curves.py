@@ -1,6 +1,7 @@
 """Learning curves: loss, accuracy and learning rate of one run or of several in the same picture.
 
-Solid lines are validation, dashed ones training; a run keeps its colour in all panels.
+Solid lines are validation, dashed ones training; a run keeps its colour in all panels. A ring marks
+the best epoch, whose weights the run has kept.
 """
 
 import json
@@ -8,13 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minilora.report.plots import load_pyplot, save_figure
+from minilora.report.plots import load_pyplot, plain, save_figure
+from minilora.textfiles import read_bytes
 
-# panel title: [(key in metrics.jsonl, dashed)]
+# panel title, with its unit: [(key in metrics.jsonl, dashed)]
 PANELS = {
     "loss": [("train_loss", True), ("val_loss", False)],
-    "accuracy": [("train_accuracy", True), ("accuracy", False)],
-    "mean average precision": [("map", False)],
+    "accuracy %": [("train_accuracy", True), ("accuracy", False)],
+    "mean average precision %": [("map", False)],
     "learning rate": [("lr", False)],
 }
 COLOURS = ("#3563c9", "#c8562b", "#2a8a5f", "#8a4fbf", "#a07c14", "#b8326d", "#3b8ea5", "#6b6b6b")
@@ -30,7 +32,7 @@ def read_metrics(source: str | Path | Records) -> list[dict]:
     path, records = Path(source), []
     if not path.is_file():
         return records
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode(errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError):
@@ -45,29 +47,41 @@ def curve(records: Records, key: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
+def panel(title: str, records: Records, key: str) -> tuple[list[float], list[float]]:
+    """`curve` in the unit of a panel's title."""
+    x, y = curve(records, key)
+    return x, [100 * value for value in y] if title.endswith("%") else y
+
+
 def _finite(value: object) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
 
 
-def curves_figure(runs: Mapping[str, str | Path | Records], path: str | Path) -> bool:
-    """Draw {run name: metrics.jsonl or records} as PNG. Without matplotlib: one printed
-    line, and False."""
+def curves_figure(
+    runs: Mapping[str, str | Path | Records], path: str | Path, best: Mapping[str, int] | None = None
+) -> bool:
+    """Draw {run name: metrics.jsonl or records} as PNG; best: {run name: its best epoch}. Without
+    matplotlib: one printed line, and False."""
     pyplot = load_pyplot("curves")
     if pyplot is None:
         return False
     found = {name: read_metrics(source) for name, source in runs.items()}
     several = any("map" in record for records in found.values() for record in records)
     panels = {title: keys for title, keys in PANELS.items() if several or keys[0][0] != "map"}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for number, (name, records) in enumerate(found.items()):
             for key, dashed in keys:
-                x, y = curve(records, key)
+                x, y = panel(title, records, key)
                 if not x:
                     continue
                 part = f" ({'train' if dashed else 'validation'})" if len(keys) > 1 else ""
                 style = {"color": COLOURS[number % len(COLOURS)], "linestyle": "--" if dashed else "-"}
-                axis.plot(x, y, marker="o" if len(x) < 15 else None, markersize=3, label=name + part, **style)
+                axis.plot(x, y, marker="o" if len(x) < 15 else None, markersize=3, label=plain(name) + part, **style)
+                at = (best or {}).get(name)
+                if not dashed and key != "lr" and at in x:
+                    ring = {"markersize": 10, "fillstyle": "none", "color": style["color"], "linestyle": ""}
+                    axis.plot([at], [y[x.index(at)]], "o", label=f"best epoch, {at}", **ring)
         _finish(axis, title)
     return save_figure(pyplot, figure, path)
 
@@ -79,4 +93,4 @@ def _finish(axis, title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=9, frameon=False)

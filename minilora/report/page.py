@@ -10,7 +10,6 @@ import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from minilora.report import sections
 from minilora.report.curves import read_metrics
 from minilora.report.page_style import STYLE
 from minilora.report.samples import Example
+from minilora.report.svg import escape
 from minilora.report.tables import RunRow
 from minilora.version import __version__
 
@@ -49,20 +49,24 @@ class ReportData:
     """Everything the page can show. Only `title` must be given.
 
     facts: a few headline numbers, {"accuracy": "93.8 %", ...}, shown large at the top.
+    scores: (what, on what, accuracy) of one run and of what it is to be compared with.
     runs: the runs compared; several of equal `group` are averaged, with their spread.
-    curves: {run name: metrics.jsonl or its records}.
-    metrics: the dictionary of `classification_metrics`, vqa: that of `score_vqa`, of the first run.
+    curves: {run name: metrics.jsonl or its records}; best: {run name: its best epoch}.
+    metrics: the dictionary of `classification_metrics`, vqa: that of `score_vqa`.
     parameters: rows of `parameter_rows`, and `parameter_line` the one-line sum.
     answer_histogram: (answer, count), most frequent first; the first 20 are drawn.
     samples: {class: pictures}; mistakes, unsure, examples: lists of Example.
+    parts: of a comparison, what is one run's alone; its title stands in each of its headings.
     """
 
     title: str
     subtitle: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    scores: Sequence[tuple[str, str, str]] = ()
     runs: Sequence[RunRow] = ()
     curves: Mapping[str, object] = field(default_factory=dict)
+    best: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping | None = None
     vqa: Mapping | None = None
     answer_histogram: Sequence[tuple[str, int]] = ()
@@ -76,13 +80,15 @@ class ReportData:
     examples: Sequence[Example] = ()
     configuration: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    parts: Sequence["ReportData"] = ()
 
 
-def render_report(data: ReportData) -> str:
-    """The page as one string of HTML."""
+def page_sections(data: ReportData) -> list[tuple[str, str]]:
+    """(heading, HTML) of everything that there is to show."""
     parts = [
+        ("Scores", sections.scores(data.scores)),
         ("Results", sections.results(data.runs)),
-        ("Curves", sections.curves({name: read_metrics(source) for name, source in data.curves.items()})),
+        ("Curves", sections.curves({name: read_metrics(source) for name, source in data.curves.items()}, data.best)),
         ("Per class", sections.per_class(data.metrics)),
         ("Confusion", sections.confusion(data.metrics)),
         ("Question types", sections.question_types(data.vqa)),
@@ -97,22 +103,34 @@ def render_report(data: ReportData) -> str:
         ("Configuration", sections.settings(data.configuration)),
         ("Versions", sections.settings(data.versions)),
     ]
-    parts = [(title, body) for title, body in parts if body]
-    links = "".join(f'<a href="#s{i}">{escape(title)}</a>' for i, (title, _) in enumerate(parts))
-    body = "".join(f'<h2 id="s{i}">{escape(title)}</h2>{html}' for i, (title, html) in enumerate(parts))
+    return [(title, body) for title, body in parts if body]
+
+
+def render_report(data: ReportData) -> str:
+    """The page as one string of HTML: what is common to all runs, then the parts of each."""
+    links, body = "", ""
+    for number, part in enumerate((data, *data.parts)):
+        whose = f'<span class="whose">{escape(part.title)}</span>' if number else ""
+        if number:
+            body += f'<h2 class="run">{escape(part.title)}</h2><p class="sub">{escape(part.subtitle)}</p>'
+            body += sections.facts(part.facts)
+        places = {f"s{number}-{i}": section for i, section in enumerate(page_sections(part))}
+        links += f"<nav>{whose}" + "".join(f'<a href="#{at}">{escape(title)}</a>' for at, (title, _) in places.items())
+        links += "</nav>"
+        body += "".join(f'<h2 id="{at}">{escape(title)}{whose}</h2>{html}' for at, (title, html) in places.items())
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in data.notes)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(data.title)}</title><style>{STYLE}</style></head><body>"
         f'<h1>{escape(data.title)}</h1><p class="sub">{escape(data.subtitle)}</p>'
-        f"{sections.facts(data.facts)}{notes}<nav>{links}</nav>{body}</body></html>\n"
+        f"{sections.facts(data.facts)}{notes}{links}{body}</body></html>\n"
     )
 
 
 def write_report(data: ReportData, path: str | Path) -> Path:
     """Write the page (whole or not at all) and return its path."""
-    atomic_write(Path(path), render_report(data).encode())
+    atomic_write(Path(path), render_report(data))
     return Path(path)
 
 

@@ -15,12 +15,16 @@ body { margin:0 auto; max-width:1280px; padding:20px clamp(12px,3vw,40px) 60px; 
   color:var(--ink); font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif }
 h1 { font-size:clamp(22px,4vw,30px); line-height:1.2; margin:8px 0 4px; overflow-wrap:anywhere }
 h2 { font-size:19px; margin:38px 0 10px; padding-top:14px; border-top:1px solid var(--rule) }
+h2.run { font-size:24px; margin-top:60px; padding-top:20px; border-top:3px solid var(--accent);
+  overflow-wrap:anywhere }
+.whose { color:var(--soft); font-weight:400; overflow-wrap:anywhere }
+h2 .whose { margin-left:10px; font-size:15px }
 h3 { font-size:15px; margin:18px 0 6px }
 p, .note { max-width:75ch; margin:6px 0 }
-.note, .sub, caption { color:var(--soft) }
+.note, .sub { color:var(--soft) }
 nav { display:flex; flex-wrap:wrap; gap:4px 16px; margin:12px 0 }
 nav a { color:var(--accent) }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(145px,1fr)); gap:10px; margin:18px 0 }
+.facts { display:grid; grid-template-columns:repeat(auto-fill,minmax(165px,1fr)); gap:10px; margin:18px 0 }
 .facts div { background:var(--card); border:1px solid var(--rule); border-radius:8px; padding:9px 12px;
   min-width:0 }
 .facts b { display:block; font-size:19px; line-height:1.3; overflow-wrap:anywhere;
@@ -28,11 +32,11 @@ nav a { color:var(--accent) }
 .facts span { color:var(--soft); font-size:13px }
 .wide { overflow-x:auto; margin:10px 0 }
 table { border-collapse:collapse; font-size:14px; font-variant-numeric:tabular-nums }
-caption { text-align:left; padding-bottom:4px; font-size:13px }
+tr.best td { font-weight:600; background:color-mix(in srgb,var(--good) 12%,transparent) }
 th, td { padding:4px 12px 4px 0; border-bottom:1px solid var(--rule); text-align:left; vertical-align:top }
 th { font-weight:600; color:var(--soft); vertical-align:bottom }
 .n { text-align:right; padding-left:8px }
-td.n { white-space:nowrap }
+td.n, .short { white-space:nowrap }
 td:first-child { overflow-wrap:anywhere; min-width:8em }
 .heat { border-collapse:separate; border-spacing:2px; font-size:12px }
 .heat th, .heat td { border:0; padding:3px 6px }
@@ -58,6 +62,8 @@ svg text { fill:var(--soft); font-size:11.5px }
 .line { fill:none; stroke:var(--c); stroke-width:2; stroke-linejoin:round }
 .dash { stroke-dasharray:5 4; stroke-width:1.6 }
 .dot { fill:var(--c) }
+.ring { fill:none; stroke:var(--c); stroke-width:2 }
+.round { width:12px; height:12px; border:2px solid var(--soft); border-radius:50%; flex:none }
 .c0{--c:var(--c0)}
 .c1{--c:var(--c1)}
 .c2{--c:var(--c2)}
@@ -73,8 +79,9 @@ svg text { fill:var(--soft); font-size:11.5px }
 .track { background:color-mix(in srgb,var(--rule) 60%,transparent); border-radius:3px; height:12px }
 .track i { display:block; height:100%; background:var(--accent); border-radius:3px }
 .bar .value { color:var(--soft); font-variant-numeric:tabular-nums; min-width:7ch; text-align:right }
-.cards { display:grid; grid-template-columns:repeat(auto-fill,minmax(150px,1fr)); gap:14px }
-.cards.long { grid-template-columns:repeat(auto-fill,minmax(min(100%,230px),1fr)) }
+.cards { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,190px),1fr)); gap:14px }
+.cards.long { grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr)) }
+.sure { color:var(--soft); white-space:nowrap }
 .card { background:var(--card); border:1px solid var(--rule); border-radius:8px; overflow:hidden;
   font-size:13px; min-width:0 }
 .card img { width:100%; aspect-ratio:1; object-fit:cover; display:block; image-rendering:auto }

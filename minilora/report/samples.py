@@ -1,4 +1,4 @@
-"""Pictures of the data, drawn by PIL: grids per class, confident mistakes, unsure predictions."""
+"""Pictures of the data: tables drawn by PIL, confident mistakes, unsure predictions."""
 
 import base64
 import io
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-INK, PAPER, FAINT = (32, 36, 44), (255, 255, 255), (232, 234, 238)
+from minilora.textfiles import printable
+
+INK, PAPER = (32, 36, 44), (255, 255, 255)
 
 
 @dataclass
 class Example:
-    """One picture with what was true and what the model said, for grids and for the report page.
+    """One picture with what was true and what the model said, for the report page.
 
     `question` for VQA; `choices` (text, probability) for multiple choice. `correct` None: unknown
     or not a matter of right and wrong; by default truth and answer are compared.
@@ -69,45 +71,34 @@ def picture_table(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     side: int = 96,
+    captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Pictures in rows and columns with labels to the left and above; rows may differ in length."""
-    font = ImageFont.load_default(13)
-    left = min(120, max([0, *(int(font.getlength(label)) + 16 for label in row_labels)]))
-    top = 26 * max([0, *(len(_wrapped(label, font, side)) for label in column_labels)])
-    gap, columns = 6, max([1, *(len(row) for row in rows)])
-    sheet = Image.new("RGB", (left + columns * (side + gap) + gap, top + len(rows) * (side + gap) + gap), PAPER)
+    """Pictures in rows and columns with labels to the left and above; rows may differ in length.
+    captions: a line below each picture, "" for none."""
+    font, gap, columns = ImageFont.load_default(14), 8, max([1, *(len(row) for row in rows)])
+    labels = [printable(label[:500]) for label in row_labels]
+    left = min(190, max([0, *(int(font.getlength(label)) + 18 for label in labels)]))
+    heads = [_wrapped(printable(label[:500]), font, side, 3) for label in column_labels]
+    top, below = 19 * max(map(len, heads), default=0) + 4, 20 * bool(captions)
+    size = left + columns * (side + gap) + gap, top + len(rows) * (side + below + gap) + gap
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    for j, label in enumerate(column_labels):
-        for line, text in enumerate(_wrapped(label, font, side)):
-            draw.text((left + gap + j * (side + gap), 5 + 18 * line), text, fill=INK, font=font)
-    for i, row in enumerate(rows):
-        y = top + gap + i * (side + gap)
-        lines = _wrapped(row_labels[i], font, left - 10) if row_labels else []
+
+    def write(x: float, y: float, lines: Sequence[str]) -> None:
         for line, text in enumerate(lines):
-            draw.text((6, y + side // 2 - 9 * len(lines) + 18 * line), text, fill=INK, font=font)
+            draw.text((x, y + 18 * line), text, fill=INK, font=font)
+
+    for j, lines in enumerate(heads):
+        write(left + gap + j * (side + gap), 4, lines)
+    for i, row in enumerate(rows):
+        y = top + gap + i * (side + below + gap)
+        lines = _wrapped(labels[i], font, left - 12, side // 18) if labels else []
+        write(6, y + side // 2 - 9 * len(lines), lines)
         for j, image in enumerate(row):
-            sheet.paste(square(image, side), (left + gap + j * (side + gap), y))
-    return sheet
-
-
-def sample_grid(samples: Mapping[str, Sequence[Image.Image]], side: int = 96) -> Image.Image:
-    """{class: pictures} as a sheet with one row per class."""
-    return picture_table(list(samples.values()), list(samples), side=side)
-
-
-def example_grid(examples: Sequence[Example], columns: int = 4, side: int = 150) -> Image.Image:
-    """Pictures with "truth" and "answer probability" below each, for a file beside the report."""
-    font, gap, caption = ImageFont.load_default(12), 8, 38
-    rows = -(-len(examples) // columns)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + caption + gap) + gap), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for number, example in enumerate(examples):
-        x, y = gap + number % columns * (side + gap), gap + number // columns * (side + caption + gap)
-        sheet.paste(square(example.image, side) if example.image else Image.new("RGB", (side, side), FAINT), (x, y))
-        sure = "" if example.probability is None else f"{100 * example.probability:.0f} % "
-        colour = {True: (24, 120, 70), False: (190, 50, 40), None: INK}[example.correct]
-        draw.text((x, y + side + 3), _cut(f"is {example.truth or 'unknown'}", font, side), fill=INK, font=font)
-        draw.text((x, y + side + 19), _cut(f"said {sure}{example.answer}", font, side), fill=colour, font=font)
+            x = left + gap + j * (side + gap)
+            sheet.paste(square(image, side), (x, y))
+            if captions and captions[i][j]:
+                write(x, y + side + 2, [_cut(printable(captions[i][j]), font, side)])
     return sheet
 
 
@@ -125,16 +116,20 @@ def data_uri(image: Image.Image, limit: int | None = None) -> str:
 
 def _cut(text: str, font, width: float) -> str:
     """`text`, shortened with an ellipsis until it fits."""
-    if font.getlength(text) <= width:
+    if len(text) <= width and font.getlength(text) <= width:
         return text
+    text = text[: int(width)]
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
 
 
-def _wrapped(label: str, font, width: float) -> list[str]:
-    """The label on two lines at most, broken at a space."""
-    words, first = label.split(" "), ""
-    while words and (not first or font.getlength(f"{first} {words[0]}") <= width):
-        first = f"{first} {words.pop(0)}".strip()
-    return [_cut(first, font, width)] + ([_cut(" ".join(words), font, width)] if words else [])
+def _wrapped(label: str, font, width: float, most: int) -> list[str]:
+    """The label on `most` lines at most, broken at spaces."""
+    words, lines = label.split(), []
+    while words and len(lines) < most - 1:
+        line = words.pop(0)
+        while words and font.getlength(f"{line} {words[0]}") <= width:
+            line = f"{line} {words.pop(0)}"
+        lines.append(_cut(line, font, width))
+    return lines + ([_cut(" ".join(words), font, width)] if words else [])

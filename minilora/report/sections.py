@@ -1,12 +1,11 @@
 """The sections of the report page: plain data in, HTML out, "" if there is nothing to show."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from minilora.report.metrics import class_table, most_confused
 from minilora.report.samples import Example, data_uri
-from minilora.report.svg import bars_html, curves_html, heat_table_html, table_html
-from minilora.report.tables import COMPARISON, REPORT_FORMS, RunRow, comparison_cells, group_runs
+from minilora.report.svg import bars_html, curves_html, escape, heat_table_html, table_html
+from minilora.report.tables import LOSSES, RunRow, by_data, comparison_cells, group_runs
 
 MOST_SAMPLED = 30  # classes whose pictures are shown
 MOST_CLASSES = 40  # more than that are neither a readable confusion table nor readable bars
@@ -18,28 +17,38 @@ def facts(values: Mapping[str, str]) -> str:
 
 
 def results(runs: Sequence[RunRow]) -> str:
-    """The comparison, then the same runs in the other forms that add a column."""
-    if not runs:
+    """The comparison of several runs, a table for each data set in which the best stands out; then
+    what it has no column for. One run alone has its scores instead."""
+    if len(runs) < 2:
         return ""
-    shown, html = set(), ""
-    for title, columns in {"Comparison": COMPARISON, **REPORT_FORMS}.items():
-        heads, cells = comparison_cells(runs, columns)
-        if len(heads) > 2 and not set(heads) <= shown:
-            html += f"<h3>{escape(title)}</h3>" + table_html(heads, cells)
-        shown |= set(heads)
-    if any(len(group.runs) > 1 for group in group_runs(runs)):
+    html, sets = "", by_data(runs)
+    for data, some in sets.items():
+        means = [group.mean("accuracy") or -1.0 for group in group_runs(some)]
+        best = means.index(max(means)) if len(means) > 1 else None
+        html += f"<h3>{escape(data or 'Comparison')}</h3>" + table_html(*comparison_cells(some), best=best)
+    if len(sets) > 1:
+        html += '<p class="note">Runs on other data stand in a table of their own; scores compare within one.</p>'
+    heads, cells = comparison_cells(runs, LOSSES)
+    if len(heads) > 1:
+        html += "<h3>Losses and weighted averages</h3>" + table_html(heads, cells)
+    if seeds := [run for group in group_runs(runs) if len(group.runs) > 1 for run in group.runs]:
         html += '<p class="note">± is the sample standard deviation over runs that differ in their seed only.</p>'
         heads = ["run", "seed", "accuracy %", "seconds"]
         rows = [
             [r.name, _text(r.seed), "" if r.accuracy is None else f"{100 * r.accuracy:.2f}", _text(r.seconds, ".1f")]
-            for r in runs
+            for r in seeds
         ]
-        html += f"<h3>Every run</h3>{table_html(heads, rows)}"
+        html += f"<h3>Every seed</h3>{table_html(heads, rows)}"
     return html
 
 
-def curves(runs: Mapping[str, Sequence[Mapping]]) -> str:
-    return curves_html(dict(runs))
+def scores(rows: Sequence[tuple[str, str, str]]) -> str:
+    """One run's scores, with their parts and baselines."""
+    return table_html(["", "on", "accuracy"], rows) if rows else ""
+
+
+def curves(runs: Mapping[str, Sequence[Mapping]], best: Mapping[str, int]) -> str:
+    return curves_html(dict(runs), best)
 
 
 def per_class(metrics: Mapping | None) -> str:
@@ -77,13 +86,10 @@ def confusion(metrics: Mapping | None) -> str:
 def question_types(vqa: Mapping | None) -> str:
     if not vqa:
         return ""
-    html = f"<p>{escape(vqa['metric'])}: <b>{vqa['overall']:.2f}</b> on {vqa['count']} questions.</p>"
-    html += "".join(
-        f"<p>{escape(name)}: <b>{value:.2f}</b></p>" for name, value in vqa.get("question_only", {}).items()
-    )
+    html = f"<p>{escape(vqa['metric'])}: <b>{vqa['overall']:.2f} %</b> on {vqa['count']} questions.</p>"
     for key, title in (("by_answer_type", "By answer type"), ("by_question_type", "By question type")):
         rows = sorted(vqa.get(key, {}).items(), key=lambda item: -item[1])
-        if rows:
+        if len(rows) > 1:  # one alone is the line above
             html += f"<h3>{title}</h3>" + bars_html([(name, value, f"{value:.2f}") for name, value in rows], top=100.0)
     return html
 
@@ -113,7 +119,7 @@ def cards(examples: Sequence[Example], note: str) -> str:
     their probabilities."""
     if not examples:
         return ""
-    wide = " long" if any(example.question or example.choices for example in examples) else ""
+    wide = " long" * any(example.question or example.choices for example in examples)
     head = f'<p class="note">{escape(note)}</p>' if note else ""
     return f'{head}<div class="cards{wide}">{"".join(map(_card, examples))}</div>'
 
@@ -125,9 +131,9 @@ def _card(example: Example) -> str:
         marks = ("✓ " if text == example.truth else "") + ("→ " if text == example.answer else "")
         lines.append(
             f'<div class="choice" style="--v:{100 * probability:.0f}%"><span>{marks}{escape(text)}</span>'
-            f"<span>{100 * probability:.0f} %</span></div>"
+            f'<span class="sure">{100 * probability:.0f}\u00a0%</span></div>'
         )
-    sure = "" if example.probability is None else f' <span class="soft">{100 * example.probability:.0f} %</span>'
+    sure = "" if example.probability is None else f' <span class="sure">{100 * example.probability:.0f}\u00a0%</span>'
     truth = escape(example.truth) if example.truth else '<span class="soft">unknown</span>'
     lines.append(f'<p><span class="soft">true</span> {truth}</p>')
     lines.append(f'<p><span class="soft">said</span> <b class="{look}">{escape(example.answer)}</b>{sure}</p>')
@@ -164,12 +170,12 @@ def parameters(rows: Sequence[tuple], line: str) -> str:
 
 def settings(values: Mapping) -> str:
     rows = "".join(
-        f"<div><dt>{escape(str(key))}</dt><dd>{escape(_value(value))}</dd></div>" for key, value in values.items()
+        f"<div><dt>{escape(str(key))}</dt><dd>{escape(value_text(value))}</dd></div>" for key, value in values.items()
     )
     return f'<dl class="config">{rows}</dl>' if rows else ""
 
 
-def _value(value) -> str:
+def value_text(value) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return "-" if value is None or value == "" else str(value)

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.inject import lora_layers
-from minilora.report.plots import load_pyplot, save_figure
+from minilora.report.page import Table
+from minilora.report.plots import load_pyplot, plain, save_figure
 from minilora.report.tables import text_table
+from minilora.textfiles import printable
 
 HOW_TO_READ = (
     "How to read this: |dW|/|W| says how far training moved a layer; a few percent is usual, and a layer near 0 could "
@@ -144,19 +146,13 @@ def spectrum_rows(layers: Sequence[LayerSpectrum]) -> list[list[str]]:
 
 def format_spectrum(runs: Mapping[str, Sequence[LayerSpectrum]]) -> str:
     """A table per run and, after the last, how to read it."""
-    parts = [f"{name}\n{text_table(COLUMNS, spectrum_rows(layers))}" for name, layers in runs.items()]
+    parts = [f"{printable(name)}\n{text_table(COLUMNS, spectrum_rows(layers))}" for name, layers in runs.items()]
     return "\n\n".join([*parts, HOW_TO_READ])
 
 
-def update_overlap(first: Sequence[LayerSpectrum], second: Sequence[LayerSpectrum]) -> list[list[str]]:
-    """(layer, |dW|/|W| of both, effective rank of both) of the layers that two runs, LoRA
-    and full, share."""
-    others = {layer.name: layer for layer in second}
-    pairs = [(layer, others[layer.name]) for layer in first if layer.name in others]
-    return [
-        [a.name, *(f"{x.relative_norm:.4f}" for x in (a, b)), *(f"{x.effective_rank:.2f}" for x in (a, b))]
-        for a, b in pairs
-    ]
+def spectrum_table(layers: Sequence[LayerSpectrum]) -> Table:
+    """The same for a page."""
+    return Table("Spectrum in numbers", COLUMNS, spectrum_rows(layers), HOW_TO_READ)
 
 
 def spectrum_figure(runs: Mapping[str, Sequence[LayerSpectrum]], path: str | Path) -> bool:
@@ -164,15 +160,17 @@ def spectrum_figure(runs: Mapping[str, Sequence[LayerSpectrum]], path: str | Pat
     pyplot = load_pyplot("spectrum")
     if pyplot is None:
         return False
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    names = list(dict.fromkeys(layer.name for layers in runs.values() for layer in layers))
     for number, (name, layers) in enumerate(runs.items()):
         colour = f"C{number}"
-        left.plot([x.relative_norm for x in layers], "o-", color=colour, markersize=3, label=name)
+        at = [names.index(x.name) for x in layers]
+        left.plot(at, [x.relative_norm for x in layers], "o-", color=colour, markersize=3, label=plain(name))
         for i, layer in enumerate(layers):
             s = [value / layer.singular_values[0] for value in layer.singular_values]
-            right.plot(range(1, len(s) + 1), s, color=colour, alpha=0.35, label=name if i == 0 else None)
-    longest = max(runs.values(), key=len, default=[])
-    left.set_xticks(range(len(longest)), [x.name for x in longest], rotation=90, fontsize=6)
+            right.plot(range(1, len(s) + 1), s, color=colour, alpha=0.35, label=plain(name) if i == 0 else None)
+    each = len(names) // 30 + 1  # more names than 30 could not be read
+    left.set_xticks(range(0, len(names), each), [plain(one) for one in names[::each]], rotation=90, fontsize=8)
     left.set(title="size of the update, |dW| / |W|", ylim=(0, None))
     right.set(title="singular values of dW, one line per layer", xlabel="number", ylabel="relative to the first")
     right.set(yscale="log", ylim=(1e-3, 1.3))

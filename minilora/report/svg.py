@@ -6,13 +6,19 @@ or dark setting.
 """
 
 import math
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from html import escape as html_escape
 
-from minilora.report.curves import PANELS, Records, curve
+from minilora.report.curves import PANELS, Records, panel
+from minilora.textfiles import printable
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 240, 52, 10, 12, 34
 SERIES_COLOURS = 8  # --c0 .. --c7
+
+
+def escape(text: object) -> str:
+    """Any text as text of the page."""
+    return html_escape(printable(text))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -26,10 +32,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(
-    title: str, series: Sequence[tuple[str, int, bool, list[float], list[float]]], whole_x: bool = True
+    title: str,
+    series: Sequence[tuple[str, int, bool, list[float], list[float]]],
+    whole_x: bool = True,
+    marked: Sequence[float | None] = (),
 ) -> str:
     """series: (label, colour number, dashed, xs, ys). A figure with axes, lines and a dot on
-    each of few points."""
+    each of few points; marked: the x of a ring on each whole line, by its colour number."""
     series = [line for line in series if line[3]]
     if not series:
         return ""
@@ -58,6 +67,10 @@ def line_chart(
             parts += [
                 f'<circle class="dot c{colour % SERIES_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points
             ]
+        ring = marked[colour] if marked and not dashed else None
+        if ring in x:
+            a, b = points[x.index(ring)]
+            parts.append(f'<circle class="ring c{colour % SERIES_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="6"/>')
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>"
 
@@ -68,17 +81,18 @@ def _range(values: list[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def curves_html(runs: dict[str, Records]) -> str:
+def curves_html(runs: dict[str, Records], best: Mapping[str, int] | None = None) -> str:
     """{run: records of metrics.jsonl} -> loss, accuracy and learning rate side by side,
-    with one legend."""
+    with one legend; best: {run: its best epoch}, which gets a ring."""
+    marked = [(best or {}).get(name) for name in runs]
     charts = []
     for title, keys in PANELS.items():
         series = [
-            (f"{name}: {key}", number, dashed, *curve(records, key))
+            (f"{name}: {key}", number, dashed, *panel(title, records, key))
             for number, (name, records) in enumerate(runs.items())
             for key, dashed in keys
         ]
-        charts.append(line_chart(title, series))
+        charts.append(line_chart(title, series, marked=marked if title != "learning rate" else ()))
     if not any(charts):
         return ""
     names = "".join(
@@ -86,6 +100,8 @@ def curves_html(runs: dict[str, Records]) -> str:
         for number, name in enumerate(runs)
     )
     styles = '<li><span class="key solid"></span>validation</li><li><span class="key dashed"></span>training</li>'
+    if any(marked):
+        styles += '<li><span class="round"></span>best epoch, whose weights are kept</li>'
     return f'<ul class="legend">{names}{styles}</ul><div class="charts">{"".join(charts)}</div>'
 
 
@@ -102,18 +118,25 @@ def bars_html(rows: Sequence[tuple[str, float, str]], top: float | None = None) 
     return f'<div class="bars">{"".join(lines)}</div>'
 
 
-def table_html(titles: Sequence, rows: Sequence[Sequence], caption: str = "") -> str:
-    """A table in a frame that scrolls sideways by itself; columns of numbers stand right."""
+def table_html(titles: Sequence, rows: Sequence[Sequence], best: int | None = None) -> str:
+    """A table in a frame that scrolls sideways by itself; columns of numbers stand right; `best`:
+    the row that stands out."""
     cells = [[str(cell) for cell in row] for row in rows]
     right = [bool(cells) and all(_number(row[i]) for row in cells) for i in range(len(titles))]
     kind = [' class="n"' if is_number else "" for is_number in right]
     head = "".join(f"<th{k}>{escape(str(title))}</th>" for k, title in zip(kind, titles, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>"
-        for row in cells
+        f"<tr{' class=best' * (i == best)}>"
+        + "".join(f"<td{k or short(cell)}>{escape(cell)}</td>" for k, cell in zip(kind, row, strict=True))
+        + "</tr>"
+        for i, row in enumerate(cells)
     )
-    label = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{label}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def short(cell: str) -> str:
+    """A name of one glance is not broken at its hyphens."""
+    return ' class="short"' * (len(cell) <= 24)
 
 
 def heat_table_html(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minilora.textfiles import printable
+
 # What may differ between two runs that count as the same configuration with other seeds.
 NOT_CONFIGURATION = ("seed", "output", "resume", "workers", "device", "log_interval", "log_to", "save_every", "threads")
 NOT_CONFIGURATION += ("config", "recipe", "dry_run", "seeds", "keep_checkpoints")
@@ -15,7 +17,8 @@ class RunRow:
     """One run's line in a comparison. Accuracies and F1 are fractions 0..1, None where not known.
 
     `group` is equal for runs of equal configuration (see `group_key`); those are averaged.
-    `metric` names what `accuracy` is, such as "accuracy" or "official VQA accuracy".
+    `metric` names what `accuracy` is, such as "accuracy" or "official VQA accuracy". `data` says on
+    what it was measured: runs on other data are not compared.
     """
 
     name: str
@@ -23,6 +26,8 @@ class RunRow:
     group: str = ""
     seed: int | None = None
     model: str = ""
+    data: str = ""
+    epochs: str = ""
     augment: str = ""
     metric: str = "accuracy"
     accuracy: float | None = None
@@ -101,6 +106,9 @@ def _trainable(group: RunGroup, _key: str) -> str:
 COLUMNS = {
     "run": ("name", lambda group, _: group.name),
     "backbone": ("model", lambda group, key: group.first.model),
+    "model": ("model", lambda group, key: group.first.model),
+    "data": ("data", lambda group, key: group.first.data),
+    "epochs": ("epochs", lambda group, key: group.first.epochs),
     "mode": ("mode", lambda group, key: group.first.mode),
     "augment": ("augment", lambda group, key: group.first.augment),
     "trainable": ("trainable", _trainable),
@@ -117,15 +125,11 @@ COLUMNS = {
     "recall %": ("recall", _percent),
     "precision %": ("precision", _percent),
 }
-COMPARISON = ("run", "mode", "trainable", "accuracy %", "balanced %", "seconds", "peak memory MB", "file MB")
+COMPARISON = ("run", "model", "mode", "data", "epochs", "trainable", "accuracy %", "balanced %", "test accuracy %")
+COMPARISON += ("seconds", "peak memory MB", "file MB")
 BACKBONES = ("backbone", "mode", "augment", "accuracy %", "test accuracy %", "peak memory MB", "seconds", "trainable")
-# Other forms in which reports print such results, by title.
-LOSSES = ("run", "mode", "seconds", "train loss", "eval loss", "accuracy %", "F1 %", "recall %", "precision %")
-REPORT_FORMS = {
-    "Losses and weighted averages": LOSSES,
-    "Time and accuracy": ("run", "mode", "seconds", "train accuracy %", "accuracy %", "trainable"),
-    "Score, memory, time, size": ("run", "accuracy %", "peak memory MB", "seconds", "trainable", "file MB"),
-}
+# what a page adds to them
+LOSSES = ("run", "train loss", "eval loss", "train accuracy %", "F1 %", "recall %", "precision %")
 
 
 def comparison_cells(rows: Sequence[RunRow], columns: Sequence[str] = COMPARISON) -> tuple[list[str], list[list[str]]]:
@@ -147,16 +151,22 @@ def comparison_cells(rows: Sequence[RunRow], columns: Sequence[str] = COMPARISON
     return titles, [[line[i] for i in used] for line in lines]
 
 
+def by_data(rows: Sequence[RunRow]) -> dict[str, list[RunRow]]:
+    """The rows of each data set, in order of first appearance."""
+    return {data: [row for row in rows if row.data == data] for data in dict.fromkeys(row.data for row in rows)}
+
+
 def comparison_table(rows: Sequence[RunRow], markdown: bool = False, columns: Sequence[str] = COMPARISON) -> str:
-    """Several runs side by side; accuracy is mean ± sample standard deviation over seeds."""
-    titles, cells = comparison_cells(rows, columns)
-    return (markdown_table if markdown else text_table)(titles, cells)
+    """Several runs side by side, a table for each data set; accuracy is mean ± sample standard
+    deviation over seeds."""
+    table = markdown_table if markdown else text_table
+    return "\n\n".join(table(*comparison_cells(some, columns)) for some in by_data(rows).values())
 
 
 def text_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
     """Aligned plain text: first column to the left, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    lines = [[str(title) for title in titles], *cells]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    lines = [[printable(title) for title in titles], *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
     left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
     out = [
@@ -168,7 +178,7 @@ def text_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
 
 def markdown_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
     """The same cells as a Markdown table; a `|` inside a cell is escaped."""
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
     left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
     rule = "|" + "|".join("---" if go else "---:" for go in left) + "|"
     return "\n".join(["| " + " | ".join(map(str, titles)) + " |", rule, *("| " + " | ".join(r) + " |" for r in cells)])

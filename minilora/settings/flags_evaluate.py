@@ -31,7 +31,8 @@ class EvalConfig:
     submission: str = flag(O, None, "answers alone: a table in FILE.csv, the data set's results in FILE.json",
         meta="FILE")
     report: str = flag(O, None, "one self-contained page; several runs: side by side", meta="FILE.html")
-    attention: int = flag(O, 0, "attention maps of N pictures, base and runs, in RUN/evaluation/", int, low=0, high=64)
+    attention: int = flag(O, None, "attention maps of N pictures, base and runs, in RUN/evaluation/", int, low=0,
+        high=64, shown="none; 4 on a page")
     per_head: bool = flag(O, False, "attention maps of each head too", bool)
     spectrum: bool = flag(O, False, "what the updates are like: norms, singular values, rank", bool)
     latency: bool = flag(O, False, "seconds per forward pass, batch 1 and 32", bool)

@@ -39,8 +39,8 @@ class Evaluation:
     scores: {"accuracy", "precision", "recall", "f1", "loss"} as fractions, None where
     nothing has a label.
     text: what evaluate.py prints. header, rows: predictions.csv, one row per input in its order.
-    part: which one. submission: header and rows for a competition; results: {question_id: answer},
-    for VQA's.
+    part: which one; baselines: {name: accuracy without having learned}. submission: header and rows
+    for a competition; results: {question_id: answer}, for VQA's.
     metrics, vqa, examples ...: what report.page.ReportData takes.
     """
 
@@ -58,6 +58,7 @@ class Evaluation:
     samples: dict[str, list] = field(default_factory=dict)
     results: dict[int, str] | list[dict] | None = None
     part: str = "all"
+    baselines: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,6 +77,10 @@ class Run(ABC):
     preprocess: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
     amp: str = "fp32"  # the precision of the answers; as loaded, that of the training
+
+    def __repr__(self) -> str:
+        labels = f"{len(self.labels)} labels" if self.task != "choice" else "choices"
+        return f"{type(self).__name__}({self.name}: {self.config.model_name}, mode {self.config.mode}, {labels})"
 
     @classmethod
     def load(
@@ -125,6 +130,22 @@ class Run(ABC):
     def titles(self, batch: dict) -> list[str]:
         """A line for each of the batch's pictures."""
 
+    @torch.inference_mode()
+    def said(self, batch: dict) -> list[str]:
+        """The answer to each of the batch's pictures, with its probability in percent."""
+        with autocast(self.device, self.amp):
+            shares = self.predictor.probabilities(self.logits(batch).float())  # (n, K)
+        best = zip(shares.argmax(-1).tolist(), shares.amax(-1).tolist(), strict=True)
+        return [f"{100 * p:.0f} % {self.answer_of(batch, row, k)}" for row, (k, p) in enumerate(best)]
+
+    def answer_of(self, batch: dict, row: int, k: int) -> str:
+        """What answer k means for a row of the batch."""
+        return self.labels[k]
+
+    def captions(self, batch: dict) -> list[str]:
+        """What is asked about each of the batch's pictures, and the truth."""
+        return self.titles(batch)
+
     def pictures(self, batch: dict) -> Tensor:
         """(n, 3, S, S), for attention maps."""
         return batch["image"]
@@ -165,7 +186,7 @@ class Run(ABC):
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.resolve().name
 
 
 class TextRun(Run):

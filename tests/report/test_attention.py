@@ -159,6 +159,17 @@ def test_the_figure_has_a_column_per_model_and_layer_and_one_per_head_on_request
     assert plain.height == pytest.approx(heads.height, abs=30)
 
 
+def test_models_that_look_at_the_same_places_share_their_columns_and_answers_stand_below():
+    images, maps = torch.rand(2, 3, 16, 16) * 2 - 1, random_maps(2, 17)(torch.zeros(2, 3, 16, 16))
+    base, linear = Looker(lambda x: maps), Looker(lambda x: maps)
+    shared = attention_figure({"base": base, "linear": linear}, images, side=40)
+    alone = attention_figure({"base": base}, images, side=40)
+    other = attention_figure({"base": base, "lora": Looker(random_maps(2, 17))}, images, side=40)
+    assert shared.width == alone.width < other.width
+    said = attention_figure({"base": base, "linear": linear}, images, side=40, said={"linear": ["cat 9 %", "dog"]})
+    assert said.height == shared.height + 2 * 20
+
+
 def test_a_two_tower_model_is_drawn_by_its_vision_tower():
     class Towers(nn.Module):
         def __init__(self):

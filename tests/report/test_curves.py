@@ -2,12 +2,15 @@
 
 import builtins
 import json
+import re
 
 import pytest
+import torch
 from PIL import Image
 
 from minilora.report.curves import curve, curves_figure, read_metrics
-from minilora.report.spectrum import spectrum_figure
+from minilora.report.plots import plain
+from minilora.report.spectrum import spectrum, spectrum_figure
 from minilora.report.svg import curves_html, ticks
 
 
@@ -53,6 +56,27 @@ def test_without_matplotlib_one_line_is_printed_and_nothing_else_happens(tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all("matplotlib is missing" in line for line in lines) and not list(tmp_path.iterdir())
     assert curves_html({"lora": records()}).count("<svg") == 3  # the page draws its own
+
+
+@pytest.mark.parametrize("name", [r"run$\foo$", "_hidden", "a\n\x1b[2J\udcff", "$", r"\$x_{1}$", "日本"])
+def test_a_name_is_never_a_formula_and_never_left_out(name, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from matplotlib import cbook
+
+    assert curves_figure({name: records(), "b": records(3)}, tmp_path / "curves.png", {name: 2})
+    layers = spectrum([(name, torch.randn(8, 8), torch.randn(8, 2) @ torch.randn(2, 8))])
+    assert spectrum_figure({name: layers}, tmp_path / "spectrum.png")
+    label = pyplot.subplots()[1].plot([1], [1], label=plain(name))[0].axes.legend().get_texts()
+    assert len(label) == 1 and not cbook.is_math_text(label[0].get_text())
+    pyplot.close("all")
+
+
+def test_accuracy_is_drawn_in_percent_and_a_ring_marks_the_best_epoch(tmp_path):
+    page = curves_html({"a": records(6), "b": records(5)}, {"a": 3})
+    assert "accuracy %</figcaption>" in page and ">80</text>" in page and ">0.8</text>" not in page
+    rings = re.findall(r'<circle class="ring c(\d)"', page)
+    assert rings == ["0", "0"] and "best epoch" in page  # in loss and accuracy, of run a alone
+    assert "best epoch" not in curves_html({"a": records(6)})
 
 
 def test_ticks_are_round_numbers_within_the_range():

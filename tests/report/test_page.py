@@ -54,6 +54,7 @@ def full_data():
         EVIL,
         subtitle=EVIL,
         facts={EVIL: EVIL},
+        scores=[(EVIL, EVIL, EVIL)],
         notes=[EVIL],
         runs=[RunRow(EVIL, "lora", "g", s, accuracy=0.8 + s / 100, seconds=2.0) for s in range(3)],
         curves={EVIL: records},
@@ -100,7 +101,7 @@ def test_a_class_called_script_is_shown_and_not_run():
 def test_every_link_of_the_navigation_has_its_heading():
     reader = Reader(page.render_report(full_data()))
     links = {value[1:] for tag, key, value in reader.attributes if (tag, key) == ("a", "href")}
-    assert links == {value for tag, key, value in reader.attributes if (tag, key) == ("h2", "id")} and len(links) == 15
+    assert links == {value for tag, key, value in reader.attributes if (tag, key) == ("h2", "id")} and len(links) == 16
 
 
 def test_a_page_with_a_title_alone_has_no_empty_sections():
@@ -150,8 +151,67 @@ def test_pictures_of_every_mode_fit_into_the_page(mode):
     assert samples.data_uri(photo().convert(mode), 16).startswith("data:image/")
 
 
-def test_grids_hold_all_pictures_and_cut_long_names():
-    sheet = samples.sample_grid({"a very long class name " * 9: [photo()], "cat": [photo(), photo()]}, side=32)
+def test_a_picture_table_holds_all_pictures_and_cuts_long_names():
+    labels, rows = ["a very long class name " * 9, "two\nlines \x1b[2J"], [[photo()], [photo(), photo()]]
+    sheet = samples.picture_table(rows, labels, ["x" * 10**6], side=32)
     assert sheet.height >= 2 * 32 and 64 < sheet.width < 300
-    grid = samples.example_grid([samples.Example(photo(), "dog", "cat", 0.5)] * 5, columns=2, side=40)
-    assert grid.height > 3 * 40 and grid.width > 80
+    assert samples.picture_table(rows, labels, side=32, captions=[["a"], ["b\nc", ""]]).height > sheet.height
+
+
+HOSTILE = "\x1b]0;x\x07\n\u202eevil\udcff $\\foo$"
+
+
+def test_nothing_in_a_name_acts_on_the_page():
+    data = full_data()
+    for field in ("title", "subtitle"):
+        setattr(data, field, HOSTILE)
+    data.facts, data.samples, data.curves = {HOSTILE: HOSTILE}, {HOSTILE: [photo()]}, {HOSTILE: [{"epoch": 1, "lr": 0}]}
+    data.mistakes = [samples.Example(photo(), HOSTILE, HOSTILE, name=HOSTILE, question=HOSTILE, choices=[(HOSTILE, 1)])]
+    data.tables = [page.Table(HOSTILE, [HOSTILE], [[HOSTILE]], HOSTILE)]
+    data.metrics = classification_metrics([0, 1], [1, 0], [HOSTILE, "cat"])
+    text = page.render_report(data)
+    assert not {"\x1b", "\x07", "\u202e", "\udcff"} & set(text)
+    assert text.encode() and r"\x1b]0;x\x07\n\u202eevil\udcff $\foo$" in Reader(text).text
+
+
+def compared():
+    """A page of two runs on one data set and one on another, each with mistakes of its own."""
+    same, other = {"data": "photos, val (9 pictures)", "model": "vit"}, {"data": "other, val (9 pictures)"}
+    rows = [
+        RunRow("a", "lora", "g1", accuracy=0.5, epochs="3", **same),
+        RunRow("b", "full", "g2", accuracy=0.7, epochs="2 of 3", **same),
+        RunRow("c", "lora", "g3", accuracy=0.9, epochs="3", model="swin", **other),
+    ]
+    parts = [
+        page.ReportData(row.name, mistakes=[samples.Example(photo(), "cat", f"said by {row.name}")]) for row in rows
+    ]
+    return page.ReportData("a and b and c", runs=rows, parts=parts)
+
+
+def test_a_comparison_ranks_runs_on_the_same_data_alone_and_says_what_each_was():
+    text = page.render_report(compared())
+    assert re.findall(r"<h3>([^<]+)</h3>", text) == ["photos, val (9 pictures)", "other, val (9 pictures)"]
+    for title in ("model", "data", "epochs", "mode"):
+        assert re.search(rf"<th( class=\"n\")?>{title}</th>", text), title
+    (best,) = re.findall(r'<tr class=best><td class="short">(\w)</td>', text)
+    assert best == "b" and "2 of 3" in text  # c, on other data, is best of its own
+
+
+def test_each_section_of_a_comparison_says_whose_it_is():
+    text = page.render_report(compared())
+    for name in "abc":
+        assert f'Confident mistakes<span class="whose">{name}</span></h2>' in text
+    whose = re.split(r'<h2 class="run">', text)
+    assert [f"said by {name}" in part for name, part in zip("abc", whose[1:], strict=True)] == [True] * 3
+
+
+def test_no_table_of_one_run_repeats_another():
+    data = page.ReportData("one", runs=[RunRow("a", "lora", accuracy=0.5)], scores=[("this run", "val", "50.00 %")])
+    text = page.render_report(data)
+    assert text.count("<table") == 1 and "50.00 %" in text
+
+
+def test_types_of_one_kind_are_no_chart():
+    kinds = {"by_answer_type": {"other": 40.0}, "by_question_type": {"what": 30.0, "who": 50.0}}
+    text = page.render_report(page.ReportData("one", vqa={"metric": "m", "overall": 40.0, "count": 5} | kinds))
+    assert "By answer type" not in text and "By question type" in text

@@ -77,7 +77,19 @@ def test_the_table_has_a_line_per_layer_and_ends_with_how_to_read_it():
     layers = sp.spectrum([(f"blocks.{i}.q", torch.randn(8, 8), torch.randn(8, 8)) for i in range(3)])
     text = sp.format_spectrum({"lora": layers, "full": layers})
     assert text.count("blocks.1.q") == 2 and text.endswith(sp.HOW_TO_READ)
-    assert sp.update_overlap(layers, layers[1:])[0][0] == "blocks.1.q"
+    table = sp.spectrum_table(layers)  # what a page shows
+    assert [row[0] for row in table.rows] == [layer.name for layer in layers] and table.note == sp.HOW_TO_READ
+
+
+def test_runs_that_changed_other_layers_are_drawn_by_name(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(sp, "save_figure", lambda pyplot, figure, path: drawn.append(figure) or pyplot.close(figure))
+    layers = sp.spectrum([(name, torch.randn(8, 8), torch.randn(8, 8)) for name in ("q", "v", "head")])
+    sp.spectrum_figure({"lora": layers[:2], "linear": layers[2:], "all": layers}, tmp_path / "s.png")
+    lines = [list(line.get_xdata()) for line in drawn[0].axes[0].lines]
+    assert lines == [[0, 1], [2], [0, 1, 2]]
+    assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == ["q", "v", "head"]
 
 
 def test_the_picture_is_drawn(tmp_path):

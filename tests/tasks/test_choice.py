@@ -298,6 +298,7 @@ def test_report_page_shows_questions_with_their_choices(run_of_visual7w, tmp_pat
     write_report(report_data([run], [evaluation], EvalConfig(attention=2)), tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "Who is at 2?" in page and "Right 2." in page and "Question types" in page and "Attention" in page
+    assert "baseline: chance" in page and "25.00 %" in page and "Confusion" not in page  # of places A to D
     assert (run_of_visual7w[0] / "attention.png").is_file()
 
 

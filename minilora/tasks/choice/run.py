@@ -70,8 +70,11 @@ class ChoiceRun(TextRun):
         """(choice, probability) for each picture, most probable first. Raises BadImage for a broken
         file, UserError without a question and 2 to 26 choices."""
         if not (question or "").strip() or not choices:
-            raise UserError('multiple choice needs --question "..." and --choices "A" "B" ...')
-        check_choices(choices, "--choices")
+            raise UserError(
+                'multiple choice needs --question "..." and --choices "A" "B" ...; in a program question="...", '
+                'choices=["A", "B"]'
+            )
+        check_choices(choices, "choices (--choices)")
         answers, prompt = [], self.prompt
         for picture in pictures:
             image = picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
@@ -110,6 +113,16 @@ class ChoiceRun(TextRun):
 
     def titles(self, batch: dict) -> list[str]:
         return [q.choices[q.answer] if q.answer >= 0 else "" for q in batch["asked"]]
+
+    def captions(self, batch: dict) -> list[str]:
+        return [f"{q.question} {truth}" for q, truth in zip(batch["asked"], self.titles(batch), strict=True)]
+
+    def said(self, batch: dict) -> list[str]:
+        answers, pictures = super().said(batch), batch["picture"].tolist()
+        return [answers[pictures.index(j)] for j in range(len(batch["asked"]))]
+
+    def answer_of(self, batch: dict, row: int, k: int) -> str:
+        return batch["asked"][int(batch["picture"][row])].choices[k]
 
 
 load = ChoiceRun.load
@@ -167,7 +180,7 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, name: str, n
         "\n".join([*score_lines(scores, by_type, found, split), *lines]),
         *table,
         **files,
-        metrics=metrics,
+        baselines={"chance": 1 / len(letters)},
         vqa=type_scores(scores, by_type, found),
         mistakes=examples(most_confident_mistakes(truth, chosen, sure, SHOWN), found, split),
         unsure=examples(least_sure(found.probabilities, SHOWN), found, split),

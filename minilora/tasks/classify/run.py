@@ -20,7 +20,7 @@ from minilora import ticker
 from minilora.data.pictures.folder import Sample, Split, Splits
 from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
-from minilora.data.pictures.parts import entries
+from minilora.data.pictures.parts import entries, is_folder
 from minilora.data.pictures.tables import TABLES, is_labelled, list_tables
 from minilora.data.pictures.transforms import build_transform
 from minilora.data.sets import loose_part, parts_of, spelled, unlabelled
@@ -40,6 +40,7 @@ from minilora.tasks.labelled import LabelledPredictor, Predictions
 from minilora.tasks.method import one_value
 from minilora.tasks.run import SHOWN, Evaluation, Run, choose_part, top_answers, top_cells, top_columns
 from minilora.tasks.weights import load_base, picture_flags, restoring
+from minilora.textfiles import printable
 from minilora.training.device import autocast, to_device
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -177,7 +178,7 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
     parts = parts_of(path)
     if part and part not in parts and (folder := loose_part(path, part)):
         return unlabelled(folder)
-    folders = {entry.name for entry in entries(path, path, lenient=True) if entry.is_dir()}
+    folders = {entry.name for entry in entries(path, path, lenient=True) if is_folder(entry)}
     named = {*folders, *map(spelled, folders)} & known
     labelled = any(is_labelled(table, several) for table in list_tables(path))
     return None if parts or named or labelled else unlabelled(path)
@@ -208,7 +209,7 @@ def reading_notes(valid: np.ndarray, split: Split) -> list[str]:
     """What to say of the pictures themselves; valid (N,) bool: readable."""
     broken = int((~valid).sum())
     lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
-    return lines + [f"data: {note}" for note in split.notes]
+    return lines + [printable(f"data: {note}") for note in split.notes]
 
 
 def evaluation(
@@ -230,6 +231,7 @@ def evaluation(
     if not found.scored.any():
         return Evaluation(None, "\n".join([f"{len(split)} pictures without labels", *notes]), *table, part=part)
     metrics = classification_metrics(truth, chosen, labels, found.probabilities)
+    usual = max(row["support"] for row in metrics["per_class"]) / metrics["count"]
     scores = found.scores() | {key: metrics[key] for key in ("balanced", "precision", "recall", "f1")}
 
     def examples(numbers: Sequence[int]) -> list[Example]:
@@ -244,6 +246,7 @@ def evaluation(
         "\n".join([format_metrics(metrics), *notes]),
         *table,
         part=part,
+        baselines={"chance": 1 / len(labels)} | ({"the most frequent class": usual} if usual > 1 / len(labels) else {}),
         metrics=metrics,
         mistakes=examples(most_confident_mistakes(truth, chosen, sure[:, 0], SHOWN)),
         unsure=examples(least_sure(sure, SHOWN)),

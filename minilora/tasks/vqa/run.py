@@ -65,7 +65,7 @@ class VQARun(TextRun):
         if len(questions) != len(pictures):
             raise UserError(f"{len(pictures)} pictures but {len(questions)} questions; give one for each")
         if not all(text.strip() for text in questions):
-            raise UserError('a question is missing; ask one with --question "..."')
+            raise UserError('a question is missing; ask one with --question "...", in a program with question="..."')
         transform, limit, answers = build_transform(self.preprocess), self.limit, []
         for picture, text in zip(pictures, questions, strict=True):
             image = picture if isinstance(picture, Image.Image) else open_image(picture)
@@ -89,10 +89,10 @@ class VQARun(TextRun):
             return evaluation(found, said, part, self.labels, name)
         baselines = {}
         grey = self.in_order(grey_batches(data, batches), batches, options.amp)
-        baselines["baseline: this model with every picture greyed out"] = score(grey.answers(part, self.labels), part)
+        baselines["this model with every picture greyed out"] = score(grey.answers(part, self.labels), part)
         if splits.train is not None and splits.train is not part:
             guess = question_only_guess(splits.train.questions, part.questions)
-            baselines["baseline: the most frequent answer in training, no model"] = score(guess, part)
+            baselines["the most frequent answer in training, no model"] = score(guess, part)
         return evaluation(found, said, part, self.labels, name, data.labels, baselines)
 
     def in_order(self, loader: Iterable[dict], batches: list[list[int]], amp: str) -> BestAnswers:
@@ -114,14 +114,17 @@ class VQARun(TextRun):
         first = np.unique(data.picture, return_index=True)[1]  # one question for each picture
         numbers = [int(first[i % len(first)]) for i in range(n)]
         (batch,) = vqa_loader(data, [numbers], None)
-        self.asked = [part.questions[i].text for i in numbers]
+        self.asked = [part.questions[i] for i in numbers]
         return to_device(batch, self.device)
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["image"][batch["image_index"]]
 
     def titles(self, batch: dict[str, Tensor]) -> list[str]:
-        return self.asked
+        return [question.text for question in self.asked]
+
+    def captions(self, batch: dict[str, Tensor]) -> list[str]:
+        return [f"{question.text} {question.answer}" for question in self.asked]
 
 
 load = VQARun.load
@@ -156,7 +159,7 @@ def evaluation(
         text_table(
             ["beside it, on the same questions", "accuracy %"],
             [["the model", f"{scores['overall']:.2f}"]]
-            + [[name, f"{one['overall']:.2f}"] for name, one in (baselines or {}).items()],
+            + [[f"baseline: {name}", f"{one['overall']:.2f}"] for name, one in (baselines or {}).items()],
         ),
     ]
     loss = found.mean_loss()
@@ -181,6 +184,7 @@ def evaluation(
         "\n".join(lines),
         *table,
         vqa=scores | {"question_only": {name: one["overall"] for name, one in (baselines or {}).items()}},
+        baselines={name: one["accuracy"] for name, one in (baselines or {}).items()},
         answer_histogram=Counter(truth).most_common(),
         mistakes=examples(wrong[np.argsort(-found.probabilities[wrong, 0], kind="stable")][:SHOWN]),
         unsure=examples(np.argsort(gap, kind="stable")[:SHOWN]),

@@ -113,7 +113,6 @@ class VQAPredictor(Predictor):
         return model(batch.get("image"), **{key: batch[key] for key in keys if key in batch})
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) of the K answers."""
         return logits.float().sigmoid() if self.soft else logits.float().softmax(-1)
 
     def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
