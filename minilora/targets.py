@@ -105,6 +105,11 @@ def _no_match(model: nn.Module, targets, linears: dict, layers=None) -> str:
     kinds = {type(module).__name__ for name, module in model.named_modules() if ends(name, str(targets))}
     if kinds:
         return f"inject_lora: target {targets!r} is a {kinds.pop()}, not an nn.Linear; choose {_choices(linears)}"
+    if all(any(below(name, head) for head in getattr(model, "head_modules", HEADS)) for name in linears):
+        return (
+            f"inject_lora: {type(model).__name__} has no linear layer but its head, so LoRA has no place in it; train "
+            "the head alone (--mode linear), or everything (--mode full)"
+        )
     where = "" if layers is None else f" in layers {list(layers)}"
     return f"inject_lora: target {targets!r} matches no linear layer{where}; this model has {_choices(linears)}"
 

@@ -58,8 +58,9 @@ def config_for(name: str):
             return config
     if why := instead(name):
         raise ModelError(f"{name}: {why}")
-    near = difflib.get_close_matches(name.replace("_", "-").lower(), list_models(), n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    words, known = name.replace("_", "-").lower().split("-"), list_models()
+    near = [one for one in known if {*words} <= {*one.split("-")}] or difflib.get_close_matches("-".join(words), known)
+    hint = f"did you mean {' or '.join(near[:3])}? " if near else ""
     hint = "no such folder, and a name has no slash (weights of the hub are hf:org/name); " if "/" in name else hint
     raise ModelError(f"unknown model {name!r}; {hint}list_models(), train.py --list-models name them all")
 
@@ -150,7 +151,11 @@ def load_pretrained(
             config, notes = replace(config, **told), notes + open_points
         found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         config = _final(found, wanted, num_classes, image_size, overrides)
+        before = {key: tensor.shape for key, tensor in tensors.items()}
         family.adapt(tensors, found, config)
+        if any(tensors[key].shape != shape for key, shape in before.items() if key in tensors):
+            here, there = (getattr(getattr(one, "vision", one), "image_size", None) for one in (found, config))
+            notes = [*notes, f"{Path(files).name}: positions for {here} pixels are interpolated to {there}"]
     tensors = _fitting(config, tensors, found, family, files, layout)
     assumed = assumed_settings(_preprocess(config), layout, Path(files).name, getattr(config, "distilled", False))
     with readable(checkpoint.settings):
@@ -331,5 +336,16 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
     problems = {"missing": missing, "no place for": extra, "wrong shape": wrong}
     if any(problems.values()):
         lines = [f"{what} {len(keys)}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
-        raise ModelError(f"{files} does not fit {config.name}: {'; '.join(lines)}")
+        raise ModelError(f"{files} does not fit {config.name}{_looks_like(tensors, family)}: {'; '.join(lines)}")
     return tensors
+
+
+def _looks_like(tensors: dict[str, Tensor], family) -> str:
+    """Which name of the family has just these blocks, if one has."""
+
+    def blocks(shapes: dict) -> dict:
+        return {key: shape for key, shape in shapes.items() if re.search(r"\.\d+\.", key)}
+
+    there = blocks({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    names = (name for name in family.names() if blocks(_build_shapes(family.config_for(name))) == there)
+    return f" (it looks like --model {name})" if there and (name := next(names, None)) else ""

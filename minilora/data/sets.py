@@ -22,8 +22,10 @@ from minilora.data.pictures.folder import (
     read_folders,
 )
 from minilora.data.pictures.label_sets import recoded, strata
-from minilora.data.pictures.parts import LeftOut, entries, find_parts, list_pictures, nfc
+from minilora.data.pictures.parts import LeftOut, entries, find_parts, is_folder, list_pictures, nfc
 from minilora.data.pictures.tables import TABLES, is_labelled, list_tables, read_tables, read_unlabelled
+from minilora.data.questions.visual7w import FILE as VISUAL7W
+from minilora.data.questions.vqa2 import has_questions
 from minilora.data.shards.files import is_shards
 from minilora.data.shards.pictures import read_picture_shards
 from minilora.errors import UserError
@@ -107,7 +109,12 @@ def _read(path: Path, fmt: str, check_files: bool) -> Splits:
     if fmt == "shards" or (fmt == "auto" and is_shards(path)):
         return read_picture_shards(path)
     if fmt == "auto" and path.is_dir():
-        return _folders_or_tables(path, check_files)
+        try:
+            return _folders_or_tables(path, check_files)
+        except UserError as error:
+            if other := "vqa" if has_questions(path) else "choice" if (path / VISUAL7W).is_file() else None:
+                raise UserError(f"{error}; questions lie here, which --task {other} reads") from None
+            raise
     if fmt in ("auto", "csv"):
         return read_tables(path, check_files)
     if not path.is_dir():
@@ -123,7 +130,7 @@ def parts_of(path: Path) -> dict[str, Path]:
 
 def loose_part(path: Path, part: str) -> Path | None:
     """The folder of a data folder that is named like `part`, whatever it holds."""
-    folders = [entry.name for entry in entries(path, path, lenient=True) if entry.is_dir()]
+    folders = [entry.name for entry in entries(path, path, lenient=True) if is_folder(entry)]
     name = find_parts(folders, path).get(part)
     return path / name if name else None
 

@@ -5,6 +5,7 @@ command line or a TOML file into a Config. The flags of evaluate.py are in flags
 """
 
 from dataclasses import dataclass, field, fields
+from os.path import basename, isabs
 from typing import Any, ClassVar
 
 TASKS = ("classify", "vqa", "choice")
@@ -21,7 +22,8 @@ BIASES = ("none", "lora_only", "all")
 LAYOUTS = ("minilora", "transformers", "transformers5", "transformers4", "timm", "open_clip", "torchvision")
 DEFAULT_LR = {"lora": 2e-3, "full": 3e-4, "linear": 1e-2}  # where --lr is not given, by --mode
 DEFAULT_TARGETS = {task: ("q_proj", "v_proj") for task in TASKS} | {"choice": ("q_proj", "v_proj", "out_proj")}
-LR_BY_MODE = ", ".join(f"{mode} {lr:g}" for mode, lr in DEFAULT_LR.items())
+NANO_CLIP_LR = 4e-3  # of LoRA on clip-nano; larger models want the usual rates
+LR_BY_MODE = ", ".join(f"{mode} {lr:g}" for mode, lr in DEFAULT_LR.items()) + f"; choice, clip-nano {NANO_CLIP_LR:g}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ class Config:
     given: ClassVar[frozenset[str] | None] = None
     # limits that `--resume RUN` raises; rundir.continued sets it
     longer: ClassVar[tuple[str, ...]] = ()
+    # heads that --adapter lacks; method.make_trainable sets it
+    new_heads: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def model_name(self) -> str:
+        """The model or the two towers in words; of a folder its name alone."""
+        towers = self.model.values() if isinstance(self.model, dict) else [self.model]
+        return " + ".join(basename(tower.rstrip("/")) if isabs(tower) else tower for tower in map(str, towers))
 
     task: str = flag(W, "classify", "what to learn", choices=TASKS)
     recipe: str = flag(W, None, "a named set of flags, see --list-recipes", meta="NAME")

@@ -83,10 +83,10 @@ def make_trainable(model: nn.Module, config: Config, heads: tuple[str, ...]) -> 
     """
     if config.adapter:
         load_adapter(model, config.adapter)
+        config.new_heads = tuple(head for head in heads if head not in model.lora_config.modules_to_save)
     if config.mode == "lora" and config.adapter:
         _same_adapter(model.lora_config, config)
-        missing = [head for head in heads if head not in model.lora_config.modules_to_save]
-        model.lora_config.modules_to_save += tuple(missing)
+        model.lora_config.modules_to_save += config.new_heads
         mark_only_lora_as_trainable(model, model.lora_config)
     elif config.mode == "full":
         merge_lora(model).requires_grad_(True)

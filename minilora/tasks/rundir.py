@@ -16,7 +16,7 @@ from typing import Any
 from minilora.atomic import atomic_write
 from minilora.data.pictures.parts import nfc
 from minilora.errors import UserError
-from minilora.settings.flags import Config
+from minilora.settings.flags import PICTURE_FLAGS, Config
 from minilora.settings.parse import NOT_SAVED, given, read_run_config, read_toml, to_toml
 from minilora.settings.values import option
 from minilora.tasks import lock
@@ -30,6 +30,8 @@ FREE = {
     *("keep_checkpoints", "compile", "threads", "deterministic"),
 }
 LIMITS = ("epochs", "max_steps")  # may grow with --resume RUN
+# what belongs to a model, and is taken over with --adapter RUN
+OF_MODEL = ("model", "weights", "tokenizer", "image_size", *PICTURE_FLAGS, "head", "fusion", "text_pooling", "prompt")
 # may be another path where the old one is gone
 PLACES = ("data_dir", "weights", "tokenizer", "teacher", "distill_unlabelled")
 
@@ -40,7 +42,7 @@ def continued(config: Config) -> tuple[Config, Path | None]:
     Flags that were given beside it win, so that `open_run_dir` can say which of them differ.
     """
     if config.resume in ("auto", "never"):
-        return config, None
+        return like_adapter(config), None
     path = Path(config.resume)
     checkpoint = path if step_of(path) is not None else None
     run_dir = path.parents[1] if checkpoint else path
@@ -53,6 +55,21 @@ def continued(config: Config) -> tuple[Config, Path | None]:
     # 0 steps are no limit
     resumed.longer = tuple(n for n in LIMITS if (getattr(resumed, n) or math.inf) > (getattr(saved, n) or math.inf))
     return resumed, checkpoint
+
+
+def like_adapter(config: Config) -> Config:
+    """With --adapter RUN the model that the run was trained on, unless --model says another;
+    UserError for a run of another task. A folder that is no run says nothing of it."""
+    if not config.adapter or not (Path(config.adapter) / "config.toml").is_file():
+        return config
+    saved, base = read_run_config(config.adapter)
+    if saved.task != config.task:
+        raise UserError(f"--adapter {config.adapter} is a run of --task {saved.task}; this one is --task {config.task}")
+    typed, known = given(config), {name: getattr(saved, name) for name in OF_MODEL}
+    known["weights"] = base.get("weights", saved.weights)
+    made = replace(config, **{n: value for n, value in known.items() if n not in typed and "model" not in typed})
+    made.given = typed
+    return made
 
 
 def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = ()) -> Path:
@@ -71,7 +88,7 @@ def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = (
             renamed = _same_run(path, config, base, labels)
             _lock(path)
             if renamed:
-                atomic_write(path / "config.toml", text.encode())
+                atomic_write(path / "config.toml", text)
             return path
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {lock.FILE}):
             raise UserError(f"--output {path} is not empty and holds no run; choose another folder")
@@ -80,7 +97,7 @@ def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = (
         except OSError as error:
             raise UserError(f"--output {path} cannot be made: {error.strerror}") from None
     _lock(path)
-    atomic_write(path / "config.toml", text.encode())
+    atomic_write(path / "config.toml", text)
     return path
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from minilora.errors import UserError
 from minilora.settings.flags import PICTURE_FLAGS, Config
+from minilora.textfiles import printable
 from minilora.training.checkpoint import file_sha256
 from minilora.training.state import tensors_sha256
 from reference_models import load_pretrained
@@ -32,21 +33,25 @@ def load_base(
     num_classes: int | None = None,
     image_size: int | None = None,
     pictures: dict[str, Any] | None = None,
+    quiet: str = "\n",
     **sizes: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """(model, {"weights": ..., "sha256": ...}); what is random in it comes from `seed`.
 
-    pictures: what the flags say of them, see `picture_flags`. The record lets a later session make
+    pictures: what the flags say of them, see `picture_flags`; quiet: notes that begin so are not
+    printed. The record lets a later session make
     the same base again, or notice that it cannot.
     """
     source = find_weights(model, weights)
     config = None if os.path.isdir(model) else config_for(model)
     if num_classes is not None and config and not hasattr(config, "num_classes") and config.family != "clip":
-        raise UserError(f"--model {model} tells no classes apart; it is for another --task")
+        pair = model if hasattr(config, "vision") else f"vision=NAME text={model}"
+        raise UserError(f"--model {model} tells no classes apart; it is for questions: --task vqa --model {pair}")
     torch.manual_seed(seed)
     built = load_pretrained(model, source or RANDOM, num_classes, image_size, pictures, **sizes)
     for note in built.notes:
-        print(note)
+        if not note.startswith(quiet):
+            print(printable(note))
     patch = getattr(built.config, "patch_size", None)
     if image_size and isinstance(patch, int) and image_size % patch:
         raise UserError(f"--image-size {image_size}: {model} cuts pictures into patches of {patch}; take a multiple")

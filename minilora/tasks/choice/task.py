@@ -18,7 +18,7 @@ from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.loader import make_loader
 from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits
-from minilora.settings.flags import Config
+from minilora.settings.flags import NANO_CLIP_LR, Config
 from minilora.tasks.choice.text import ChoicePrompt
 from minilora.tasks.clip import cosine_logits, load_clip, trained_heads
 from minilora.tasks.labelled import Labelled, LabelledPredictor, Predictions
@@ -27,7 +27,6 @@ from minilora.tasks.teacher import teacher_names
 from reference_models.text.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
-NANO_LR = 4e-3  # of LoRA on the nano model; larger models want the usual rates
 # encode what a question's choices share once; None: where that is faster
 share_prefix: bool | None = None
 
@@ -35,7 +34,7 @@ share_prefix: bool | None = None
 def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
     """The task that `config` describes. The data come first: a wrong folder is reported at once."""
     if config.mode == "lora" and config.model in (None, DEFAULT_MODEL):
-        config.lr = config.lr or NANO_LR
+        config.lr = config.lr or NANO_CLIP_LR
     resolve(config, DEFAULT_MODEL)
     splits = open_data(config)
     teacher_names(config, LETTERS[: len(splits.train[0].choices)])
