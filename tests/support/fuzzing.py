@@ -5,6 +5,7 @@ a bounded memory, and no file written outside the folder that was given.
 """
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -13,6 +14,8 @@ import signal
 import struct
 import sys
 import tempfile
+import time
+import zlib
 from pathlib import Path
 
 from minilora.errors import RunError, UserError
@@ -20,7 +23,8 @@ from minilora.settings.exit_codes import printable
 from reference_models import ModelError
 
 KNOWN = (UserError, ModelError, RunError)
-SECONDS = 20  # per case, on a crowded machine
+SECONDS = 60  # per case, on a crowded machine
+CPU_SECONDS = 5  # that a case may take
 MEMORY = 3 << 30  # address space that a reader may take beside what the process has
 
 STRANGE = (
@@ -29,6 +33,12 @@ STRANGE = (
     *("{0.__class__}", "__import__('os').system('true')", "%s%n", "none", "nan", "-1", "hf:../..", "é\U0001f600"),
     *([], {}, [[]], [None], [1, 2], [-1], ["a"], {"": 0}, {"a": {}}, [1] * 3000, "((((((a*)*)*)*)*)*)b", "(", "[z-a]"),
 )
+
+
+# names that a file system takes; bytes, since not all of them are UTF-8
+NAMES = (b"cat", b"a b", b"=1+1", b"-x", b"$x$", b"_x", b"caf\xe9", b"\xff\xfe", b"\x1b[2J\x1b]0;x\x07", b"a\nb")
+NAMES += (b"a\rb", b"<b>&amp;", b"a|b", b"'q'", b"{0}", b"%s", b".x", b"val", b"x" * 200)
+NAMES += tuple(name.encode() for name in ("a\u202eb", "e\u0301", "\u2028", "\U0001f600"))
 
 
 def deep(levels: int = 5000) -> str:
@@ -166,6 +176,64 @@ def strange_entry(rng: random.Random, header: dict) -> dict:
     return header
 
 
+def strange_place(rng: random.Random, path: Path) -> None:
+    """Something else where a file is expected: a pipe, a folder, a link to nowhere, itself or a device, nothing, or a
+    file of a terabyte without a byte on the disk."""
+    path.unlink()
+    kinds = ("pipe", "folder", "loop", "nowhere", "zero", "none", "empty", "endless")
+    # weights and checkpoints may be as long as a disk holds
+    kind = rng.choice(kinds[:-1] if path.suffix == ".safetensors" or path.name == "state.json" else kinds)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("loop", "nowhere", "zero"):
+        path.symlink_to({"loop": path.name, "nowhere": "gone", "zero": "/dev/zero"}[kind])
+    elif kind != "none":
+        with open(path, "wb") as file:
+            file.truncate(1 << 40 if kind == "endless" else 0)
+
+
+def png_chunks(data: bytes) -> list[bytes]:
+    """A PNG's chunks, whole."""
+    chunks, at = [], 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big") + 12
+        chunks.append(data[at : at + size])
+        at += size
+    return chunks
+
+
+def strange_metadata(rng: random.Random, data: bytes) -> bytes:
+    """A PNG with damaged, long or unknown chunks before its pixels, which stay as they are."""
+    first, *rest = png_chunks(data)
+    extra = b""
+    for _ in range(rng.choice((1, 1, 2, 80))):
+        name = rng.choice(
+            (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"pHYs", b"sRGB", b"tIME", b"prVt", b"eXIf")
+        )
+        body = rng.choice((b"", b"x", b"k\0\0" + zlib.compress(b"x" * rng.choice((9, 2_000_000))), rng.randbytes(40)))
+        check = zlib.crc32(name + body) ^ rng.choice((0, 0, 1))
+        extra += struct.pack(">I", len(body)) + name + body + struct.pack(">I", check)
+    return data[:8] + first + extra + b"".join(rest)
+
+
+def strange_picture(rng: random.Random, image) -> tuple[str, bytes]:
+    """(extension, content): a picture in one of many formats, damaged in its bytes; or a header without an end."""
+    if rng.randrange(12) == 0:
+        head = rng.choice((b"P6 #", b"P5\n#", b"GIF89a\1\0\1\0\0\0\0!\xfe", b"BM", b"II*\0", b"\xff\xd8\xff\xfe"))
+        return rng.choice((".jpg", ".png", ".ppm", ".gif")), head + rng.choice((b"x", b"\xff" + b"y" * 255)) * 40_000
+    extension, modes = rng.choice(
+        ((".png", ("RGB", "P", "LA", "I;16")), (".jpg", ("RGB", "CMYK")), (".gif", ("P",)), (".bmp", ("RGB",)))
+        + ((".tif", ("RGB", "I;16", "F")), (".webp", ("RGBA",)), (".ppm", ("RGB",)))
+    )
+    mode = rng.choice(modes)
+    buffer = io.BytesIO()
+    made = image.convert("L").convert(mode) if mode in ("I;16", "F") else image.convert(mode)
+    made.save(buffer, {".jpg": "JPEG", ".tif": "TIFF"}.get(extension, extension[1:].upper()))
+    return extension, strange_bytes(rng, buffer.getvalue())
+
+
 _writing: list = []  # where files may be written while a Watch is open
 
 
@@ -197,6 +265,7 @@ class Watch:
     def tries(self, label: str, function, *arguments) -> None:
         written: list[str] = []
         _writing[:] = [self.roots, written]
+        started = time.process_time()
         try:
             with limits(SECONDS, MEMORY), open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
                 function(*arguments)
@@ -214,6 +283,8 @@ class Watch:
             self.found.append(f"{label}: {type(error).__name__} at {place}: {str(error)[:200]}")
         finally:
             _writing.clear()
+        if (took := time.process_time() - started) > CPU_SECONDS:
+            self.found.append(f"{label}: took {took:.1f} s")
         self.found += [f"{label}: wrote outside: {what}" for what in written]
 
     def report(self) -> str:
