@@ -4,6 +4,7 @@ A few hundred cases by default; `-m slow` takes 2,000 safetensors headers and 2,
 `python -m tests.support.fuzz_for 20 SEED` goes on for 20 minutes over every kind with cases of its own.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -60,7 +61,7 @@ ANSWERS = [{"question_id": q["question_id"], "multiple_choice_answer": "red", "a
            for q in QUESTIONS]  # fmt: skip
 PAIRS = [{"qa_id": i, "question": "Who?", "answer": "A boy.", "multiple_choices": ["a", "b", "c"], "type": "who"}
          for i in (1, 2)]  # fmt: skip
-TABLE = 'file,label,split\na/1.png,cat,train\na/2.png,dog,val\n"a/1 2.png",cat,train\n'
+TABLE = 'file,label,split\na/1.png,cat,train\na/2.png,dog,train\n"a/1 2.png",cat,val\n'
 CHOICES = 'ID,img_path,Question,A,B,C,answer\nT0,1.png,Who?,x,y,z,A\nT1,2.png,"What, then?",x,y,z,C\n'
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "it", "##s", "?"]
 TOKENIZER = {
@@ -113,7 +114,7 @@ def whole(tmp_path_factory):
         (root / name / "a").mkdir(parents=True)
         for file, text in files.items():
             (root / name / file).write_text(text)
-        for place in ("1.png", "2.png", "a/1.png", "a/2.png", "a/1 2.png"):
+        for place in ("1.png", "2.png", "a/1.png", "a/2.png", "a/1 2.png")[: 2 if name == "vqa2" else 5]:
             Image.new("RGB", (4, 4)).save(root / name / place)
     return root
 
@@ -137,7 +138,8 @@ def use_model(folder):
 def resume(folder):
     """Goes on from a checkpoint whose manifest agrees with its damaged files."""
     newest = checkpoint.checkpoint_dirs(folder)[0]
-    (newest / checkpoint.MANIFEST).write_bytes(checkpoint.manifest_bytes(newest))
+    with contextlib.suppress(OSError):  # a file that is none has no digest
+        (newest / checkpoint.MANIFEST).write_bytes(checkpoint.manifest_bytes(newest))
     Trainer(ToyTask(n=8), TrainOptions(epochs=1, log_interval=0), folder, "cpu").fit()
 
 
@@ -208,8 +210,8 @@ TEXTS = [
     ("tokenizer", "tokenizer.json", use_tokenizer),
     ("tokenizer", "tokenizer_config.json", use_tokenizer),
     ("vocabulary", "vocab.txt", use_tokenizer),
-    ("merges", "vocab.json", use_tokenizer),
-    ("merges", "merges.txt", use_tokenizer),
+    ("merges", "vocab.json", lambda folder: load_tokenizer(folder)(["what is it?", ""], max_length=9)),
+    ("merges", "merges.txt", lambda folder: load_tokenizer(folder)(["what is it?", ""], max_length=9)),
     ("shards", "index.json", read_picture_shards),
 ]
 EXAMPLES = sorted({row[0] for row in TEXTS} | {*HEADERS})

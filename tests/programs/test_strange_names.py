@@ -61,13 +61,13 @@ def test_training_evaluation_and_their_files_hold_no_character_that_acts(run, ph
 def test_predictions_hold_no_formula_and_name_the_classes_as_they_are(run, tmp_path):
     assert evaluate.main([str(run), "--predictions", str(tmp_path / "p.csv")]) == 0
     labels = json.loads((run / "labels.json").read_text())["labels"]
-    assert labels == sorted(os.fsdecode(name).encode(errors="backslashreplace").decode() for name in CLASSES)
+    assert labels == sorted(name.replace(b"\xe9", b"%E9").decode() for name in CLASSES)
     with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
         assert not [cell for row in csv.reader(file) for cell in row if cell.startswith(("=", "+", "-", "@"))]
     header, rows = read_rows(tmp_path / "p.csv")
     assert all({row[name] for name in header if name.startswith("label")} == {*labels} for _, row in rows)
     names = {row["file"].rpartition("/")[2] for _, row in rows}
-    assert names <= {os.fsdecode(name).encode(errors="backslashreplace").decode() for name in PICTURES}
+    assert names <= {name.replace(b"\xff", b"%FF").decode() for name in PICTURES}
 
 
 def test_a_table_finds_pictures_by_what_predictions_called_them(run, photos, tmp_path):

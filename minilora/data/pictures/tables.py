@@ -202,7 +202,7 @@ def located(files: Iterable[str], root: Path) -> dict[str, str]:
     for path in list_pictures(root) if missing else ():
         bare, base = os.path.splitext(path)[0], os.path.basename(path)
         for name in {path, bare, base, os.path.splitext(base)[0]}:
-            known.setdefault(nfc(name), []).append(path)
+            known.setdefault(nfc(name).replace("\\", "/"), []).append(path)
     for file in missing:
         found = known.get(nfc(file), [file])
         if len(found) > 1:
