@@ -154,7 +154,7 @@ def scores_of(run: Run, found: Evaluation, options: Any) -> list[tuple[str, str,
         return []
     on, kept = scored_on(run, found, options), [run.summary.get(key) or {} for key in ("best", "test", "zero_shot")]
     main = main_score(found.scores)
-    rows = [("this run", on, percent(found.scores[main], len(found.rows) * (main == "accuracy")))]
+    rows = [(f"this run, {NAMES[main]}", on, percent(found.scores[main], len(found.rows) * (main == "accuracy")))]
     rows += [(f"baseline: {name}", on, percent(share)) for name, share in found.baselines.items()]
     best, test, before = kept
     own = [(f"in training, best epoch {best_epoch(run)}", "val", best.get(main))]
@@ -166,7 +166,7 @@ def scores_of(run: Run, found: Evaluation, options: Any) -> list[tuple[str, str,
 
 
 def main_score(scores: Mapping[str, float]) -> str:
-    """The score that runs are compared by: accuracy, or mean average precision of several labels."""
+    """The score that runs are compared by: accuracy, of several labels mean average precision."""
     return "map" if "map" in scores else "accuracy"
 
 

@@ -44,7 +44,7 @@ def results(runs: Sequence[RunRow]) -> str:
 
 def scores(rows: Sequence[tuple[str, str, str]]) -> str:
     """One run's scores, with their parts and baselines."""
-    return table_html(["", "on", "accuracy"], rows) if rows else ""
+    return table_html(["", "on", "score"], rows) if rows else ""
 
 
 def curves(runs: Mapping[str, Sequence[Mapping]], best: Mapping[str, int]) -> str:
