@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.data.json_file import read_json
 from minilora.errors import UserError
+from minilora.textfiles import DATA, read_json
 
 END = "\x1f"  # after each label that comes from a list or from a column of its own
 MARKS = {END: "columns or lists", "|": "'|'", ";": "';'", ",": "','", " ": "spaces", "": "whole cells"}
@@ -50,7 +50,7 @@ def binary_columns(rows: Sequence[tuple[int, dict[str, str]]], names: Iterable[s
 
 def json_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The objects of a json list as rows of texts; what a list holds ends with END."""
-    content = read_json(path)
+    content = read_json(path, DATA)
     if not isinstance(content, list) or not content or not all(isinstance(row, dict) for row in content):
         raise UserError(f'{path}: a table in json is a list of objects: [{{"file": "a.jpg", "label": "cat"}}, ...]')
 
