@@ -342,10 +342,9 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
 
 def _looks_like(tensors: dict[str, Tensor], family) -> str:
     """Which name of the family has just these blocks, if one has."""
-
-    def blocks(shapes: dict) -> dict:
-        return {key: shape for key, shape in shapes.items() if re.search(r"\.\d+\.", key)}
-
-    there = blocks({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    names = (name for name in family.names() if blocks(_build_shapes(family.config_for(name))) == there)
-    return f" (it looks like --model {name})" if there and (name := next(names, None)) else ""
+    there = {(key, tuple(tensor.shape)) for key, tensor in tensors.items() if re.search(r"\.\d+\.", key)}
+    for name in family.names() if there else ():
+        shapes = _build_shapes(family.config_for(name))
+        if there == {(key, shape) for key, shape in shapes.items() if re.search(r"\.\d+\.", key)}:
+            return f" (it looks like --model {name})"
+    return ""
