@@ -111,7 +111,8 @@ def test_a_model_without_bundled_weights_asks_for_a_file():
 
 
 def test_unknown_models_and_targets_name_the_nearest():
-    assert "--list-models" in refused(train.main, "--model", "resnet50", "--weights", "none")
+    assert "take mobilenet-v2" in refused(train.main, "--model", "resnet50", "--weights", "none")
+    assert "--list-models" in refused(train.main, "--model", "nonsense", "--weights", "none")
     assert "did you mean vit-tiny-patch16-224?" in refused(train.main, "--model", "vit_tiny_patch16_224")
     assert "did you mean vit-tiny-patch16-224 or vit-tiny-patch16-384?" in refused(train.main, "--model", "vit-tiny")
     assert "weights of the hub are hf:org/name" in refused(train.main, "--model", "google/vit-base")
