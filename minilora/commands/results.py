@@ -176,7 +176,8 @@ def summary_row(
     path: Path, config: Config, summary: dict[str, Any], scores: dict | None = None, data: str = ""
 ) -> RunRow:
     """The same line from the files of a run alone; `scores` win over those of its best epoch."""
-    ended = (summary.get("final") or {}).get("epoch", config.epochs)
+    final = summary.get("final")
+    ended = final.get("epoch", config.epochs) if isinstance(final, dict) else config.epochs
     best, counts, scores = summary.get("best") or {}, summary.get("parameters") or {}, scores or {}
     main = "map" if config.multi_label else "accuracy"
     return RunRow(

@@ -48,7 +48,8 @@ class Checkpoint:
         """The names of a head's classes, None where the files name none or another number."""
         labels = self.data.get("id2label") or self.data.get("label_names")
         if isinstance(labels, dict):
-            labels = [labels[key] for key in sorted(labels, key=int)]
+            numbered = all(str(key).isdecimal() for key in labels)
+            labels = [labels[key] for key in sorted(labels, key=int)] if numbered else None
         return [str(label) for label in labels] if labels and len(labels) == classes else None
 
 
