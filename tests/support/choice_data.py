@@ -100,7 +100,7 @@ def write_clip(folder: Path, layout: str = "minilora", kind: str = "wordpiece", 
     tokenizer.save(folder)
     if kind == "tokenizer.json":
         model = {"type": "BPE", "vocab": tokenizer.vocab, "merges": [list(pair) for pair in MERGES]}
-        added = [{"id": i, "content": token} for token, i in tokenizer.added.items()]
+        added = [{"id": one[0], "content": token} for token, one in tokenizer.added.items()]
         data = {"model": model | {"end_of_word_suffix": "</w>"}, "added_tokens": added}
         (folder / "tokenizer.json").write_text(json.dumps(data))
         for name in ("vocab.json", "merges.txt"):
