@@ -175,11 +175,12 @@ def test_variants_equal_timm(name, size, tmp_path):
     assert_parity(model, back, pictures(size))
 
 
-def test_names_of_timm_stand_for_its_sizes():
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_names_of_timm_stand_for_its_sizes(every):
     import timm
 
     found = 0
-    for name in timm.list_models(["vit_*", "deit*", "eva_large*"]):
+    for name in timm.list_models(["vit_*", "deit*", "eva_large*"])[::every]:
         if (config := read_timm({"architecture": name})) is None:
             continue
         with torch.device("meta"):
@@ -198,7 +199,7 @@ def test_names_of_timm_stand_for_its_sizes():
         act = {"gelu": "GELU", "quick_gelu": "QuickGELU", "gelu_tanh": "GELUTanh"}[config.act]
         assert getattr(config, "swiglu", False) or type(block.mlp.act).__name__ == act, name
         found += 1
-    assert found > 140
+    assert found > 120 // every
 
 
 @pytest.mark.slow
