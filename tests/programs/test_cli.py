@@ -326,7 +326,7 @@ def test_deit_scores_as_timm_with_its_own_head(shared, capsys):
 
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one_with_the_doubled_batch(photos, tmp_path):
-    words = [*NANO, "--epochs", "2", "--data-dir", str(photos), "--device", "cpu"]
+    words = [*NANO, "--epochs", "2", "--data-dir", str(photos), "--device", "cpu", "--amp", "fp32"]
     train.main([*words, "--batch-size", "4", "--output", str(tmp_path / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *words]
     subprocess.run([*command, "--batch-size", "2", "--output", str(tmp_path / "two")], cwd=ROOT, check=True)
