@@ -36,7 +36,7 @@ tr.best td { font-weight:600; background:color-mix(in srgb,var(--good) 12%,trans
 th, td { padding:4px 12px 4px 0; border-bottom:1px solid var(--rule); text-align:left; vertical-align:top }
 th { font-weight:600; color:var(--soft); vertical-align:bottom }
 .n { text-align:right; padding-left:8px }
-td.n, .short { white-space:nowrap }
+td.n { white-space:nowrap }
 td:first-child { overflow-wrap:anywhere; min-width:8em }
 .heat { border-collapse:separate; border-spacing:2px; font-size:12px }
 .heat th, .heat td { border:0; padding:3px 6px }
@@ -115,6 +115,7 @@ svg text { fill:var(--soft); font-size:11.5px }
 .config dd { margin:0; text-align:right; overflow-wrap:anywhere }
 pre { overflow-x:auto; font-size:13px }
 @media (max-width:560px) {
+  .short { white-space:nowrap }
   table { font-size:12.5px }
   th, td { padding-right:8px }
   .n { padding-left:2px }

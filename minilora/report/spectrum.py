@@ -161,11 +161,13 @@ def spectrum_figure(runs: Mapping[str, Sequence[LayerSpectrum]], path: str | Pat
     if pyplot is None:
         return False
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    names = list(dict.fromkeys(layer.name for layers in runs.values() for layer in layers))
+    longest = sorted(runs.values(), key=len, reverse=True)  # whose order the others follow
+    names = list(dict.fromkeys(layer.name for layers in longest for layer in layers))
     for number, (name, layers) in enumerate(runs.items()):
         colour = f"C{number}"
-        at = [names.index(x.name) for x in layers]
-        left.plot(at, [x.relative_norm for x in layers], "o-", color=colour, markersize=3, label=plain(name))
+        points = sorted((names.index(x.name), x.relative_norm) for x in layers)
+        at, sizes = [x for x, _ in points], [y for _, y in points]
+        left.plot(at, sizes, "o-", color=colour, markersize=3, label=plain(name))
         for i, layer in enumerate(layers):
             s = [value / layer.singular_values[0] for value in layer.singular_values]
             right.plot(range(1, len(s) + 1), s, color=colour, alpha=0.35, label=plain(name) if i == 0 else None)

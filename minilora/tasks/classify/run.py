@@ -87,7 +87,7 @@ class ClassifyRun(Run):
             raise UserError(
                 f"--task {self.task} has one encoder, but its weights are named by tower: {source}; give one path"
             )
-        name = source if "/" in model and not os.path.isdir(model) else model
+        name = source if source and "/" in model and not os.path.isdir(model) else model
         with restoring([source]):
             return load_base(name, source, self.config.seed, len(self.labels), self.config.image_size)
 
