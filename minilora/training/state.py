@@ -55,7 +55,8 @@ class TrainState:
             raise ValueError("a count is not a whole number")
         if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
             raise ValueError("a value is not a number")
-        if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        like = all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
+        if not like or (rows and not now.history):
             raise ValueError("the epochs have no rows")
         if not all(isinstance(row[name], (int, float)) for row in rows for name in SHOWN):
             raise ValueError("the rows of the epochs lack their clocks")

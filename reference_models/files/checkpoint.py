@@ -50,8 +50,7 @@ class Checkpoint:
         if isinstance(labels, dict):
             numbered = all(str(key).isdecimal() for key in labels)
             labels = [labels[key] for key in sorted(labels, key=int)] if numbered else None
-        named = isinstance(labels, list) and len(labels) == classes
-        return [str(label) for label in labels] if named else None
+        return [str(label) for label in labels] if isinstance(labels, list) and len(labels) == classes else None
 
 
 def find_checkpoint(source: str | Path, texts: bool = False) -> Checkpoint:

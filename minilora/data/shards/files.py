@@ -107,7 +107,8 @@ def checked_files(folder: Path, wanted: str) -> tuple[dict, dict[str, list[str]]
     files: dict[str, list[str]] = {}
     for file, entry in index["shards"].items():
         path = folder / file
-        if not isinstance(entry, dict) or not {"part", "sha256"} <= entry.keys() or Path(file).name != file:
+        named = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("part", "sha256"))
+        if not named or Path(file).name != file:
             raise UserError(f"{folder / INDEX}: damaged (the entry {file!r}); write the shards again")
         if not path.is_file():
             raise UserError(f"{path}: this shard is missing; write the shards again, the others are kept")
