@@ -32,12 +32,17 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         os.replace(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            reason = "no space left" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
-            raise RunError(f"{path}: {reason}; what was saved before is intact; make room and start again") from None
-        raise RunError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
+        raise not_written(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def not_written(path: Path, error: OSError) -> RunError:
+    """What to say where a file could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        reason = "no space left" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
+        return RunError(f"{path}: {reason}; what was saved before is intact; make room and start again")
+    return RunError(f"{path} cannot be written: {os.strerror(error.errno or 0)}")
 
 
 def sync_directory(directory: Path) -> None:

@@ -102,7 +102,7 @@ def main(name: str = "vit-tiny-patch16-224", batch: int = 8, times: int = 5) -> 
     print(f"""
 Gradients and AdamW's moments fall to {share:.1f} %: that is LoRA's gain in memory.
 Activations fall to {kept:.0f} % only: dL/dx has to pass every frozen layer above the first adapter.
-A linear layer costs three products of one size: y = x W^T forward, dx = g W and dW = g^T x backward.
+A linear layer costs three products of one size: y = x W^T, then dx = g W and dW = g^T x backward.
 LoRA saves the last one alone: a step can be {most:.2f} times as fast at best; measured: {measured:.2f}.
 The head alone needs no backward through the encoder at all.""")
     return table

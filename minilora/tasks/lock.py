@@ -5,14 +5,17 @@ system that hosts share passes it on: the process of another host is gone when f
 the lock nor train.log was written.
 """
 
+import errno
 import fcntl
 import os
 import re
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from minilora.atomic import not_written
 from minilora.errors import UserError
 
 FILE, GONE = "run.lock", 3600  # seconds
@@ -27,6 +30,8 @@ def take(run_dir: Path) -> str | None:
         try:
             file = open(path, "a+", encoding="utf-8", errors="replace", opener=_without_waiting)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise not_written(path, error) from None
             raise UserError(f"{path}: is no lock of a run ({error.strerror or error}); remove it") from None
         who = _holder(file, run_dir)
         if who:
@@ -45,8 +50,13 @@ def take(run_dir: Path) -> str | None:
         left = _said(file)[1]
         file.truncate(0)
         host = socket.gethostname()
-        print(f"{host}\nprocess {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M')}", file=file, flush=True)
+        who = f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M')}"
         held[path] = file
+        try:
+            print(host, who, sep="\n", file=file, flush=True)
+        except OSError as error:
+            release()
+            raise not_written(path, error) from None
         return f"{run_dir}: {left} has left its lock behind; taken over" if left else None
     return None
 
@@ -56,7 +66,8 @@ def release() -> None:
     while held:
         path, file = held.popitem()
         path.unlink(missing_ok=True)
-        file.close()
+        with suppress(OSError):  # what a full disk has not taken
+            file.close()
 
 
 def at_work(run_dir: Path) -> str | None:
