@@ -15,7 +15,7 @@ from tests.support.cli_data import ROOT
 from tests.support.tiny_tasks import train, write_tasks
 
 # plain SGD: Adam divides a gradient by its own size and so makes much of the rounding in those that are nearly zero
-STEPS = ["--epochs", "4", "--max-steps", "20", "--opt", "sgd", "--lr", "0.01", "--augment", "none"]
+STEPS = ["--amp", "fp32", "--epochs", "4", "--max-steps", "20", "--opt", "sgd", "--lr", "0.01", "--augment", "none"]
 STEPS += ["--log-interval", "1000", "--device", "cpu"]
 
 
