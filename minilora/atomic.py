@@ -5,6 +5,7 @@ renamed; on failure the temporary file is removed.
 """
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -45,6 +46,12 @@ def not_written(path: Path, error: OSError) -> RunError:
     return RunError(f"{path} cannot be written: {os.strerror(error.errno or 0)}")
 
 
+def file_sha256(path: Path) -> str:
+    """What the content of a file is known by again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_directory(directory: Path) -> None:
     """Flush a directory's list of names, so that a rename outlives a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -70,4 +77,4 @@ def write_png(path: str | Path, image: Image.Image) -> None:
 
 def write_json(path: str | Path, value, default: Callable | None = None) -> None:
     """Write a value as indented json, atomically."""
-    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n"))
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n")

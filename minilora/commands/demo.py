@@ -64,10 +64,9 @@ class Demo:
 
     def __init__(self, name: str, run: Run, samples: int):
         self.name, self.run, self.worker = name, run, ThreadPoolExecutor(1)
-        kind, model = "names" if run.config.head == "names" else run.task, run.config.model
+        kind = "names" if run.config.head == "names" else run.task
         self.takes = TAKES[kind]
-        models = " + ".join(Path(name).name for name in (model.values() if isinstance(model, dict) else [model]))
-        line = f"{kind}, {run.config.mode}, {models}, {run.amp} on {run.device}"
+        line = f"{kind}, {run.config.mode}, {run.config.model_name}, {run.amp} on {run.device}"
         pictures = own_samples(run, samples) if samples else []
         self.about = {"name": name, "about": line, "takes": self.takes, "samples": pictures}
 

@@ -82,7 +82,7 @@ def _by_part(task: Task, shares: dict[str, float | None], metric: str) -> str:
 def unlearned_line(task: Task, result: dict) -> str | None:
     """A line where the training loss did not fall below that of a guess, log(K) of K classes."""
     config, loss, guess = task.config, result["final"]["train_loss"], math.log(len(task.labels))
-    other = config.teacher or config.soft_targets or getattr(config, "multi_label", False)
+    other = config.teacher or config.soft_targets or config.multi_label
     if other or loss is None or loss < guess:
         return None
     return (

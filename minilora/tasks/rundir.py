@@ -21,6 +21,7 @@ from minilora.settings.parse import NOT_SAVED, given, read_run_config, read_toml
 from minilora.settings.values import option
 from minilora.tasks import lock
 from minilora.tasks.runfiles import read_labels
+from minilora.textfiles import printable
 from minilora.training.checkpoint import step_of
 
 ROOT = Path("runs")
@@ -103,7 +104,7 @@ def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = (
 
 def _lock(path: Path) -> None:
     if line := lock.take(path):
-        print(line)
+        print(printable(line))
 
 
 def _numbered(prefix: str) -> Path:

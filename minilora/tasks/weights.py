@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.atomic import file_sha256
 from minilora.errors import UserError
 from minilora.settings.flags import PICTURE_FLAGS, Config
 from minilora.textfiles import printable
-from minilora.training.checkpoint import file_sha256
 from minilora.training.state import tensors_sha256
 from reference_models import load_pretrained
 from reference_models.files.checkpoint import find_checkpoint, local
@@ -33,14 +33,14 @@ def load_base(
     num_classes: int | None = None,
     image_size: int | None = None,
     pictures: dict[str, Any] | None = None,
-    quiet: str = "\n",
+    new_head: bool = True,
     **sizes: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """(model, {"weights": ..., "sha256": ...}); what is random in it comes from `seed`.
 
-    pictures: what the flags say of them, see `picture_flags`; quiet: notes that begin so are not
-    printed. The record lets a later session make
-    the same base again, or notice that it cannot.
+    pictures: what the flags say of them, see `picture_flags`; new_head: whether to say that the
+    checkpoint's head is replaced. The record lets a later session make the same base again, or
+    notice that it cannot.
     """
     source = find_weights(model, weights)
     config = None if os.path.isdir(model) else config_for(model)
@@ -50,7 +50,7 @@ def load_base(
     torch.manual_seed(seed)
     built = load_pretrained(model, source or RANDOM, num_classes, image_size, pictures, **sizes)
     for note in built.notes:
-        if not note.startswith(quiet):
+        if new_head or not note.startswith("head:"):
             print(printable(note))
     patch = getattr(built.config, "patch_size", None)
     if image_size and isinstance(patch, int) and image_size % patch:

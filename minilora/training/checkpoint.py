@@ -12,7 +12,6 @@ byte, does not exist.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minilora.atomic import atomic_write, sync_directory, write_safetensors
+from minilora.atomic import atomic_write, file_sha256, sync_directory, write_safetensors
 from minilora.errors import RunError, UserError
 from minilora.training.distributed import gather_objects, is_main
 from minilora.training.state import portable
@@ -40,11 +39,6 @@ def manifest_bytes(directory: Path) -> bytes:
     itself shows too."""
     digests = {name: file_sha256(directory / name) for name in FILES}
     return (json.dumps({"format": 1, "sha256": digests}, indent=2) + "\n").encode()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def step_of(directory: Path) -> int | None:

@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from minilora.atomic import file_sha256
 from minilora.errors import UserError
 from minilora.settings import exit_codes as cli
 from minilora.signals import Interrupted
@@ -60,7 +61,7 @@ def stopped_at(step: int, words) -> None:
 
 def files_of(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): checkpoint.file_sha256(path) for path in files}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 
 
 def starve(words, disk: Path, room: int) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # noqa: F401  the optimizers import it: once here, not once in every child
 
+from minilora.atomic import file_sha256
 from minilora.errors import RunError, UserError
 from minilora.training import checkpoint, distributed
 from minilora.training.trainer import Trainer, TrainOptions
@@ -96,7 +97,7 @@ def digest_of(folder):
     tensors, values = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(folder))
     del values["history"], values["best"], values["seconds"]
     parts = [(folder / "model.safetensors").read_bytes(), json.dumps(values, sort_keys=True).encode()]
-    parts += [checkpoint.file_sha256(checkpoint.latest_checkpoint(folder) / "state.safetensors").encode()]
+    parts += [file_sha256(checkpoint.latest_checkpoint(folder) / "state.safetensors").encode()]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -197,7 +198,7 @@ def disk_full(folder):
         return train(run)
 
     def snapshot(run):
-        return {str(p.relative_to(run)): checkpoint.file_sha256(p) for p in sorted(run.rglob("*")) if p.is_file()}
+        return {str(p.relative_to(run)): file_sha256(p) for p in sorted(run.rglob("*")) if p.is_file()}
 
     assert join(fork(train, folder / "whole"))[0] == 0
     run, findings = folder / "run", {"statuses": [], "messages": [], "complaints": []}

@@ -9,7 +9,6 @@ incomplete set is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.atomic import write_json, write_safetensors
+from minilora.atomic import file_sha256, write_json, write_safetensors
 from minilora.data.pictures.folder import Sample
 from minilora.errors import UserError
 from minilora.textfiles import read_json
@@ -78,11 +77,6 @@ def started(folder: Path, plan: dict) -> dict:
     if differing := [key for key in plan if json.loads(json.dumps(plan[key])) != index.get(key)]:
         raise UserError(f"{folder} holds shards made in another way ({', '.join(differing)}); use an empty folder")
     return index | {"complete": False}
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_index(folder: Path, wanted: str) -> dict:

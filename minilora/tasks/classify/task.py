@@ -54,10 +54,9 @@ def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
         model.labels = list(splits.classes)
     else:
         name, weights = one_value(config, "model"), one_value(config, "weights")
-        # an adapter brings its own head
-        flags, quiet = picture_flags(config), "head:" if config.adapter else "\n"
-        model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size, flags, quiet)
-        replace_foreign_head(model, splits.classes, config.seed, quiet)
+        flags, new_head = picture_flags(config), not config.adapter  # which brings its own
+        model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size, flags, new_head)
+        replace_foreign_head(model, splits.classes, config.seed, new_head)
         for flag in ("lora_r", "lora_alpha"):
             one_value(config, flag)
     make_trainable(model, config, trained_heads(model, config) if names_head else model.head_modules)
@@ -85,11 +84,11 @@ def open_data(config: Config, classes: Sequence[str] | None = None, require_trai
     return splits
 
 
-def replace_foreign_head(model: nn.Module, classes: Sequence[str], seed: int, quiet: str = "\n") -> None:
+def replace_foreign_head(model: nn.Module, classes: Sequence[str], seed: int, new_head: bool) -> None:
     """A checkpoint's head with the right number of classes, but other ones, is replaced too."""
     known = getattr(model, "labels", None)
     if known and list(known) != list(classes):
-        if quiet != "head:":
+        if new_head:
             print("head: the checkpoint's classes have other names; a new random head replaces it")
         torch.manual_seed(seed)
         model.reset_classifier(len(classes))
