@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from minilora import LoRAConfig, inject_lora
 from minilora.inject import cast_frozen
@@ -116,3 +117,18 @@ def test_with_deterministic_a_resumed_run_ends_with_the_same_bits(task, amp, tmp
     finally:
         set_deterministic(False)
     assert resumed["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_lone_rank_on_nccl_ends_with_the_bits_of_a_process_without_a_group(tmp_path):
+    """What one card can show of NCCL: the group, sums in float64, gathered objects, the averaged gradients."""
+    set_deterministic(True)
+    try:
+        alone = trainer_of(tmp_path / "alone", "classify").fit()
+        meeting = f"file://{tmp_path / 'meeting'}"
+        dist.init_process_group("nccl", meeting, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+        joined = trainer_of(tmp_path / "joined", "classify").fit()
+    finally:
+        set_deterministic(False)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert joined["weights_sha256"] == alone["weights_sha256"]

@@ -62,16 +62,17 @@ def measure(name: str, make: Callable, arguments) -> dict:
     return row | {"peak MiB": f"{peak:.0f}", "made and warm, s": f"{warm:.1f}"}
 
 
-def profile(step: Callable) -> str:
-    """torch's table of the dearest kernels of one step."""
+def profile(step: Callable, device: str) -> str:
+    """torch's table of the dearest operators (on a GPU: kernels) of one step."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
     step(), step()
-    with watch(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    kind = device.split(":")[0]
+    with watch(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kind == "cuda" else [])]) as seen:
         step()
-        torch.cuda.synchronize()
-    return seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=20, max_name_column_width=60)
+        synchronize(device)
+    return seen.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=20, max_name_column_width=60)
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def main() -> None:
         where = arguments.device.split(":")[0]
         report(f"step_{where}_{arguments.amp}_{name}", f"{header}; {name}, batch {case.batch}", rows, arguments.save)
         if arguments.profile:
-            print(profile(case.ours("lora", 0.05, arguments.amp, arguments.amp)))
+            print(profile(case.ours("lora", 0.05, arguments.amp, arguments.amp), arguments.device))
 
 
 if __name__ == "__main__":
