@@ -48,10 +48,14 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mobilenet", "student")])
 def test_a_lora_step_is_that_of_float64_on_the_cpu_up_to_its_precision(family, method, amp):
     model = small_model(family)
+    if family == "swinv2":  # its scores are cosines times 10: with random weights ten times the rounding, on a CPU too
+        for name, parameter in model.named_parameters():
+            if name.endswith("logit_scale"):
+                torch.nn.init.zeros_(parameter)  # times 1
     inject_lora(model, LoRAConfig(init_lora_weights=False, **method)).train()
     inputs = inputs_of(family, model)
     exact = step(copy.deepcopy(model).double(), inputs, None, "cpu")
-    bound = BOUNDS[amp] * (3 if family == "swinv2" else 1)  # its position bias of up to 16 is coarse in half precision
+    bound = BOUNDS[amp]
     for base in {torch.float32, amp or torch.float32}:
         found = step(cast_frozen(copy.deepcopy(model).cuda(), base), inputs, amp, "cuda")
         assert far(found[0], exact[0]) < bound and far(found[1], exact[1]) < 2 * bound
