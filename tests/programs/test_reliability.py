@@ -218,7 +218,8 @@ def test_predictions_have_one_row_for_every_picture_in_order_whatever_it_is(run,
     """And the rows of good pictures are those that they get alone, whatever stands before them."""
     expected = write_odd_pictures(tmp_path / "odd")
     table = tmp_path / "p.csv"
-    evaluate.main([str(run), "--data-dir", str(tmp_path / "odd"), "--predictions", str(table), "--batch-size", "4"])
+    words = [str(run), "--data-dir", str(tmp_path / "odd"), "--device", "cpu", "--batch-size", "4"]
+    evaluate.main([*words, "--predictions", str(table)])
     rows = rows_of(table)
     assert [row[0] for row in rows] == list(expected)
     assert {row[0]: bool(row[1]) for row in rows} == expected

@@ -186,7 +186,9 @@ def test_a_test_part_without_a_readable_picture_does_not_cost_the_run(tasks, tmp
 def test_a_run_that_learned_nothing_says_so_in_one_line(tasks, task, tmp_path, monkeypatch, capsys):
     """A rate far too large; no step to speak of; and not where something was learned."""
     for name, flags in (("large", ["--lr", "1000", "--epochs", "1"]), ("small", ["--lr", "1e-12", "--epochs", "1"])):
-        run_quickly([*tasks[task], *flags, "--nan-policy", "skip", "--output", tmp_path / name], monkeypatch)
+        run_quickly(
+            [*tasks[task], *flags, "--device", "cpu", "--nan-policy", "skip", "--output", tmp_path / name], monkeypatch
+        )
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing was learned: ")]
         assert len(lines) == 1 and f"--lr (it was {float(flags[1]):g})" in lines[0], name
 

@@ -25,7 +25,7 @@ class NoisyPoints(Dataset):
         epoch, i = key if isinstance(key, tuple) else (None, key)
         x = self.points[i]
         if epoch is not None and self.noise:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((self.seed, epoch, i)))
                 x = x + self.noise * torch.randn(6)
         return {"x": x, "label": self.labels[i], "index": i}

@@ -17,7 +17,7 @@ from reference_models import processor
 
 CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "runs_0.1"
-SMALL = ["--subset", "48", "--epochs", "1", "--batch-size", "16", "--lora-r", "2"]
+SMALL = ["--device", "cpu", "--subset", "48", "--epochs", "1", "--batch-size", "16", "--lora-r", "2"]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_run_is_scored_in_its_own_precision_to_the_digit(fast_bf16, tmp_path, 
     assert (config.amp, config.base_dtype, summary["amp"]) == ("bf16", "bf16", "bf16")
     assert summary["threads"] == torch.get_num_threads()
     for words, precision in (([], "bf16"), (["--amp", "fp32"], "fp32")):
-        assert evaluate.main([str(run), *words]) == 0
+        assert evaluate.main([str(run), "--device", "cpu", *words]) == 0
         first, second, *_ = capsys.readouterr().out.splitlines()
         assert f", {precision})" in first
         wanted = f"accuracy {100 * summary['best']['accuracy']:.2f} %", f"log loss {summary['best']['val_loss']:.4f}"
@@ -82,7 +82,7 @@ def test_a_run_is_scored_in_its_own_precision_to_the_digit(fast_bf16, tmp_path, 
 def test_a_run_of_version_0_1_is_resumed_and_scored_in_float32(fast_bf16, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(FIXTURES / "classify-stopped", run)
-    assert train.main(["--resume", str(run)]) == 0
+    assert train.main(["--resume", str(run), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "resumed from" in printed and "fp32 on cpu" in printed and "bf16" not in printed
     assert read_run_config(run)[0].amp == "auto"
