@@ -82,7 +82,7 @@ def saved_bytes(task: Task, batch: dict, amp: str, device: torch.device) -> tupl
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself would be a circle that is never let go
 
     largest = 0
 

@@ -23,7 +23,7 @@ def saved_bytes(case: Case, model: torch.nn.Module, amp: str) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself would be a circle, which holds the model for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), case.autocast(amp)():
         loss = case.loss(model)
