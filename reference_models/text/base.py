@@ -95,17 +95,14 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """
     if first + second <= room:
         return first, second
-    short, long = sorted((first, second))
-    if 2 * short <= room:
-        long = room - short
-    else:
-        short, long = room // 2, room - room // 2
-    return (long, short) if first > second else (short, long)
+    short = min(first, second, room // 2)
+    return (room - short, short) if first > second else (short, room - short)
 
 
 class Tokenizer(ABC):
-    """Text -> ids. Subclasses say how one chunk is cut (`_chunk`) and which ids frame a text:
-    `single` = (before, after), `pair` = (before, between, after).
+    """Text -> ids. Subclasses say how a chunk is cut into `words` and a word into ids (`_pieces`), or
+    do both in `_chunk`, and which ids frame a text: `single` = (before, after), `pair` = (before,
+    between, after).
 
     `added` are tokens found in the text ("[SEP]", "<|endoftext|>" and the like), as the tokenizers
     library does: a text that contains one gets its id. `truncated` counts the texts that were cut
@@ -118,6 +115,7 @@ class Tokenizer(ABC):
     pair: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None
     special: tuple[str, ...]  # tokens every vocabulary of this kind must have
     optional: tuple[str, ...] = ()  # tokens that count as special where the vocabulary has them
+    separator: re.Pattern  # what no word crosses
     has_types = False
     fill: int | None = None  # rows have this length, with padding that counts as text
 
@@ -182,14 +180,13 @@ class Tokenizer(ABC):
         """A text in which the added tokens that are `normalized` are looked for."""
         return text
 
-    @abstractmethod
     def _chunks(self, text: str, first: bool = False) -> Iterable[str]:
-        """A text cut where no word can cross, so that chunks can be remembered. first: it begins
-        the whole text."""
+        """A text cut so that chunks can be remembered. first: it begins the whole text."""
+        return filter(None, self.separator.split(text))
 
-    @abstractmethod
     def _chunk(self, chunk: str) -> Iterable[int]:
         """Ids of one chunk."""
+        return [i for word in self.words(chunk) for i in self._pieces(word)]
 
     def _frame(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
         """A text's ids, or a pair's, between the special tokens."""

@@ -11,6 +11,7 @@ neighbours are joined in the order of the merge list:
 import contextlib
 import heapq
 import html
+import itertools
 import json
 import re
 import unicodedata
@@ -40,15 +41,9 @@ def _shadow(char: str) -> str:
 SHADOW = Table(_shadow)
 
 
-def byte_letters() -> list[str]:
-    """The printable stand-in of each byte: itself where it prints in Latin-1, else the next
-    one from U+0100."""
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in prints else next(others)) for byte in range(256)]
-
-
-BYTE_LETTERS = byte_letters()
+# The printable stand-in of each byte: itself where it prints in Latin-1, else the next from U+0100.
+PRINTS, OTHERS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}, itertools.count(0x100)
+BYTE_LETTERS = [chr(byte if byte in PRINTS else next(OTHERS)) for byte in range(256)]
 
 
 def clip_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
@@ -70,7 +65,7 @@ class ClipTokenizer(Tokenizer):
     open_clip do (their repair of mis-decoded text by the ftfy package is left out).
     """
 
-    kind = "clip"
+    kind, separator = "clip", SPACES
     special = (START, END)
 
     def __init__(
@@ -97,13 +92,6 @@ class ClipTokenizer(Tokenizer):
             with contextlib.suppress(ValueError):  # a number of thousands of digits is no character
                 text = html.unescape(html.unescape(text))
         return super().text_ids(text)
-
-    def _chunks(self, text: str, first: bool = False) -> Iterable[str]:
-        return filter(None, SPACES.split(text))
-
-    def _chunk(self, chunk: str) -> Iterable[int]:
-        for word in self.words(chunk):
-            yield from self._pieces(word)
 
     def words(self, chunk: str) -> list[str]:
         """A chunk without white space -> what the merges work on. "It's 42!"
@@ -177,13 +165,12 @@ def merge_ranks(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int], whe
     vocabulary or a pair that occurs twice."""
     ranks: dict[tuple[str, str], int] = {}
     for rank, pair in enumerate(merges):
+        place, merge = f"{where}, merge {rank + 1}", " ".join(pair)
         for token in (*pair, "".join(pair)):
             if token not in vocab:
-                raise ModelError(
-                    f"{where}, merge {rank + 1} {' '.join(pair)!r:.80}: {token!r:.80} is not in the vocabulary"
-                )
+                raise ModelError(f"{place} {merge!r:.80}: {token!r:.80} is not in the vocabulary")
         if ranks.setdefault(tuple(pair), rank) != rank:
-            raise ModelError(f"{where}, merge {rank + 1}: {' '.join(pair)!r} occurs twice")
+            raise ModelError(f"{place}: {merge!r} occurs twice")
     return ranks
 
 

@@ -61,12 +61,12 @@ def _load(path: Path) -> Tokenizer:
         )
     settings = path.with_name("tokenizer_config.json")
     config: dict = {}
-    for file in (path.with_name("special_tokens_map.json"), settings):
-        config |= read_json(file) if file.is_file() and file != path else {}
+    for name in ("special_tokens_map.json", settings.name):
+        config |= _beside(path, name) if name != path.name else {}
     _check_class(path, config, settings)
-    beside = path.with_name("open_clip_config.json")
-    if (_open_clip_texts(beside).get("tokenizer_kwargs") or {}).get("strip_sep_token"):
-        raise ModelError(f"{beside}, key strip_sep_token: texts without an end token (CLIPA) are not supported")
+    if (_open_clip_texts(path).get("tokenizer_kwargs") or {}).get("strip_sep_token"):
+        file = path.with_name("open_clip_config.json")
+        raise ModelError(f"{file}, key strip_sep_token: texts without an end token (CLIPA) are not supported")
     if path.suffix == ".gz":
         return ClipTokenizer(_read_gz(path), where=str(path), **_clip_options(config, settings))
     if path.name == "merges.txt":
@@ -75,12 +75,13 @@ def _load(path: Path) -> Tokenizer:
         data = read_json(path, unique=True)
         if "model" in data and not isinstance(data["model"], int):
             return _from_tokenizer_json(data, path, config, settings)
-        merges = path.with_name("merges.txt")
-        if not merges.is_file():
-            raise ModelError(f"{merges}: missing; {path.name} needs its merge list beside it")
+        file = path.with_name("merges.txt")
+        if not file.is_file():
+            raise ModelError(f"{file}: missing; {path.name} needs its merge list beside it")
+        merges = _parse_merges(read_text(file).rstrip("\r\n").split("\n"), file)
         if "<s>" in data and START not in data:
-            return _roberta(data, _read_merges(merges), path, config, settings)
-        return ClipTokenizer(_read_merges(merges), data, where=str(path), **_clip_options(config, settings))
+            return _roberta(data, merges, path, config, settings)
+        return ClipTokenizer(merges, data, where=str(path), **_clip_options(config, settings))
     vocab = _read_vocab(path)
     options = _wordpiece_options(vocab, config, settings)
     if "<mask>" in vocab:  # MPNet's, which takes the space before it
@@ -88,12 +89,16 @@ def _load(path: Path) -> Tokenizer:
     return WordPieceTokenizer(vocab, where=str(path), **options)
 
 
+def _beside(path: Path, name: str) -> dict:
+    """The JSON file `name` beside a vocabulary; {} where there is none."""
+    file = path.with_name(name)
+    return read_json(file) if file.is_file() else {}
+
+
 def _check_class(path: Path, config: dict, settings: Path) -> None:
     """ModelError where the files beside a vocabulary name a tokenizer that cuts words in another
     way; tokenizer.json says itself how it does."""
-    beside = path.with_name("config.json")
-    files = {settings: config, beside: read_json(beside) if beside.is_file() else {}}
-    for file, data in files.items():
+    for file, data in ((settings, config), (path.with_name("config.json"), _beside(path, "config.json"))):
         name = data.get("tokenizer_class") or ""
         known = path.suffix == ".json" and path.name != "vocab.json" and "Japanese" not in str(name)
         if not known and not re.fullmatch(CLASSES, str(name)):
@@ -117,22 +122,11 @@ def _parse_merges(lines: list[str], path: Path) -> list[tuple[str, str]]:
     return _pairs([line.removesuffix("\r").split(" ") for line in lines[start:]], f"{path}, line", start + 1)
 
 
-def _json_merges(merges: object, path: Path) -> list[tuple[str, str]]:
-    if not isinstance(merges, list):
-        raise ModelError(f"{path}, key model.merges: expected a list of pairs")
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    return _pairs(pairs, f"{path}, key model.merges, entry")
-
-
 def _pairs(pairs: list, where: str, first: int = 1) -> list[tuple[str, str]]:
     for i, pair in enumerate(pairs, first):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(piece, str) and piece for piece in pair):
             raise ModelError(f"{where} {i}: a merge is two pieces with one space between, not {pair!r:.80}")
     return list(map(tuple, pairs))
-
-
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    return _parse_merges(read_text(path).rstrip("\r\n").split("\n"), path)
 
 
 def _read_gz(path: Path) -> list[tuple[str, str]]:
@@ -167,7 +161,10 @@ def _from_tokenizer_json(data: dict, path: Path, config: dict, settings: Path) -
     if kind == "Unigram":
         unigram = Unigram(vocab, model.get("unk_id"), where, bool(model.get("byte_fallback")))
         return _pipeline(data, unigram, path, config, settings, added, files)
-    merges = _json_merges(model.get("merges"), path)
+    if not isinstance(model.get("merges"), list):
+        raise ModelError(f"{path}, key model.merges: expected a list of pairs")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merges = _pairs(pairs, f"{path}, key model.merges, entry")
     if model.get("end_of_word_suffix") != WORD_END:
         return _pipeline(data, BytePairs(model, merges, where), path, config, settings, added, files)
     _check_parts(data, CLIP_PARTS, path)
@@ -232,11 +229,12 @@ def _roberta(vocab: dict, merges: list, path: Path, config: dict, settings: Path
 
 def _pipeline(data, model, path: Path, config: dict, settings: Path, added: dict, files: dict) -> Tokenizer:
     """A pipeline with what the files beside it say: cleaning, padding, length."""
-    beside = path.with_name("config.json")
-    siglip = beside.is_file() and read_json(beside).get("model_type") in ("siglip", "siglip2")
+    siglip = _beside(path, "config.json").get("model_type") in ("siglip", "siglip2")
     siglip |= str(config.get("tokenizer_class")).startswith("Siglip")
     lowered = any(part["type"] == "Lowercase" for part in flat(data.get("normalizer"), "normalizer", str(path)))
-    clean = config.get("clean") or _open_clip_cleaning(path.with_name("open_clip_config.json"))
+    texts = _open_clip_texts(path)  # open_clip cleans the texts for a tokenizer of the hub
+    usual = "whitespace" if texts.get("hf_tokenizer_name") else None
+    clean = config.get("clean") or (texts.get("tokenizer_kwargs") or {}).get("clean", usual)
     if siglip and not lowered and clean is None:
         clean = "siglip2" if model.kind == "bpe" else "siglip"
         # the files of SigLIP 2 name Gemma's class, which does not lower
@@ -250,18 +248,11 @@ def _pipeline(data, model, path: Path, config: dict, settings: Path, added: dict
 
 
 def _open_clip_texts(path: Path) -> dict:
-    """open_clip's text_cfg; {} where no such file is."""
-    data = read_json(path) if path.is_file() else {}
+    """open_clip's text_cfg; {} where its file is not beside the vocabulary."""
+    data = _beside(path, "open_clip_config.json")
     for key in ("model_cfg", "text_cfg"):
         data = data[key] if isinstance(data.get(key), dict) else {}
     return data
-
-
-def _open_clip_cleaning(path: Path) -> str | None:
-    """How open_clip cleans the texts for a tokenizer of the hub; None where no such file is."""
-    kwargs = (data := _open_clip_texts(path)).get("tokenizer_kwargs")
-    usual = "whitespace" if data.get("hf_tokenizer_name") else None
-    return kwargs.get("clean", usual) if isinstance(kwargs, dict) else usual
 
 
 def _added(entries: list | dict, path: Path) -> dict[str, Added]:
@@ -286,7 +277,7 @@ def _length(config: dict, settings: Path, default: int) -> int:
         raise ModelError(f"{settings}, key model_max_length: expected a number of tokens, not {length!r}")
     length = default if length > OPEN_END else int(length)
     sentences = settings.with_name("sentence_bert_config.json")
-    told = read_json(sentences) if sentences.is_file() else {}
+    told = _beside(settings, sentences.name)
     if told.get("do_lower_case") and not config.get("do_lower_case"):
         raise ModelError(f"{sentences}, key do_lower_case: true, but {settings.name} does not say so")
     longest = told.get("max_seq_length") or length

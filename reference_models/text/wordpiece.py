@@ -36,15 +36,6 @@ def category(char: str) -> str:
     return CATEGORIES.get(char) or unicodedata.category(char)
 
 
-def is_dropped(char: str) -> bool:
-    """Control, format, private-use and surrogate characters; unassigned code points (Cn) stay."""
-    return category(char) in ("Cc", "Cf", "Co", "Cs")
-
-
-def is_punctuation(char: str) -> bool:
-    return category(char).startswith("P")
-
-
 class WordPieceTokenizer(Tokenizer):
     """BERT's tokenizer: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP] with token types 0 and 1.
 
@@ -54,7 +45,7 @@ class WordPieceTokenizer(Tokenizer):
     ModelError for a missing special token or a token that occurs twice.
     """
 
-    kind = "wordpiece"
+    kind, separator = "wordpiece", SEPARATOR
     optional = (MASK,)
 
     def __init__(
@@ -84,17 +75,10 @@ class WordPieceTokenizer(Tokenizer):
         # a word is cleaned when it is cut: before that only if tokens are looked for in clean text
         return self.clean(text) if any(added.normalized for added in self.added.values()) else text
 
-    def _chunks(self, text: str, first: bool = False) -> Iterable[str]:
-        return filter(None, SEPARATOR.split(text))
-
-    def _chunk(self, chunk: str) -> Iterable[int]:
-        for word in self.words(chunk):
-            yield from self._pieces(word)
-
     def words(self, chunk: str) -> list[str]:
         """A chunk without separators -> its words after cleaning.
         "Tōkyō's" -> ["tokyo", "'", "s"]"""
-        spaced = "".join(f" {char} " if is_punctuation(char) else char for char in self.clean(chunk))
+        spaced = "".join(f" {char} " if category(char)[0] == "P" else char for char in self.clean(chunk))
         return [word for word in SEPARATOR.split(spaced) if word]
 
     def clean(self, text: str) -> str:
@@ -103,7 +87,8 @@ class WordPieceTokenizer(Tokenizer):
         if text.isascii():
             text = "".join(char for char in text if " " <= char < "\x7f")
             return text.lower() if self.lowercase else text
-        text = "".join(char for char in text if not is_dropped(char))
+        # control, format, private-use and surrogate characters; unassigned code points (Cn) stay
+        text = "".join(char for char in text if category(char) not in ("Cc", "Cf", "Co", "Cs"))
         if self.split_cjk:
             text = CJK.sub(r" \1 ", text)
         if self.lowercase if self.strip_accents is None else self.strip_accents:
