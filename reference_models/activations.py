@@ -1,5 +1,4 @@
-"""The functions between the two layers of an MLP, by the names that
-configuration files give them."""
+"""The functions between the layers of an MLP, by the names that configuration files give them."""
 
 from functools import partial
 
@@ -8,10 +7,8 @@ from torch.nn import functional as F
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU.
-
-    Written as silu(1.702 x) / 1.702, which is the same and keeps one tensor for backward, not two.
-    """
+    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU; as silu(1.702 x) / 1.702 it keeps
+    one tensor for backward, not two."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(1.702 * x) / 1.702

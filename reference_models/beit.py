@@ -1,5 +1,4 @@
-"""BEiT: a ViT whose attention knows how far apart two patches are, and whose
-residual branches have a gain.
+"""BEiT: a ViT whose attention knows how far apart two patches are, with a gain on each branch.
 
     scores = q k^T / sqrt(d/h) + bias[offset of the two patches]   one learned per offset and head
     x = x + gamma_1 * attn(norm1(x));  x = x + gamma_2 * mlp(norm2(x))
@@ -53,15 +52,12 @@ class BeitConfig(PatchGrid):
 
 
 def relative_index(height: int, width: int) -> Tensor:
-    """Row of a position-bias table for every pair of places in a height x width window,
-    (height width, height width).
+    """Row of a position-bias table for any two places of a window, (height width, height width).
 
-    The table has one row for each offset (dy, dx), (2 height - 1)(2 width - 1) of
-    them, ordered by dy, then dx.
+    The table's rows are the (2 height - 1)(2 width - 1) offsets (dy, dx), by dy, then dx.
     """
     y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-    # 0 .. 2 height - 2, 0 .. 2 width - 2
-    dy, dx = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+    dy, dx = y[:, None] - y + height - 1, x[:, None] - x + width - 1  # from 0 up
     return dy * (2 * width - 1) + dx
 
 
@@ -87,12 +83,8 @@ class RelativePositionBias(nn.Module):
 
 
 class BeitBlock(nn.Module):
-    """Pre-norm block with layer scale and, where it has one, its own position bias,
-    (B, T, d) -> (B, T, d).
-
-    `shared` (1, h, T, T) is the bias that all blocks share. With `rows` only that token is
-    computed: (B, 1, d).
-    """
+    """Pre-norm block with layer scale and perhaps a position bias of its own, beside `shared`
+    (1, h, T, T), that of all blocks: (B, T, d) -> (B, T, d), or (B, 1, d) with `rows`."""
 
     def __init__(self, config: BeitConfig):
         super().__init__()
@@ -145,21 +137,18 @@ class Beit(Classifier):
         x = torch.cat([cls_token, x], dim=1)  # (B, T, d)
         return x if self.pos_embed is None else x + self.pos_embed
 
-    def encode(self, x: Tensor, last_rows: int | None = None) -> Tensor:
-        """Blocks, and the final norm where the class token is read: (B, T, d), or (B, 1, d)."""
+    def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
+        """All tokens, after the final norm where the class token is read: (B, T, d), or with
+        last_rows only that one, (B, 1, d)."""
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (1, h, T, T)
         checkpointing = self.grad_checkpointing
         x = run_blocks(self.blocks, self.embed(x), shared, checkpointing=checkpointing, last_rows=last_rows)
         return x if self.norm is None else self.norm(x)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> all tokens (B, T, d)."""
-        return self.encode(x)
-
     def pooled(self, x: Tensor) -> Tensor:
         """The normalised mean of the patch tokens, or the class token, (B, d)."""
         alone = self.fc_norm is None and self.pooled_last_block
-        return self.pool(self.encode(x, last_rows=0 if alone else None))
+        return self.pool(self.forward_features(x, last_rows=0 if alone else None))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The same of all tokens (B, T, d)."""

@@ -1,5 +1,4 @@
-"""BERT: token, position and segment embeddings, then transformer blocks with the
-norm after each addition.
+"""BERT: token, position and segment embeddings, then blocks with the norm after each addition.
 
 Paper: Devlin et al. 2018, arXiv:1810.04805; the small sizes: Turc et al. 2019, arXiv:1908.08962.
 Shapes: B sentences (or pairs), T tokens with [CLS] first, d width. Dropout is left out: a frozen or
@@ -40,8 +39,7 @@ class BertConfig:
 
 
 class PostNormBlock(nn.Module):
-    """x = norm1(x + attn(x)); x = norm2(x + mlp(x)), (B, T, d) -> (B, T, d),
-    or (B, 1, d) with `rows`."""
+    """x = norm1(x + attn(x)); x = norm2(x + mlp(x)), (B, T, d) -> (B, T, d); see layers.Block."""
 
     def __init__(self, dim: int, heads: int, hidden: int, act: str, eps: float):
         super().__init__()
@@ -56,8 +54,7 @@ class PostNormBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """norm(word + position + token_type), ids (B, T) -> (B, T, d); with type_vocab 0 there
-    are no token types."""
+    """norm(word + position + token_type), (B, T) -> (B, T, d); type_vocab 0: no token types."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -87,9 +84,8 @@ class Embeddings(nn.Module):
 class Bert(nn.Module):
     """Token ids (B, T) -> (last_hidden_state (B, T, d), pooled (B, d), or None without pooler).
 
-    attention_mask (B, T) is 1 for tokens and 0 for padding, None for no padding. `pooled`
-    computes in the last block only what [CLS] needs; `pooled_last_block = False` computes all
-    tokens to the end.
+    attention_mask (B, T): 1 for tokens, 0 for padding, None for no padding. `pooled` computes in
+    the last block only what [CLS] needs, with `pooled_last_block = False` all tokens.
     """
 
     head_modules = ()
@@ -132,29 +128,22 @@ class Bert(nn.Module):
         return self.pool(self.forward_features(input_ids, attention_mask, token_type_ids, rows), attention_mask)
 
     def pool(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, d) -> (B, d).
-
-        pooler: tanh(W [CLS] + b), or [CLS] itself without pooler; cls: [CLS]. mean, max: over the
-        tokens that the mask keeps, as sentence encoders are trained (Reimers and Gurevych 2019,
-        arXiv:1908.10084).
-        """
-        vector = self.vector(x, attention_mask)
-        return F.normalize(vector, dim=-1) if self.config.normalize else vector
-
-    def vector(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """`pool` before it is normalised."""
+        """Tokens (B, T, d) -> (B, d). pooler: tanh(W [CLS] + b), or [CLS] itself without pooler;
+        cls: [CLS]; mean, max: over the tokens that the mask keeps, as sentence encoders are trained
+        (Reimers and Gurevych 2019, arXiv:1908.10084)."""
         if self.config.pooling in ("pooler", "cls"):
-            return x[:, 0] if self.pooler is None else self.pooler(x[:, 0])
-        kept = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None].to(x.dtype)
-        if self.config.pooling == "mean":
-            return (x * kept).sum(1) / kept.sum(1)
-        return x.masked_fill(kept == 0, float("-inf")).amax(1)
+            vector = x[:, 0] if self.pooler is None else self.pooler(x[:, 0])
+        else:
+            kept = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None].to(x.dtype)
+            mean = self.config.pooling == "mean"
+            vector = (x * kept).sum(1) / kept.sum(1) if mean else x.masked_fill(kept == 0, float("-inf")).amax(1)
+        return F.normalize(vector, dim=-1) if self.config.normalize else vector
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """input_ids, attention_mask (1 token, 0 padding), token_type_ids: (B, T) ->
-        hidden (B, T, d), pooled (B, d). ValueError for more tokens than the model has positions."""
+        """All three (B, T) -> hidden (B, T, d), pooled (B, d). ValueError for more tokens than the
+        model has positions."""
         x = self.forward_features(input_ids, attention_mask, token_type_ids)
         without = self.config.pooling == "pooler" and self.pooler is None
         return x, None if without else self.pool(x, attention_mask)

@@ -88,8 +88,7 @@ class VisionTower(nn.Module):
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
-        """All tokens after the final norm, class token first: (B, T, d), or
-        (B, 1, d) with last_rows."""
+        """All tokens after the final norm (B, T, d), class token first, or last_rows (B, 1, d)."""
         x = self.patch_embed(x)  # (B, T - 1, d)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         x = run_blocks(self.blocks, self.norm_pre(x), checkpointing=self.grad_checkpointing, last_rows=last_rows)
@@ -142,12 +141,9 @@ class TextTower(nn.Module):
     def forward_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, last_rows: Tensor | None = None
     ) -> Tensor:
-        """All tokens after the final norm: (B, T, d), or (B, 1, d) with one of
-        last_rows (B,) for each text.
-
-        attention_mask (B, T) may be left out where padding stands behind the end token: nothing
-        before sees it.
-        """
+        """All tokens after the final norm, (B, T, d), or (B, 1, d) with one of last_rows (B,) for
+        each text. attention_mask (B, T) may be left out where padding stands behind the end token:
+        nothing before sees it."""
         T = input_ids.shape[1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens, but {self.config.name} has positions for {self.config.context}")
@@ -159,13 +155,9 @@ class TextTower(nn.Module):
         return self.norm(run_blocks(self.blocks, x, seen, checkpointing=checkpointing, last_rows=last_rows))
 
     def run(self, x: Tensor, allowed: Tensor, last_rows: Tensor | None) -> Tensor:
-        """All blocks, where query i may look at token j if allowed[:, i, j], and the final
-        norm; the last block for last_rows (B,) or (B, n) only. x (B, T, d), allowed (B, T, T)
-        -> (B, T, d) or (B, n, d).
-
-        The mask is added to the scores; it is made once because torch would convert a
-        bool one in every block.
-        """
+        """All blocks, where query i may look at token j if allowed[:, i, j], and the final norm;
+        the last block for last_rows (B,) or (B, n) only. x (B, T, d), allowed (B, T, T) ->
+        (B, T, d) or (B, n, d). The mask is made once: torch would convert a bool one each time."""
         mask = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, float("-inf"))
         x = run_blocks(self.blocks[:-1], x, mask[:, None], checkpointing=self.grad_checkpointing)
         mask = take_rows(mask, last_rows)[:, None]  # (B, 1, T, T), (B, 1, 1, T) or (B, 1, n, T)
@@ -185,8 +177,7 @@ class TextTower(nn.Module):
     def pooled_choices(self, input_ids: Tensor, length: int | None = None) -> Tensor:
         """Texts (B, C, T) of C choices for each question -> their end tokens (B, C, d), as `pooled`
         of each text; for a causal tower. The common beginning of a question's texts is computed
-        once, and in the last block only the end tokens. length: see pack_choices.
-        """
+        once, and in the last block only the end tokens. length: see pack_choices."""
         packed = pack_choices(input_ids, self.end_positions(input_ids), length)
         x = self.token_embed(packed.ids) + self.pos_embed[0, packed.positions]  # (B, L, d)
         return self.run(x, packed.mask, packed.ends)
@@ -197,10 +188,8 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Pictures (B, 3, H, W) and texts (C, T) -> (logits_per_image (B, C), logits_per_text (C, B)).
-
-    The logits are exp(logit_scale) times the cosine of each picture with each text.
-    """
+    """Pictures (B, 3, H, W) and texts (C, T) -> (logits_per_image (B, C), logits_per_text (C, B)):
+    exp(logit_scale) * cosine of each picture with each text, + logit_bias where there is one."""
 
     head_modules = ("visual_projection", "text_projection", "logit_scale")
 
@@ -227,8 +216,7 @@ class CLIP(nn.Module):
         return self.text_projection(self.text.pooled(input_ids, attention_mask))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), texts (C, T) -> exp(logit_scale) * cosine + logit_bias, where there
-        is one, as (B, C) and transposed, (C, B)."""
+        """Images (B, 3, H, W), texts (C, T) -> logits (B, C), and the same transposed (C, B)."""
         image = F.normalize(self.encode_image(images), dim=-1)  # (B, e)
         text = F.normalize(self.encode_text(input_ids, attention_mask), dim=-1)  # (C, e)
         logits = self.logit_scale.exp() * image @ text.T  # (B, C)

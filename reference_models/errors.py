@@ -2,5 +2,4 @@
 
 
 class ModelError(ValueError):
-    """A model, checkpoint or tokenizer that cannot be used; the message names the file, the key
-    and the way out."""
+    """A model, checkpoint or tokenizer that cannot be used: which file and key, and the way out."""

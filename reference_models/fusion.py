@@ -1,5 +1,4 @@
-"""Two towers for questions about pictures: any picture encoder, any text
-encoder, and a head on both.
+"""Two towers for questions about pictures: any picture encoder, any text encoder, a head on both.
 
     vision, text = load_pretrained("vit-base-patch16-224", a), load_pretrained("bert-base", b)
     model = TwoTower(vision, text, num_classes=1000)
@@ -29,12 +28,9 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """The configurations of both towers and the sizes of what joins them; None takes
-    the fusion's own default.
-
-    hidden is the width of the last hidden layer (0: none), inner that of the product; inner 0
-    multiplies the features as they are.
-    """
+    """The configurations of both towers and the sizes of what joins them, None for the fusion's own
+    default: hidden is the width of the last hidden layer (0: none), inner that of the product;
+    inner 0 multiplies the features as they are."""
 
     name: str = "vqa"
     vision: object = None
@@ -95,10 +91,9 @@ class ConcatProductFusion(nn.Module):
     """[i, t, i * t] with i = GELU(image_proj(norm(image))), t = GELU(text_proj(norm(text))),
     (B, dv), (B, dt) -> (B, 3 inner).
 
-    What the question alone says (t) need not pass through the product, which then is left with what
-    the picture adds; and no layer is narrower than hundreds of answers need. Of the picture it
-    takes the pooled vector and the largest value of each feature over all tokens, which is
-    high where a thing stands anywhere: dv is twice the tower's width.
+    What the question alone says (t) need not pass through the product, and no layer is narrower
+    than hundreds of answers need. Of the picture it takes the pooled vector and the largest value
+    of each feature over all tokens, high where a thing stands anywhere: dv is twice the tower's.
     """
 
     def __init__(self, vision: int, text: int, config: FusionConfig):

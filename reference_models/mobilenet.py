@@ -25,8 +25,7 @@ class MobileNetConfig:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose statistics move only while its own weights are trained: a
-    frozen one stays in eval mode."""
+    """BatchNorm whose statistics move only while its weights are trained: frozen, it evaluates."""
 
     def __init__(self, channels: int):
         super().__init__(channels)

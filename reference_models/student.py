@@ -1,5 +1,4 @@
-"""The small student that a two-tower teacher is distilled into: a convolutional
-and a recurrent encoder.
+"""The small student that a two-tower teacher is distilled into: convolutions and an LSTM.
 
 Convolutions 3 -> 16 (stride 2, LeakyReLU) and 16 -> 32 (stride 2), max-pooling, one linear layer;
 an embedding and an LSTM; product of both -> Linear(32) -> Linear(classes).
@@ -18,8 +17,7 @@ from reference_models.fusion import TwoTower
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """single_bias: the LSTM has one bias vector, as Keras', instead of torch's two
-    that are only ever added."""
+    """single_bias: the LSTM has one bias vector, as Keras', not torch's two that are only added."""
 
     name: str = "student"
     image_size: int = 224
@@ -56,8 +54,7 @@ class ConvEncoder(nn.Module):
 
 
 class LSTMEncoder(nn.Module):
-    """Token ids (B, T) -> the LSTM's output at the last token (B, d); without a mask
-    padding counts as tokens."""
+    """Token ids (B, T) -> the LSTM's output at the last token (B, d); without a mask at the end."""
 
     head_modules = ()
 
@@ -84,8 +81,7 @@ class LSTMEncoder(nn.Module):
 
 
 class Student(TwoTower):
-    """Pictures (N, 3, S, S) and questions (B, T) -> logits (B, num_classes); called like every
-    two-tower model."""
+    """Pictures (N, 3, S, S) and questions (B, T) -> logits (B, num_classes), as TwoTower."""
 
     def __init__(self, config: StudentConfig):
         sizes = {"fusion": "product", "hidden": config.hidden, "inner": 0, "dropout": 0.0}

@@ -3,9 +3,7 @@ window, and four neighbours merged into one token of twice the width between sta
 
     grid 56 x 56, d --[blocks]--> merge --> 28 x 28, 2 d --[blocks]--> merge --> 14 x 14, 4 d ...
 
-Paper: Liu et al. 2021, arXiv:2103.14030. swinv2.py changes the attention
-and the place of the norms.
-
+Paper: Liu et al. 2021, arXiv:2103.14030; swinv2.py changes attention and the place of the norms.
 Shapes: B pictures, H x W grid of tokens, d width (of the stage), h heads, w window side, n windows
 of a picture, N = w w tokens of a window. Where H or W is no multiple of w, zeros are appended right
 and below, as transformers does; they take part in the attention.
@@ -25,8 +23,7 @@ from reference_models.layers import MLP, Attention, Classifier, PatchEmbed, Patc
 
 @dataclass(frozen=True)
 class SwinConfig(PatchGrid):
-    """Sizes of a Swin. dim is the width of the first stage; window a
-    side, or one for each stage."""
+    """Sizes of a Swin; dim is the first stage's width, window a side or one for each stage."""
 
     name: str = "swin-tiny-patch4-window7-224"
     image_size: int | tuple[int, int] = 224
@@ -136,8 +133,7 @@ def shift_mask(H: int, W: int, w: int, shift: int, device) -> Tensor:
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token of twice the width, (B, H, W, d) ->
-    (B, H/2, W/2, 2 d), rounded up."""
+    """Four neighbours become one token, (B, H, W, d) -> (B, H/2, W/2, 2 d), rounded up."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -149,8 +145,7 @@ class PatchMerging(nn.Module):
 
     @staticmethod
     def gather(x: Tensor) -> Tensor:
-        """(B, H, W, d) -> (B, H/2, W/2, 4 d), in the order top left, bottom left,
-        top right, bottom right."""
+        """(B, H, W, d) -> (B, H/2, W/2, 4 d): top left, bottom left, top right, bottom right."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         corners = [x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
         return torch.cat(corners, dim=-1)
@@ -180,8 +175,7 @@ class SwinTransformer(Classifier):
         self.reset_classifier(config.num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H/p, W/p, d), rounded up: a picture that is no multiple of the patch
-        gets zeros appended."""
+        """(B, 3, H, W) -> (B, H/p, W/p, d), rounded up: zeros complete the last patches."""
         p = self.config.patch_size
         x = F.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
         grid = (x.shape[2] // p, x.shape[3] // p)
@@ -193,8 +187,7 @@ class SwinTransformer(Classifier):
         return x.unflatten(1, grid)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> tokens of the last stage after the final norm,
-        (B, T, num_features)."""
+        """(B, 3, H, W) -> the last stage's tokens after the final norm, (B, T, num_features)."""
         x = self.embed(x)  # (B, H, W, d)
         blocks = iter(self.blocks)
         for stage, depth in enumerate(self.config.depths):

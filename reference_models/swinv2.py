@@ -1,5 +1,4 @@
-"""Swin transformer V2: cosine attention, a position bias that a small network computes, norms
-behind the branches.
+"""Swin transformer V2: cosine attention, a computed position bias, norms behind the branches.
 
     scores = t * cos(q, k) + 16 sigmoid(cpb(log offset))      t = exp(logit_scale), at most 100
     x = x + norm1(attn(x));  x = x + norm2(mlp(x))
@@ -23,8 +22,7 @@ from reference_models.swin import PatchMerging, SwinBlock, SwinConfig, SwinTrans
 
 @dataclass(frozen=True)
 class SwinV2Config(SwinConfig):
-    """Sizes of a Swin V2. pretrained_windows: the window of each stage in
-    pretraining, 0 for the present one."""
+    """Sizes of a Swin V2; pretrained_windows, those of pretraining, 0 for the present one."""
 
     name: str = "swinv2-tiny-patch4-window8-256"
     image_size: int | tuple[int, int] = 256
@@ -38,8 +36,7 @@ class SwinV2Config(SwinConfig):
 
 
 class PositionLinear(nn.Linear):
-    """A layer of the position network; a class of its own so that "all-linear" means
-    the layers of the blocks."""
+    """A layer of the position network, of its own class so that "all-linear" spares it."""
 
 
 class CosineAttention(Attention):
@@ -66,8 +63,7 @@ class CosineAttention(Attention):
 
 
 def log_offsets(window: int, pretrained: int = 0) -> Tensor:
-    """sign(o) log2(1 + 8 |o| / (pretrained - 1)) / 3 for every offset
-    (dy, dx), ((2 w - 1)^2, 2)."""
+    """sign(o) log2(1 + 8 |o| / (pretrained - 1)) / 3 of all offsets (dy, dx), ((2 w - 1)^2, 2)."""
     steps = torch.arange(1 - window, window, dtype=torch.float32) * 8 / max((pretrained or window) - 1, 1)
     steps = steps.sign() * torch.log2(1 + steps.abs()) / 3
     return torch.cartesian_prod(steps, steps)

@@ -13,21 +13,18 @@ from reference_models.layers import Attention, Block
 
 
 def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T) with 1 for tokens and 0 for padding -> (B, 1, 1, T), True where a query
-    may look; None stays None."""
+    """(B, T), 0 for padding -> (B, 1, 1, T), True where a query may look; None stays None."""
     return None if attention_mask is None else attention_mask[:, None, None].bool()
 
 
 def causal_mask(T: int, rows: Tensor | int | None, device) -> Tensor:
-    """True where a query may look: at itself and before. (T, T), or
-    (B, 1, 1, T) for chosen rows."""
+    """True where a query may look: itself and before, (T, T), or (B, 1, 1, T) for chosen rows."""
     positions = torch.arange(T, device=device)
     return positions <= (positions[:, None] if rows is None else torch.as_tensor(rows, device=device).view(-1, 1, 1, 1))
 
 
 class CausalAttention(Attention):
-    """A token looks at itself and at those before it, or where it is
-    given at what the mask says."""
+    """A token looks at itself and at those before it, or at what a given mask says."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
         if mask is None and rows is not None:
@@ -50,12 +47,8 @@ class CausalBlock(Block):
 
 
 class Packed(NamedTuple):
-    """The texts of a question's choices as one row, what they have in common
-    at the front written once.
-
-    ids, positions (B, L); mask (B, L, L), True where a token may look; ends (B, C), where each text
-    ends in the row.
-    """
+    """The texts of a question's choices as one row, their common beginning once: ids, positions
+    (B, L); mask (B, L, L), True where a token may look; ends (B, C), where each text ends."""
 
     ids: Tensor
     positions: Tensor
@@ -64,8 +57,7 @@ class Packed(NamedTuple):
 
 
 def pack_choices(input_ids: Tensor, ends: Tensor, length: int | None = None) -> Packed:
-    """Token ids (B, C, T) of C texts for each question, which end at `ends` (B, C) ->
-    one row for each question.
+    """Token ids (B, C, T) of C texts a question, which end at `ends` (B, C) -> a row a question.
 
     A token of a causal tower depends only on what stands before it, so the tokens of a common
     beginning are the same in all C texts. They stand once in the row, with the first text; each

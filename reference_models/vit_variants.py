@@ -187,20 +187,17 @@ class VariantViT(Classifier):
             x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)  # (B, T, d)
         return self.norm_pre(x)
 
-    def encode(self, x: Tensor, last_rows: int | None = None) -> Tensor:
-        """Blocks, and the final norm where pooling stands behind it: (B, T, d), or (B, 1, d)."""
+    def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
+        """All tokens, after the final norm where pooling stands behind it: (B, T, d), or with
+        last_rows only that one, (B, 1, d)."""
         x = run_blocks(self.blocks, self.embed(x), checkpointing=self.grad_checkpointing, last_rows=last_rows)
         return self.norm(x) if self.config.steps[0] == "norm" else x
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> all tokens (B, T, d)."""
-        return self.encode(x)
-
     def pooled(self, x: Tensor) -> Tensor:
-        """One vector for each picture, (B, num_features). Where it is the class token, the last
-        block computes only that one."""
+        """One vector for each picture, (B, num_features); of the last block only the class
+        token where no other is read."""
         alone = self.pooled_last_block and "token" in self.config.steps
-        return self.pool(self.encode(x, last_rows=0 if alone else None))
+        return self.pool(self.forward_features(x, last_rows=0 if alone else None))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The same of all tokens (B, T, d)."""
