@@ -1,5 +1,4 @@
-"""What the tokenizers share: special tokens inside a text, truncation,
-padding, counting, saving."""
+"""What the tokenizers share: special tokens in a text, truncation, padding, counting, saving."""
 
 import json
 import re
@@ -65,8 +64,7 @@ LOWER = Table(str.lower)
 
 
 def numbered(vocab: Mapping[str, int] | Sequence[str], where: str, unit: str = "line") -> dict[str, int]:
-    """Token -> id, checked: ids 0..n-1, each once. `where` names the file in errors, `unit` what
-    a list's entries are."""
+    """Token -> id, checked: 0..n-1, each once; errors name the file, `where`, and a list's unit."""
     if not isinstance(vocab, Mapping):
         ids: dict[str, int] = {}
         for i, token in enumerate(vocab):
@@ -100,9 +98,9 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 class Tokenizer(ABC):
-    """Text -> ids. Subclasses say how a chunk is cut into `words` and a word into ids (`_pieces`), or
-    do both in `_chunk`, and which ids frame a text: `single` = (before, after), `pair` = (before,
-    between, after).
+    """Text -> ids. Subclasses say how a chunk is cut into `words` and a word into ids (`_pieces`),
+    or do both in `_chunk`, and which ids frame a text: `single` = (before, after), `pair` =
+    (before, between, after).
 
     `added` are tokens found in the text ("[SEP]", "<|endoftext|>" and the like), as the tokenizers
     library does: a text that contains one gets its id. `truncated` counts the texts that were cut
@@ -249,8 +247,7 @@ class Tokenizer(ABC):
 
     # ---- files
     def save(self, directory: str | Path) -> None:
-        """Write the vocabulary's files and tokenizer_config.json, which load_tokenizer and
-        transformers read."""
+        """Write the vocabulary's files and tokenizer_config.json; transformers reads them too."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files, config = self._saved()

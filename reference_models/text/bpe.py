@@ -47,8 +47,7 @@ BYTE_LETTERS = [chr(byte if byte in PRINTS else next(OTHERS)) for byte in range(
 
 
 def clip_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """CLIP's order: byte letters (those that print first), the same ending a word, the
-    merges, the specials."""
+    """CLIP's order: byte letters, printing ones first; the same ending a word; merges; specials."""
     letters = sorted(BYTE_LETTERS)
     tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
     return {token: i for i, token in enumerate(tokens)}
@@ -94,8 +93,7 @@ class ClipTokenizer(Tokenizer):
         return super().text_ids(text)
 
     def words(self, chunk: str) -> list[str]:
-        """A chunk without white space -> what the merges work on. "It's 42!"
-        gives it, 's and 4, 2, !"""
+        """A chunk -> what the merges work on: it, 's of "It's", and 4, 2, ! of "42!"."""
         chunk = normalized("NFC", chunk).translate(LOWER)
         words: list[str] = []
         for match in WORDS.finditer(chunk.translate(SHADOW)):
@@ -175,15 +173,10 @@ def merge_ranks(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int], whe
 
 
 def join_pairs(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Join the neighbours of lowest rank, leftmost first, until no pair has a rank;
-    `pieces` is used up.
-
-    A heap of (rank, place) instead of a search per join: a word of n letters costs n log
-    n, not n squared.
-    """
+    """Join the neighbours of lowest rank, leftmost first, until no pair has one; uses `pieces` up.
+    By a heap of (rank, place), not a search per join: n letters cost n log n, not n squared."""
     end = len(pieces)
-    # places of the neighbours that still stand
-    left, right = (list(range(-1, end - 1)), list(range(1, end + 1)))
+    left, right = list(range(-1, end - 1)), list(range(1, end + 1))  # neighbours that still stand
     heap: list[tuple[int, int]] = []
 
     def offer(i: int) -> None:

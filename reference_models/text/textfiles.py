@@ -1,6 +1,5 @@
 """Text and JSON read within limits, with errors that name file and line; files written so that a
-crash leaves the old or the new.
-"""
+crash leaves the old or the new."""
 
 import json
 import os
@@ -87,8 +86,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for `write`, which makes the file that it is given; others may read it as far
-    as umask allows."""
+    """The same for `write`, which makes the file it is given; umask says who else may read it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

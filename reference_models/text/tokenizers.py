@@ -36,8 +36,7 @@ OPEN_END = 1_000_000  # transformers writes 1e30 for "no limit"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file or directory. Raises ModelError naming the file and the line or
-    key that is wrong."""
+    """The tokenizer in a file or directory; ModelError names the file and the wrong line or key."""
     try:
         return _load(Path(path))
     except ModelError:
@@ -187,8 +186,7 @@ def _check_parts(data: dict, wanted: dict[str, list[str]], path: Path) -> None:
 
 
 def _framed(tokenizer: Tokenizer, data: dict, path: Path) -> Tokenizer:
-    """The tokenizer, if tokenizer.json puts the same tokens around a text, or a pair, and numbers
-    them in the same way."""
+    """The tokenizer, if tokenizer.json frames a text, or a pair, and numbers it in the same way."""
     part = data.get("post_processor")
     if "post_processor" in data:
         single, pair = frames(part, str(path))

@@ -76,8 +76,7 @@ class WordPieceTokenizer(Tokenizer):
         return self.clean(text) if any(added.normalized for added in self.added.values()) else text
 
     def words(self, chunk: str) -> list[str]:
-        """A chunk without separators -> its words after cleaning.
-        "Tōkyō's" -> ["tokyo", "'", "s"]"""
+        """A chunk without separators -> its words after cleaning: tokyo, ' and s of "Tōkyō's"."""
         spaced = "".join(f" {char} " if category(char)[0] == "P" else char for char in self.clean(chunk))
         return [word for word in SEPARATOR.split(spaced) if word]
 
@@ -111,8 +110,7 @@ class WordPieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Words joined by spaces, special tokens left out; case, accents and spacing
-        are gone for good."""
+        """Words joined by spaces, without special tokens; case, accents and spacing are lost."""
         tokens = (self.tokens[int(i)] for i in ids)
         return " ".join(token for token in tokens if token not in self.added).replace(" ##", "")
 
@@ -129,14 +127,12 @@ class WordPieceTokenizer(Tokenizer):
 
 
 def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
-    """Learn at most `size` pieces from English texts: join the most frequent neighbouring pair,
-    again and again.
+    """Learn at most `size` pieces from English texts: join the most frequent neighbouring pair, of
+    equals the alphabetically first, again and again (Sennrich et al. 2016, in BERT's notation).
 
     The list starts with the special tokens and every printable ASCII character, alone and as
-    "##c", so that no English word becomes [UNK]; words with other characters teach nothing.
-    Deterministic: of two pairs equally frequent the alphabetically first is joined. (Sennrich et
-    al. 2016, with BERT's notation of the pieces.) Raises ModelError when `size` is too small for
-    the characters alone.
+    "##c", so that no English word becomes [UNK]; words with other characters teach nothing. Raises
+    ModelError when `size` is too small for the characters alone.
     """
     ascii_chars = [chr(code) for code in range(33, 127)]
     vocab = [PAD, UNK, CLS, SEP, MASK, *ascii_chars, *(f"##{char}" for char in ascii_chars)]
@@ -174,8 +170,7 @@ def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
 
 
 def _join(word: tuple[list[str], int], i: int, best, joined: str, pairs: Counter, places: dict) -> set:
-    """Join `best` in one word, in place; moves its counts from the old pairs to the new
-    and returns both."""
+    """Join `best` in one word, in place, and move its counts; returns the old and the new pairs."""
     pieces, n = word
     old = list(zip(pieces, pieces[1:], strict=False))
     at = 0
