@@ -29,7 +29,7 @@ from minilora.data.pictures.transforms import build_transform
 from minilora.errors import UserError
 from minilora.inject import disable_lora
 from minilora.report.attention import layer_heats, overlay
-from minilora.report.page_style import STYLE
+from minilora.report.page import STYLE
 from minilora.report.samples import data_uri, square, to_picture
 from minilora.report.svg import bars_html
 from minilora.settings import exit_codes as cli

@@ -10,7 +10,7 @@ curves       loss and accuracy over the epochs
 spectrum     what an update s B A looks like from inside
 attention    where a vision transformer looks
 samples      pictures in rows, confident mistakes
-page         report.html, made of sections, svg and page_style
+page         report.html, made of sections, svg and page.css
 plots        matplotlib, if it is there
 
 Begin with metrics (numbers), then spectrum (what LoRA did), then page (how it is shown).

@@ -18,11 +18,12 @@ from PIL import Image
 from minilora.atomic import atomic_write
 from minilora.report import sections
 from minilora.report.curves import read_metrics
-from minilora.report.page_style import STYLE
 from minilora.report.samples import Example
 from minilora.report.svg import escape
 from minilora.report.tables import RunRow
 from minilora.version import __version__
+
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 
 @dataclass

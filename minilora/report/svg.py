@@ -1,7 +1,7 @@
 """Charts and tables for the report page as HTML and inline SVG: no script, no outside file,
 every string escaped.
 
-Colours are CSS variables (see page_style), so that a chart follows the reader's light
+Colours are CSS variables (see page.css), so that a chart follows the reader's light
 or dark setting.
 """
 
