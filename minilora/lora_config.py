@@ -60,7 +60,11 @@ class LoRAConfig:
                 same = len({*map(type, values)}) < 2
                 setattr(self, name, tuple(sorted(values) if same else values))
         self.modules_to_save = self.modules_to_save or ()
-        check_values(self)
+        for name, rule in RULES.items():
+            _check(name, getattr(self, name), *rule)
+        for name, replaced in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            for key, value in getattr(self, name).items():
+                _check(f"{name}[{key!r}]", value, *RULES[replaced])
 
     def layer_options(self, name: str) -> dict:
         """The arguments of LoRALinear for the layer called `name`, patterns applied."""
@@ -72,20 +76,9 @@ class LoRAConfig:
 
 
 def from_pattern(name: str, pattern: dict, default):
-    """The value of the first key that fits, or `default`; keys are regular expressions for the
-    end of the name."""
+    """The value of the first key, a regular expression for the end of the name, that fits."""
     starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
     return next((value for key, value in pattern.items() if any(fullmatch(key, name, i) for i in starts)), default)
-
-
-def check_values(config: LoRAConfig) -> None:
-    """UserError naming the first field with an impossible value; a pattern's values obey the rule
-    of what they replace."""
-    for name, rule in RULES.items():
-        _check(name, getattr(config, name), *rule)
-    for name, replaced in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        for key, value in getattr(config, name).items():
-            _check(f"{name}[{key!r}]", value, *RULES[replaced])
 
 
 def _short(value) -> str:
@@ -102,20 +95,8 @@ def _check(name: str, value, holds, wanted: str) -> None:
         raise UserError(f"LoRAConfig: {name} must be {wanted}, got {_short(value)}{reason}")
 
 
-def is_rank(value) -> bool:
-    return is_whole(value) and 1 <= value <= 10**9
-
-
 def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
-
-
-def is_switch(value) -> bool:
-    return isinstance(value, bool)
-
-
-def is_share(value) -> bool:
-    return is_number(value) and 0 <= value < 1
 
 
 def are_names(value) -> bool:
@@ -134,25 +115,22 @@ def is_pattern(value) -> bool:
     return isinstance(value, str) and bool(parse(value))
 
 
-def are_targets(value) -> bool:
-    return is_pattern(value) or are_names(value)
-
-
 def are_patterns(value) -> bool:
     if isinstance(value, dict) and sum(isinstance(key, str) and not is_plain(key) for key in value) > 64:
         raise BadPattern("more than 64 with operators")
     return isinstance(value, dict) and all(map(is_pattern, value))
 
 
+SWITCH = (lambda value: isinstance(value, bool), "true or false")
 RULES = {
-    "r": (is_rank, "a whole number of at least 1"),
+    "r": (lambda value: is_whole(value) and 1 <= value <= 10**9, "a whole number of at least 1"),
     "lora_alpha": (is_number, "a number"),
-    "lora_dropout": (is_share, "at least 0 and below 1"),
-    "target_modules": (are_targets, "names or one regular expression"),
+    "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "at least 0 and below 1"),
+    "target_modules": (lambda value: is_pattern(value) or are_names(value), "names or one regular expression"),
     "modules_to_save": (are_names, "names"),
     "layers_to_transform": (are_layers, "numbers of layers"),
-    "use_rslora": (is_switch, "true or false"),
-    "use_dora": (is_switch, "true or false"),
+    "use_rslora": SWITCH,
+    "use_dora": SWITCH,
     "rank_pattern": (are_patterns, "{regular expression: rank}"),
     "alpha_pattern": (are_patterns, "{regular expression: alpha}"),
     "bias": (("none", "lora_only", "all").__contains__, "one of none, lora_only, all"),

@@ -4,6 +4,8 @@ The rules are PEFT's: a name is a full dotted name or its end after a dot; one s
 expression for the whole name.
 """
 
+from collections import Counter
+
 from torch import nn
 
 from minilora.errors import UserError
@@ -115,7 +117,5 @@ def _no_match(model: nn.Module, targets, linears: dict, layers=None) -> str:
 
 
 def _choices(linears: dict) -> str:
-    kinds: dict[str, int] = {}
-    for name in linears:
-        kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
+    kinds = Counter(name.rpartition(".")[2] for name in linears)
     return ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none at all"
