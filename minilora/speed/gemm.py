@@ -39,8 +39,7 @@ def _large(x: Tensor, weight: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for x (N, in), W (out, in), also a transposed view, b (out,): no graph is recorded.
-    Returns (N, out)."""
+    """x W^T + b, (N, out), for x (N, in), W (out, in), b (out,): no graph is recorded."""
     if _for_onednn(x) and _large(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -95,19 +94,8 @@ class _Linear(torch.autograd.Function):
 
 def speed_up(model: nn.Module) -> nn.Module:
     """Turn every plain nn.Linear of `model` (those inside LoRALinear are its own affair) into a
-    FastLinear, in place.
-
-    Names, parameters and values stay; `slow_down` turns them back.
-    """
+    FastLinear, in place; names, parameters and values stay."""
     for name, module in model.named_modules():
         if type(module) is nn.Linear and not name.endswith((".base_layer", ".lora_A", ".lora_B")):
             module.__class__ = FastLinear
-    return model
-
-
-def slow_down(model: nn.Module) -> nn.Module:
-    """Undo `speed_up`."""
-    for module in model.modules():
-        if type(module) is FastLinear:
-            module.__class__ = nn.Linear
     return model

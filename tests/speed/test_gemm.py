@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from minilora.speed import gemm
-from reference_models import create_model
 
 needs_onednn = pytest.mark.skipif(not gemm.available, reason="this torch has no oneDNN")
 
@@ -49,18 +48,13 @@ def test_a_frozen_fast_linear_keeps_no_input_for_backward(onednn):
 
 
 @needs_onednn
-def test_slow_down_gives_plain_linears_back(onednn):
-    model = gemm.slow_down(gemm.speed_up(create_model("vit-nano-patch8-48", 4)))
-    assert not any(isinstance(module, gemm.FastLinear) for module in model.modules())
-
-
-@needs_onednn
 def test_second_derivatives_of_a_fast_linear_are_those_of_nn_linear(onednn):
     layer = gemm.speed_up(nn.Sequential(nn.Linear(3, 2)))
     x = torch.randn(4, 3, requires_grad=True)
     first = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)[0]
     second = torch.autograd.grad(first.sum(), x)[0]
-    plain = gemm.slow_down(copy.deepcopy(layer))
+    plain = nn.Sequential(nn.Linear(3, 2))
+    plain.load_state_dict(layer.state_dict())
     expected = torch.autograd.grad(plain(x).pow(3).sum(), x, create_graph=True)[0]
     torch.testing.assert_close(second, torch.autograd.grad(expected.sum(), x)[0], rtol=1e-4, atol=1e-5)
 
