@@ -35,8 +35,7 @@ TEMPORARY = ".tmp-"
 
 
 def manifest_bytes(directory: Path) -> bytes:
-    """The manifest that these files ask for. Compared as bytes, so that a flipped bit in
-    itself shows too."""
+    """The manifest of these files; compared as bytes, so that a flipped bit in itself shows too."""
     digests = {name: file_sha256(directory / name) for name in FILES}
     return (json.dumps({"format": 1, "sha256": digests}, indent=2) + "\n").encode()
 
@@ -85,12 +84,10 @@ def latest_checkpoint(run_dir: str | Path, log: Callable[[str], None] = print) -
 
 
 def save_checkpoint(run_dir: str | Path, tensors: dict[str, Tensor], state: dict, keep_last: int = 2) -> Path:
-    """Writes step-N (N = state["step"]), then removes all but the newest `keep_last`;
-    returns its path.
+    """Writes step-N (N = state["step"]), removes all but the newest `keep_last`; returns its path.
 
     One of the same step is replaced: it was written before the validation, this one knows the
-    score. Raises RunError with one line when the disk is full; older checkpoints are untouched and
-    nothing half-made stays.
+    score. RunError when the disk is full; older ones are untouched and nothing half-made stays.
     """
     final = directory_of(run_dir, state["step"])
     folder, temporary, old = final.parent, final.parent / f"{TEMPORARY}{final.name}", final.parent / f"{TEMPORARY}old"
@@ -106,16 +103,14 @@ def save_checkpoint(run_dir: str | Path, tensors: dict[str, Tensor], state: dict
         sync_directory(folder)
         remove(old)
     except OSError as error:
-        remove(temporary)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         todo = "Make space" if full else "See to it that nothing else writes there"
         raise RunError(
             f"checkpoint {final} could not be written: {error.strerror or error}; older ones are intact. "
             f"{todo} and start the same command again"
         ) from error
-    except BaseException:
+    finally:
         remove(temporary)
-        raise
     for directory in checkpoint_dirs(run_dir)[max(1, keep_last) :]:
         remove(directory)
     return final
@@ -133,26 +128,27 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from: "auto" the run's newest valid one, "never" none,
-    else a directory's.
+    """The checkpoint to resume from, as `find` has it; rank 0 decides for all.
 
-    Rank 0 decides for all. Checkpoints of `run_dir` that are newer than the chosen one, or
-    belong to a training that is not resumed, are removed: they would be mistaken for the
-    future of this one.
+    Checkpoints of `run_dir` that are newer than it, or belong to a training that is not resumed,
+    are removed: they would be mistaken for the future of this one.
     """
     chosen = None
     if is_main():
         recover(run_dir)
         chosen = find(run_dir, resume, log)
         ours = chosen is not None and chosen.resolve().parent == (Path(run_dir) / FOLDER).resolve()
-        remove_newer(run_dir, step_of(chosen) if ours else -1)
+        for directory in checkpoint_dirs(run_dir):
+            if not ours or step_of(directory) > step_of(chosen):
+                remove(directory)
         remove_leftovers(run_dir)
         chosen = directory_of(run_dir, step_of(chosen)) if ours else chosen
     return gather_objects(chosen)[0]
 
 
 def find(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint that --resume means, None to start afresh."""
+    """The checkpoint that --resume means: "auto" the run's newest valid one, "never" none, else a
+    directory's own or newest; None to start afresh."""
     if resume in ("auto", "never"):
         return latest_checkpoint(run_dir, log) if resume == "auto" else None
     directory = Path(resume)
@@ -160,14 +156,6 @@ def find(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path |
     if chosen is None:
         raise UserError(f"--resume {resume}: no valid checkpoint there; start the run anew, with another --output")
     return chosen
-
-
-def remove_newer(run_dir: str | Path, step: int) -> None:
-    """Removes the checkpoints after `step`: the run continues from there, and they are
-    broken or given up."""
-    for directory in checkpoint_dirs(run_dir):
-        if step_of(directory) > step:
-            remove(directory)
 
 
 def recover(run_dir: str | Path) -> None:
