@@ -1,5 +1,4 @@
-"""Where a vision transformer looks: attention of the last layer and attention rollout, laid
-over the picture.
+"""Where a vision transformer looks: last layer's attention and rollout, laid over the picture.
 
 A layer's map is (B, h, T, T): row i says how token i shares its attention, so each row sums to 1.
 Tokens are the P patches of the picture, after the model's prefix tokens: CLS, registers, none.
@@ -13,14 +12,12 @@ the last layer shows the attention that each patch receives within its own windo
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minilora.atomic import write_png
 from minilora.report.samples import picture_table, square, to_picture
 
 # A dark to light scale (violet, red, orange, yellow), so that attention reads in grey too.
@@ -84,8 +81,7 @@ def layer_heats(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """{"layer 1": (B, h, side, side), ..., "rollout": (B, 1, side, side)} of images (B, 3, H, W);
     the last layer alone where it has windows, {} for a model without attention.
 
-    `model` has attention_maps(x), or is a two-tower model whose `.vision` has; it is
-    used in eval mode.
+    `model` has attention_maps(x), or its tower `.vision` has; it is used in eval mode.
     """
     tower = getattr(model, "vision", model)
     was_training = tower.training
@@ -107,19 +103,17 @@ def attention_heats(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
 def attention_figure(
     models: Mapping[str, nn.Module],
     images: Tensor,
-    path: str | Path | None = None,
     per_head: bool = False,
     titles: Sequence[str] = (),
     side: int = 150,
     said: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
-    """One row per picture: the picture, then last layer and rollout (and each head) for
-    each of the models. Models that look at the same places share their columns.
+    """One row per picture: the picture, then last layer and rollout (and each head) for each of the
+    models. Models that look at the same places share their columns.
 
     images (N, 3, H, W) normalised by the models' `preprocess`; models such as {"base": ..., "LoRA":
-    ...}. Returns the figure and writes it to `path` as PNG. Each heat is stretched from its least
-    to its greatest value, so that pictures can be compared by place, not by strength. said: {model:
-    its answer to each picture}, below its maps.
+    ...}; said: {model: its answer to each picture}, below its maps. Each heat is stretched from its
+    least to its greatest value, so that pictures can be compared by place, not by strength.
     """
     first = next(iter(models.values()))
     preprocess = getattr(first, "preprocess", None) or first.vision.preprocess
@@ -142,10 +136,7 @@ def attention_figure(
             for i, (picture, one) in enumerate(zip(pictures, heat.cpu(), strict=True)):
                 rows[i].append(overlay(picture, one.numpy()))
                 captions[i].append(" / ".join(one[i] for one in answers) * (number == 0))
-    figure = picture_table(rows, list(titles), heads, side, captions if said else ())
-    if path is not None:
-        write_png(path, figure)
-    return figure
+    return picture_table(rows, list(titles), heads, side, captions if said else ())
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:

@@ -12,12 +12,12 @@ from pathlib import Path
 from minilora.report.plots import load_pyplot, plain, save_figure
 from minilora.textfiles import read_bytes
 
-# panel title, with its unit: [(key in metrics.jsonl, dashed)]
+# panel title, with its unit: (scale, [(key in metrics.jsonl, dashed)])
 PANELS = {
-    "loss": [("train_loss", True), ("val_loss", False)],
-    "accuracy %": [("train_accuracy", True), ("accuracy", False)],
-    "mean average precision %": [("map", False)],
-    "learning rate": [("lr", False)],
+    "loss": (1, [("train_loss", True), ("val_loss", False)]),
+    "accuracy %": (100, [("train_accuracy", True), ("accuracy", False)]),
+    "mean average precision %": (100, [("map", False)]),
+    "learning rate": (1, [("lr", False)]),
 }
 COLOURS = ("#3563c9", "#c8562b", "#2a8a5f", "#8a4fbf", "#a07c14", "#b8326d", "#3b8ea5", "#6b6b6b")
 
@@ -25,8 +25,7 @@ Records = Sequence[Mapping]
 
 
 def read_metrics(source: str | Path | Records) -> list[dict]:
-    """The lines of a metrics.jsonl as dictionaries, without one cut short by a crash;
-    no file, no lines."""
+    """The lines of a metrics.jsonl, without one cut short by a crash; no file, no lines."""
     if not isinstance(source, (str, Path)):
         return [dict(record) for record in source]
     path, records = Path(source), []
@@ -40,17 +39,11 @@ def read_metrics(source: str | Path | Records) -> list[dict]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def curve(records: Records, key: str) -> tuple[list[float], list[float]]:
-    """(epochs, values) of `key`; lines without it, and values that are not finite, are left out."""
+def curve(records: Records, key: str, scale: float = 1) -> tuple[list[float], list[float]]:
+    """(epochs, scale * values) of `key`, where a line has it and it is finite."""
     points = [(record.get("epoch", number), record.get(key)) for number, record in enumerate(records, 1)]
     points = [(float(x), float(y)) for x, y in points if _finite(x) and _finite(y)]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def panel(title: str, records: Records, key: str) -> tuple[list[float], list[float]]:
-    """`curve` in the unit of a panel's title."""
-    x, y = curve(records, key)
-    return x, [100 * value for value in y] if title.endswith("%") else y
+    return [x for x, _ in points], [scale * y for _, y in points]
 
 
 def _finite(value: object) -> bool:
@@ -67,12 +60,12 @@ def curves_figure(
         return False
     found = {name: read_metrics(source) for name, source in runs.items()}
     several = any("map" in record for records in found.values() for record in records)
-    panels = {title: keys for title, keys in PANELS.items() if several or keys[0][0] != "map"}
+    panels = {title: panel for title, panel in PANELS.items() if several or panel[1][0][0] != "map"}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained")
-    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+    for axis, (title, (scale, keys)) in zip(axes, panels.items(), strict=True):
         for number, (name, records) in enumerate(found.items()):
             for key, dashed in keys:
-                x, y = panel(title, records, key)
+                x, y = curve(records, key, scale)
                 if not x:
                     continue
                 part = f" ({'train' if dashed else 'validation'})" if len(keys) > 1 else ""
@@ -82,15 +75,10 @@ def curves_figure(
                 if not dashed and key != "lr" and at in x:
                     ring = {"markersize": 10, "fillstyle": "none", "color": style["color"], "linestyle": ""}
                     axis.plot([at], [y[x.index(at)]], "o", label=f"best epoch, {at}", **ring)
-        _finish(axis, title)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=9, frameon=False)
     return save_figure(pyplot, figure, path)
-
-
-def _finish(axis, title: str) -> None:
-    axis.set_title(title)
-    axis.set_xlabel("epoch")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=9, frameon=False)

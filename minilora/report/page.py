@@ -17,9 +17,8 @@ from PIL import Image
 
 from minilora.atomic import atomic_write
 from minilora.report import sections
-from minilora.report.curves import read_metrics
 from minilora.report.samples import Example
-from minilora.report.svg import escape
+from minilora.report.svg import curves_html, escape
 from minilora.report.tables import RunRow
 from minilora.version import __version__
 
@@ -87,9 +86,9 @@ class ReportData:
 def page_sections(data: ReportData) -> list[tuple[str, str]]:
     """(heading, HTML) of everything that there is to show."""
     parts = [
-        ("Scores", sections.scores(data.scores)),
+        ("Scores", sections.table(Table("Scores", ["", "on", "score"], data.scores))),
         ("Results", sections.results(data.runs)),
-        ("Curves", sections.curves({name: read_metrics(source) for name, source in data.curves.items()}, data.best)),
+        ("Curves", curves_html(data.curves, data.best)),
         ("Per class", sections.per_class(data.metrics)),
         ("Confusion", sections.confusion(data.metrics)),
         ("Question types", sections.question_types(data.vqa)),
@@ -137,12 +136,7 @@ def write_report(data: ReportData, path: str | Path) -> Path:
 
 def parameter_rows(parameters: Iterable[tuple[str, int, bool]]) -> list[tuple[str, int, int, int]]:
     """(name, size, trainable) of each parameter -> (module, how many of it, trainable, all), equal
-    layers together.
-
-        parameter_rows((name, p.numel(), p.requires_grad) for name, p in model.named_parameters())
-
-    "blocks.0.attn.q_proj.lora_A.weight" belongs to the row "blocks.*.attn.q_proj".
-    """
+    layers together: "blocks.0.attn.q_proj.lora_A.weight" is of the row "blocks.*.attn.q_proj"."""
     rows: dict[str, list] = {}
     for name, size, trainable in parameters:
         module = re.sub(r"\.(base_layer|lora_[AB]|lora_magnitude_vector)\b", "", name)
@@ -155,8 +149,7 @@ def parameter_rows(parameters: Iterable[tuple[str, int, bool]]) -> list[tuple[st
 
 
 def collect_versions() -> dict[str, str]:
-    """Python, the libraries that take part, system and number of processors, for the
-    foot of the page."""
+    """Python, the libraries that take part, system and number of processors."""
     found = {"python": platform.python_version(), "minilora": __version__}
     for name in ("torch", "torchvision", "numpy", "pillow", "safetensors", "matplotlib"):
         try:

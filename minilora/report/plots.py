@@ -8,8 +8,7 @@ from minilora.textfiles import printable
 
 
 def load_pyplot(what: str):
-    """matplotlib.pyplot drawing into files, or None after one printed line that says what is
-    left out and why."""
+    """matplotlib.pyplot drawing into files, or None after a line that says what is left out."""
     try:
         import matplotlib
     except ImportError:

@@ -36,8 +36,7 @@ class Example:
 
 
 def to_picture(pixels, preprocess: Mapping) -> Image.Image:
-    """A normalised picture (3, H, W), tensor or array, back to PIL: value * std + mean,
-    clipped to 0..1."""
+    """A normalised picture (3, H, W), tensor or array, to PIL: value * std + mean, within 0..1."""
     values = np.asarray(pixels.detach().float().cpu() if hasattr(pixels, "detach") else pixels, dtype=np.float32)
     mean, std = (np.asarray(preprocess[key], dtype=np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
     rgb = np.clip(values * std + mean, 0, 1)
@@ -45,8 +44,7 @@ def to_picture(pixels, preprocess: Mapping) -> Image.Image:
 
 
 def most_confident_mistakes(true, predicted, confidence, n: int = 12) -> list[int]:
-    """Rows where the prediction is wrong, the surest first. All (N,); truth -1
-    (unknown) is no mistake."""
+    """Rows with a wrong prediction, the surest first; all (N,), truth -1 (unknown) is not one."""
     true, predicted, confidence = np.asarray(true), np.asarray(predicted), np.asarray(confidence)
     wrong = np.flatnonzero((true != predicted) & (true != -1))
     return wrong[np.argsort(-confidence[wrong], kind="stable")][:n].tolist()
@@ -103,8 +101,7 @@ def picture_table(
 
 
 def data_uri(image: Image.Image, limit: int | None = None) -> str:
-    """The picture as a data: URI, at most `limit` pixels wide and high; PNG where few
-    colours, else JPEG."""
+    """The picture as a data: URI, `limit` pixels a side at most; PNG for few colours, else JPEG."""
     image = image.convert("RGB")
     if limit and max(image.size) > limit:
         image.thumbnail((limit, limit))

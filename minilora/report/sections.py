@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from minilora.report.metrics import class_table, most_confused
 from minilora.report.samples import Example, data_uri
-from minilora.report.svg import bars_html, curves_html, escape, heat_table_html, table_html
+from minilora.report.svg import bars_html, escape, heat_table_html, table_html
 from minilora.report.tables import LOSSES, RunRow, by_data, comparison_cells, group_runs
 
 MOST_SAMPLED = 30  # classes whose pictures are shown
@@ -17,8 +17,7 @@ def facts(values: Mapping[str, str]) -> str:
 
 
 def results(runs: Sequence[RunRow]) -> str:
-    """The comparison of several runs, a table for each data set in which the best stands out; then
-    what it has no column for. One run alone has its scores instead."""
+    """Several runs compared, a table for each data set, and what those have no column for."""
     if len(runs) < 2:
         return ""
     html, sets = "", by_data(runs)
@@ -40,15 +39,6 @@ def results(runs: Sequence[RunRow]) -> str:
         ]
         html += f"<h3>Every seed</h3>{table_html(heads, rows)}"
     return html
-
-
-def scores(rows: Sequence[tuple[str, str, str]]) -> str:
-    """One run's scores, with their parts and baselines."""
-    return table_html(["", "on", "score"], rows) if rows else ""
-
-
-def curves(runs: Mapping[str, Sequence[Mapping]], best: Mapping[str, int]) -> str:
-    return curves_html(dict(runs), best)
 
 
 def per_class(metrics: Mapping | None) -> str:
@@ -115,8 +105,7 @@ def table(item) -> str:
 
 
 def cards(examples: Sequence[Example], note: str) -> str:
-    """One card per example: picture, question, truth and answer, or the choices with
-    their probabilities."""
+    """One card per example: picture, question, truth and answer, or choices and probabilities."""
     if not examples:
         return ""
     wide = " long" * any(example.question or example.choices for example in examples)
@@ -161,7 +150,7 @@ def samples(classes: Mapping[str, Sequence], most: int = MOST_SAMPLED) -> str:
 
 def parameters(rows: Sequence[tuple], line: str) -> str:
     cells = [
-        [module, count, f"{trainable:,}" if trainable else "0", f"{size:,}", f"{100 * trainable / max(size, 1):.2f}"]
+        [module, count, f"{trainable:,}", f"{size:,}", f"{100 * trainable / max(size, 1):.2f}"]
         for module, count, trainable, size in rows
     ]
     html = f"<p>{escape(line)}</p>" if line else ""

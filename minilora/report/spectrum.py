@@ -63,13 +63,8 @@ def lora_updates(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def full_updates(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, W, dW) of every matrix that both state dictionaries have in the same shape and
-    that training moved.
-
-    Names are those of the layers (without ".weight"), so that they compare with `lora_updates`
-    of another run. Embeddings and position tables are matrices too; only names that end in
-    ".weight" are taken.
-    """
+    """(name, W, dW) of every matrix NAME.weight that both state dictionaries have in the same shape
+    and that training moved; names compare with those of `lora_updates` of another run."""
     for key, weight in before.items():
         new = after.get(key)
         if not key.endswith(".weight") or weight.ndim != 2 or new is None or new.shape != weight.shape:
@@ -81,8 +76,7 @@ def full_updates(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> I
 
 @torch.no_grad()
 def layer_spectrum(name: str, weight: Tensor, delta: Tensor, k: int = 8) -> LayerSpectrum:
-    """The spectrum of one update. weight, delta (out, in); k leading directions, or
-    as many as dW has."""
+    """The spectrum of an update; weight, delta (out, in), k leading directions (or what dW has)."""
     weight, delta = weight.detach().cpu().double(), delta.detach().cpu().double()
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)  # (out, m), (m,), (m, in)
     rank = int((s > s[0] * 1e-6).sum()) if s[0] > 0 else 0  # below that is rounding of float32
@@ -118,41 +112,34 @@ def spectrum(updates: Iterable[tuple[str, Tensor, Tensor]], k: int = 8) -> list[
     return [layer_spectrum(name, weight, delta, k) for name, weight, delta in updates]
 
 
-COLUMNS = ("layer", "shape", "|dW|/|W|", "s1", "s2", "s last", "rank", "effective")
-COLUMNS += ("rows", "columns", "random", "amplified")
-
-
-def spectrum_rows(layers: Sequence[LayerSpectrum]) -> list[list[str]]:
-    """The cells of the table under COLUMNS, one line per layer."""
-    rows = []
-    for layer in layers:
-        s = layer.singular_values or [0.0]
-        rows.append(
-            [
-                layer.name,
-                "x".join(map(str, layer.shape)),
-                f"{layer.relative_norm:.4f}",
-                *(f"{value:.4f}" for value in (s[0], s[min(1, len(s) - 1)], s[-1])),
-                str(len(layer.singular_values)),
-                f"{layer.effective_rank:.2f}",
-                f"{layer.row_overlap:.3f}",
-                f"{layer.column_overlap:.3f}",
-                f"{layer.random_overlap[0]:.3f}",
-                f"{layer.amplification:.2f}",
-            ]
-        )
-    return rows
+# title: the cell of a layer
+COLUMNS = {
+    "layer": lambda layer: layer.name,
+    "shape": lambda layer: "x".join(map(str, layer.shape)),
+    "|dW|/|W|": lambda layer: f"{layer.relative_norm:.4f}",
+    "s1": lambda layer: f"{(layer.singular_values or [0])[0]:.4f}",
+    "s2": lambda layer: f"{(layer.singular_values or [0])[:2][-1]:.4f}",
+    "s last": lambda layer: f"{(layer.singular_values or [0])[-1]:.4f}",
+    "rank": lambda layer: str(len(layer.singular_values)),
+    "effective": lambda layer: f"{layer.effective_rank:.2f}",
+    "rows": lambda layer: f"{layer.row_overlap:.3f}",
+    "columns": lambda layer: f"{layer.column_overlap:.3f}",
+    "random": lambda layer: f"{layer.random_overlap[0]:.3f}",
+    "amplified": lambda layer: f"{layer.amplification:.2f}",
+}
 
 
 def format_spectrum(runs: Mapping[str, Sequence[LayerSpectrum]]) -> str:
     """A table per run and, after the last, how to read it."""
-    parts = [f"{printable(name)}\n{text_table(COLUMNS, spectrum_rows(layers))}" for name, layers in runs.items()]
+    tables = {name: spectrum_table(layers) for name, layers in runs.items()}
+    parts = [f"{printable(name)}\n{text_table(table.columns, table.rows)}" for name, table in tables.items()]
     return "\n\n".join([*parts, HOW_TO_READ])
 
 
 def spectrum_table(layers: Sequence[LayerSpectrum]) -> Table:
-    """The same for a page."""
-    return Table("Spectrum in numbers", COLUMNS, spectrum_rows(layers), HOW_TO_READ)
+    """The numbers of a run's layers, a line each."""
+    rows = [[cell(layer) for cell in COLUMNS.values()] for layer in layers]
+    return Table("Spectrum in numbers", list(COLUMNS), rows, HOW_TO_READ)
 
 
 def spectrum_figure(runs: Mapping[str, Sequence[LayerSpectrum]], path: str | Path) -> bool:

@@ -1,15 +1,15 @@
-"""Charts and tables for the report page as HTML and inline SVG: no script, no outside file,
-every string escaped.
+"""Charts and tables for the report page as HTML and inline SVG: no script, every string escaped.
 
-Colours are CSS variables (see page.css), so that a chart follows the reader's light
-or dark setting.
+Colours are CSS variables (see page.css), so a chart follows the reader's light or dark setting.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from html import escape as html_escape
+from pathlib import Path
 
-from minilora.report.curves import PANELS, Records, panel
+from minilora.report.curves import PANELS, Records, curve, read_metrics
+from minilora.report.tables import is_number
 from minilora.textfiles import printable
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 240, 52, 10, 12, 34
@@ -22,8 +22,7 @@ def escape(text: object) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) between low and high, about
-    `count` of them."""
+    """About `count` round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
@@ -59,18 +58,17 @@ def line_chart(
             parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:.4g}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">epoch</text>' if whole_x else "")
     for label, colour, dashed, x, y in series:
+        shade = f"c{colour % SERIES_COLOURS}"
         points = [place(a, b) for a, b in zip(x, y, strict=True)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        look = f'class="line c{colour % SERIES_COLOURS}{" dash" if dashed else ""}"'
+        look = f'class="line {shade}{" dash" if dashed else ""}"'
         parts.append(f'<polyline {look} points="{line}"><title>{escape(label)}</title></polyline>')
         if len(points) <= 12:
-            parts += [
-                f'<circle class="dot c{colour % SERIES_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points
-            ]
+            parts += [f'<circle class="dot {shade}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points]
         ring = marked[colour] if marked and not dashed else None
         if ring in x:
             a, b = points[x.index(ring)]
-            parts.append(f'<circle class="ring c{colour % SERIES_COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="6"/>')
+            parts.append(f'<circle class="ring {shade}" cx="{a:.1f}" cy="{b:.1f}" r="6"/>')
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>"
 
@@ -81,15 +79,16 @@ def _range(values: list[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def curves_html(runs: dict[str, Records], best: Mapping[str, int] | None = None) -> str:
-    """{run: records of metrics.jsonl} -> loss, accuracy and learning rate side by side,
-    with one legend; best: {run: its best epoch}, which gets a ring."""
+def curves_html(runs: Mapping[str, str | Path | Records], best: Mapping[str, int] | None = None) -> str:
+    """{run: metrics.jsonl or its records} -> loss, accuracy and learning rate side by side, with
+    one legend; best: {run: its best epoch}, which gets a ring."""
+    found = {name: read_metrics(source) for name, source in runs.items()}
     marked = [(best or {}).get(name) for name in runs]
     charts = []
-    for title, keys in PANELS.items():
+    for title, (scale, keys) in PANELS.items():
         series = [
-            (f"{name}: {key}", number, dashed, *panel(title, records, key))
-            for number, (name, records) in enumerate(runs.items())
+            (f"{name}: {key}", number, dashed, *curve(records, key, scale))
+            for number, (name, records) in enumerate(found.items())
             for key, dashed in keys
         ]
         charts.append(line_chart(title, series, marked=marked if title != "learning rate" else ()))
@@ -106,8 +105,7 @@ def curves_html(runs: dict[str, Records], best: Mapping[str, int] | None = None)
 
 
 def bars_html(rows: Sequence[tuple[str, float, str]], top: float | None = None) -> str:
-    """Horizontal bars: (label, value, text at the end). `top` is full length, by default
-    the largest value."""
+    """Horizontal bars: (label, value, text at the end); `top`, else the largest, is full length."""
     top = top or max([value for _, value, _ in rows] or [0]) or 1.0
     lines = [
         f'<div class="bar"><span class="name" title="{escape(label)}">{escape(label)}</span>'
@@ -119,11 +117,10 @@ def bars_html(rows: Sequence[tuple[str, float, str]], top: float | None = None) 
 
 
 def table_html(titles: Sequence, rows: Sequence[Sequence], best: int | None = None) -> str:
-    """A table in a frame that scrolls sideways by itself; columns of numbers stand right; `best`:
-    the row that stands out."""
+    """A table that scrolls by itself, numbers to the right; `best`: the row that stands out."""
     cells = [[str(cell) for cell in row] for row in rows]
-    right = [bool(cells) and all(_number(row[i]) for row in cells) for i in range(len(titles))]
-    kind = [' class="n"' if is_number else "" for is_number in right]
+    right = [bool(cells) and all(is_number(row[i]) for row in cells) for i in range(len(titles))]
+    kind = [' class="n"' * numbers for numbers in right]
     head = "".join(f"<th{k}>{escape(str(title))}</th>" for k, title in zip(kind, titles, strict=True))
     body = "".join(
         f"<tr{' class=best' * (i == best)}>"
@@ -153,7 +150,3 @@ def heat_table_html(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> 
         body.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
     parts = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     return f'<div class="wide"><table class="heat">{parts}</table></div>'
-
-
-def _number(cell: str) -> bool:
-    return not cell or cell.lstrip("+-−")[:1].isdigit()

@@ -76,8 +76,7 @@ class RunGroup:
 
 
 def group_runs(rows: Sequence[RunRow]) -> list[RunGroup]:
-    """Runs gathered by (group, mode), in order of first appearance; rows without a
-    group stand alone."""
+    """Runs gathered by (group, mode), in order of appearance; rows without a group stand alone."""
     groups: dict[tuple, RunGroup] = {}
     for number, row in enumerate(rows):
         key = (row.group, row.mode) if row.group else (number,)
@@ -168,7 +167,7 @@ def text_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
     cells = [[printable(cell) for cell in row] for row in rows]
     lines = [[printable(title) for title in titles], *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-    left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
+    left = [i == 0 or not all(is_number(row[i]) for row in cells) for i in range(len(titles))]
     out = [
         "  ".join(c.ljust(w) if go else c.rjust(w) for c, w, go in zip(line, widths, left, strict=True)).rstrip()
         for line in lines
@@ -179,10 +178,11 @@ def text_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
 def markdown_table(titles: Sequence, rows: Sequence[Sequence]) -> str:
     """The same cells as a Markdown table; a `|` inside a cell is escaped."""
     cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
-    left = [i == 0 or not all(_numeric(row[i]) for row in cells) for i in range(len(titles))]
+    left = [i == 0 or not all(is_number(row[i]) for row in cells) for i in range(len(titles))]
     rule = "|" + "|".join("---" if go else "---:" for go in left) + "|"
     return "\n".join(["| " + " | ".join(map(str, titles)) + " |", rule, *("| " + " | ".join(r) + " |" for r in cells)])
 
 
-def _numeric(cell: str) -> bool:
-    return not cell or cell.lstrip("+-")[:1].isdigit()
+def is_number(cell: str) -> bool:
+    """Whether a cell begins as a number does, or is empty."""
+    return not cell or cell.lstrip("+-−")[:1].isdigit()

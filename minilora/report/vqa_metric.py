@@ -52,8 +52,7 @@ you'll you're you've
 def _contractions() -> dict[str, str]:
     """The reference's table of 120 entries: {word with one apostrophe missing: right spelling}.
 
-    Its four keys with a capital I never apply, because words are lower-cased first:
-    "im" stays "im".
+    Its four keys with a capital I never apply, as words are lower-cased first: "im" stays "im".
     """
     table = {}
     for word in _SPELLED:
@@ -68,11 +67,7 @@ CONTRACTIONS = _contractions()
 def strip_punctuation(text: str) -> str:
     """Each punctuation mark becomes a space, or vanishes if anywhere in `text` it touches a space
     or if some comma stands between digits ("1,000"); then the periods that no digit follows vanish,
-    the first 32 of them.
-
-    The limit is the reference's slip: it passes re.UNICODE, which is 32, where re.sub
-    expects a count.
-    """
+    the first 32 of them: the reference passes re.UNICODE, which is 32, where re.sub has a count."""
     out, numeric = text, _comma_in_number.search(text) is not None
     for mark in PUNCTUATION:
         vanishes = numeric or mark + " " in text or " " + mark in text
@@ -81,8 +76,7 @@ def strip_punctuation(text: str) -> str:
 
 
 def map_words(text: str) -> str:
-    """Lower case, number words to digits ("none" to 0 too), no articles, apostrophes back
-    in contractions."""
+    """Lower case, number words to digits ("none" too), no articles, contractions get apostrophes."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -98,8 +92,7 @@ def _one_line(text: str) -> str:
 
 
 def leave_one_out(matches: int, answers: int = ANSWERS) -> float:
-    """Mean over the people of min(1, matches among the others / 3); k of ten: 0, .3,
-    .6, .9, 1, 1 ..."""
+    """Mean over people of min(1, matches among the others / 3); k of ten: 0, .3, .6, .9, 1 ..."""
     agreeing = matches * min(1.0, (matches - 1) / 3)
     return (agreeing + (answers - matches) * min(1.0, matches / 3)) / answers
 
@@ -113,8 +106,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction equals the most common answer (the first one of several), both
-    normalised; else 0."""
+    """1 if the prediction equals the (first) most common answer, both normalised; else 0."""
     common = Counter(map(normalise_answer, answers)).most_common(1)[0][0]
     return float(normalise_answer(prediction) == common)
 
@@ -160,14 +152,10 @@ def _same_questions(predictions: Mapping, ids: Sequence) -> None:
         double = next(i for i, count in Counter(ids).items() if count > 1)
         raise UserError(f"VQA annotations: question_id {double} occurs twice; scores would count it twice")
     missing, extra = set(ids) - set(predictions), set(predictions) - set(ids)
-    if missing or extra:
-        some = ", ".join(map(str, sorted(missing or extra, key=str)[:3]))
-        problem = (
-            f"{len(missing)} questions have no prediction"
-            if missing
-            else f"{len(extra)} predictions have no annotation"
-        )
-        raise UserError(f"VQA results must cover exactly the annotated questions: {problem} (such as {some})")
+    for numbers, problem in ((missing, "questions have no prediction"), (extra, "predictions have no annotation")):
+        if numbers:
+            such = f"{len(numbers)} {problem} (such as {', '.join(sorted(map(str, numbers))[:3])})"
+            raise UserError(f"VQA results must cover exactly the annotated questions: {such}")
 
 
 def _groups(annotations: Sequence[Mapping], key: str, per_question: Mapping) -> dict[str, list[float]]:
