@@ -53,38 +53,38 @@ def first_line(message: str) -> str:
     return next((line.strip() for line in message.splitlines() if line.strip()), "no reason given")[:200]
 
 
+def reason(error: Exception, device: torch.device, batch_size: int) -> str | None:
+    """What an error of torch means for a run and what to try, None for one that is not known."""
+    message = str(error)
+    if isinstance(error, ValueError):
+        few = "more than 1 value per channel" in message
+        return "BatchNorm needs two items in a batch at least; try --batch-size 2" if few else None
+    if isinstance(error, torch.OutOfMemoryError) or any(text in message for text in OUT_OF_MEMORY):
+        return (
+            f"out of memory on {device} with batch size {batch_size}, peak {peak_memory_mb(device):.0f} MiB. Try "
+            f"--batch-size {max(1, batch_size // 2)} with --grad-accum-steps 2, --amp bf16 or --grad-checkpointing"
+        )
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return (
+            f"--compile failed: {first_line(message)}. On a CPU it needs a C++ compiler: g++, or one named by the "
+            "variable CXX; without --compile the run works the same"
+        )
+    if "deterministic" in message and torch.are_deterministic_algorithms_enabled():
+        cause = f"{first_line(message).partition(',')[0]} on {device}"
+        return f"--deterministic: {cause}; without the flag the run works, but gives other bits each time"
+    if world_size() > 1 and any(text in message for text in LOST_PEER):
+        return "another process of this run died, see its own message; --resume continues"
+    return None
+
+
 @contextmanager
 def readable_errors(device: torch.device, batch_size: int, where: Callable[[], str]) -> Iterator[None]:
-    """Turns out-of-memory, a lost process and a failed --compile into a RunError of one line;
-    other errors pass."""
+    """Turns an error that `reason` knows into a RunError of one line; other errors pass."""
     try:
         yield
     except RunError:
         raise
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        if (known := reason(error, device, batch_size)) is None:
             raise
-        raise RunError(f"{where()}: BatchNorm needs two items in a batch at least; try --batch-size 2") from error
-    except RuntimeError as error:
-        message = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or any(text in message for text in OUT_OF_MEMORY):
-            raise RunError(
-                f"{where()}: out of memory on {device} with batch size {batch_size}, peak "
-                f"{peak_memory_mb(device):.0f} MiB. Try --batch-size {max(1, batch_size // 2)} with "
-                "--grad-accum-steps 2, --amp bf16 or --grad-checkpointing"
-            ) from error
-        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise RunError(
-                f"{where()}: --compile failed: {first_line(message)}. On a CPU it needs a C++ compiler: g++, or "
-                "one named by the variable CXX; without --compile the run works the same"
-            ) from error
-        if "deterministic" in message and torch.are_deterministic_algorithms_enabled():
-            raise RunError(
-                f"{where()}: --deterministic: {first_line(message).partition(',')[0]} on {device}; without the flag "
-                "the run works, but gives other bits each time"
-            ) from error
-        if world_size() > 1 and any(text in message for text in LOST_PEER):
-            raise RunError(
-                f"{where()}: another process of this run died, see its own message; --resume continues"
-            ) from error
-        raise
+        raise RunError(f"{where()}: {known}") from error
