@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,11 +60,10 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
-    """Write tensors, atomically, in the safetensors format
-    (https://github.com/huggingface/safetensors)."""
+def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors, atomically, as safetensors (https://github.com/huggingface/safetensors)."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(whole, metadata={"format": "pt", **(metadata or {})}))
+    atomic_write(path, save(whole, metadata={"format": "pt"}))
 
 
 def write_png(path: str | Path, image: Image.Image) -> None:
@@ -75,6 +73,6 @@ def write_png(path: str | Path, image: Image.Image) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def write_json(path: str | Path, value, default: Callable | None = None) -> None:
+def write_json(path: str | Path, value) -> None:
     """Write a value as indented json, atomically."""
-    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n")
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -40,8 +40,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def read_text(path: str | Path, limit: int = SMALL, encoding: str = "utf-8-sig") -> str:
-    """The text of a file in UTF-8, with or without a byte order mark; UserError names the first
-    byte that is none."""
+    """The text of a file in UTF-8, byte order mark or none; UserError names the first bad byte."""
     try:
         return read_bytes(path, limit).decode(encoding)
     except UnicodeDecodeError as error:
@@ -91,16 +90,13 @@ def encodable(text: str) -> str:
 def csv_text(rows: Iterable[Sequence], guard: bool = True) -> str:
     """Rows as csv. guard: a text that a spreadsheet would run as a formula gets an apostrophe in
     front, which `from_cell` takes away again."""
-    return "".join(",".join(_quoted(_cell(value, guard)) for value in row) + "\n" for row in rows)
+    return "".join(",".join(_cell(value, guard) for value in row) + "\n" for row in rows)
 
 
 def _cell(value: object, guard: bool) -> str:
     text = encodable(str(value))
-    runs = guard and isinstance(value, str) and FORMULA.match(text) and not NUMBER.fullmatch(text)
-    return f"'{text}" if runs else text
-
-
-def _quoted(text: str) -> str:
+    if guard and isinstance(value, str) and FORMULA.match(text) and not NUMBER.fullmatch(text):
+        text = f"'{text}"
     return '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
 
 

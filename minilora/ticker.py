@@ -37,7 +37,14 @@ def through(items: Iterable[T], title: str, total: int | None = None) -> Iterato
                 yield item
                 bar.update()
     else:
-        yield from lines(items, title, total)
+        started = told = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            if now - told >= EVERY and done != total:
+                told, passed = now, now - started
+                left = f" of {total:,}, left {clock(passed / done * (total - done))}" if total else ""
+                print(f"{title}: {done:,}{left} after {clock(passed)}", file=sys.stderr, flush=True)
 
 
 def terminal_bar(title: str, total: int | None):
@@ -49,14 +56,3 @@ def terminal_bar(title: str, total: int | None):
     except ImportError:
         return None
     return tqdm(total=total, desc=title, leave=False, dynamic_ncols=True)
-
-
-def lines(items: Iterable[T], title: str, total: int | None) -> Iterator[T]:
-    started = told = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - told >= EVERY and done != total:
-            told, passed = now, now - started
-            left = f" of {total:,}, left {clock(passed / done * (total - done))}" if total else ""
-            print(f"{title}: {done:,}{left} after {clock(passed)}", file=sys.stderr, flush=True)

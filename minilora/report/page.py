@@ -62,7 +62,6 @@ class ReportData:
     title: str
     subtitle: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
-    notes: Sequence[str] = ()
     scores: Sequence[tuple[str, str, str]] = ()
     runs: Sequence[RunRow] = ()
     curves: Mapping[str, object] = field(default_factory=dict)
@@ -118,13 +117,12 @@ def render_report(data: ReportData) -> str:
         links += f"<nav>{whose}" + "".join(f'<a href="#{at}">{escape(title)}</a>' for at, (title, _) in places.items())
         links += "</nav>"
         body += "".join(f'<h2 id="{at}">{escape(title)}{whose}</h2>{html}' for at, (title, html) in places.items())
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in data.notes)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(data.title)}</title><style>{STYLE}</style></head><body>"
         f'<h1>{escape(data.title)}</h1><p class="sub">{escape(data.subtitle)}</p>'
-        f"{sections.facts(data.facts)}{notes}{links}{body}</body></html>\n"
+        f"{sections.facts(data.facts)}{links}{body}</body></html>\n"
     )
 
 

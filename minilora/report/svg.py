@@ -31,13 +31,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(
-    title: str,
-    series: Sequence[tuple[str, int, bool, list[float], list[float]]],
-    whole_x: bool = True,
-    marked: Sequence[float | None] = (),
+    title: str, series: Sequence[tuple[str, int, bool, list[float], list[float]]], marked: Sequence[float | None] = ()
 ) -> str:
-    """series: (label, colour number, dashed, xs, ys). A figure with axes, lines and a dot on
-    each of few points; marked: the x of a ring on each whole line, by its colour number."""
+    """series: (label, colour number, dashed, epochs, ys). A figure with axes, lines and a dot on
+    each of few points; marked: the epoch of a ring on each whole line, by its colour number."""
     series = [line for line in series if line[3]]
     if not series:
         return ""
@@ -54,9 +51,9 @@ def line_chart(
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(x0, x1, 6):
-        if not whole_x or x == round(x):
+        if x == round(x):
             parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:.4g}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">epoch</text>' if whole_x else "")
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">epoch</text>')
     for label, colour, dashed, x, y in series:
         shade = f"c{colour % SERIES_COLOURS}"
         points = [place(a, b) for a, b in zip(x, y, strict=True)]

@@ -123,6 +123,7 @@ COLUMNS = {
     "F1 %": ("f1", _percent),
     "recall %": ("recall", _percent),
     "precision %": ("precision", _percent),
+    "metric": ("metric", lambda group, key: group.first.metric),
 }
 COMPARISON = ("run", "model", "mode", "data", "epochs", "trainable", "accuracy %", "balanced %", "test accuracy %")
 COMPARISON += ("seconds", "peak memory MB", "file MB")
@@ -132,21 +133,15 @@ LOSSES = ("run", "train loss", "eval loss", "train accuracy %", "F1 %", "recall 
 
 
 def comparison_cells(rows: Sequence[RunRow], columns: Sequence[str] = COMPARISON) -> tuple[list[str], list[list[str]]]:
-    """(titles, cells) with one line per group of equal configuration; columns that no run
-    fills are left out.
-
-    The column "accuracy %" is headed by the metric's own name where the runs agree on another one.
-    """
-    groups = group_runs(rows)
-    lines = [[COLUMNS[title][1](group, COLUMNS[title][0]) for title in columns] for group in groups]
-    used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
+    """(titles, cells), a line per group of equal configuration, without columns that no run fills;
+    "accuracy %" is headed by the metric's own name where the runs agree on another one."""
     metrics = {row.metric for row in rows}
+    if len(metrics) > 1:  # in one column: say which is which
+        columns = [*columns, "metric"]
     metric = metrics.pop() if len(metrics) == 1 else "accuracy"
+    lines = [[COLUMNS[title][1](group, COLUMNS[title][0]) for title in columns] for group in group_runs(rows)]
+    used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
     titles = [f"{metric} %" if columns[i] == "accuracy %" else columns[i] for i in used]
-    if len(metrics) > 0:  # different metrics in one column: say which is which
-        titles.append("metric")
-        lines = [[*line, group.first.metric] for line, group in zip(lines, groups, strict=True)]
-        used.append(len(columns))
     return titles, [[line[i] for i in used] for line in lines]
 
 
@@ -156,8 +151,7 @@ def by_data(rows: Sequence[RunRow]) -> dict[str, list[RunRow]]:
 
 
 def comparison_table(rows: Sequence[RunRow], markdown: bool = False, columns: Sequence[str] = COMPARISON) -> str:
-    """Several runs side by side, a table for each data set; accuracy is mean ± sample standard
-    deviation over seeds."""
+    """Runs side by side, a table per data set; mean ± sample standard deviation over seeds."""
     table = markdown_table if markdown else text_table
     return "\n\n".join(table(*comparison_cells(some, columns)) for some in by_data(rows).values())
 

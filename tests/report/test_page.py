@@ -55,7 +55,6 @@ def full_data():
         subtitle=EVIL,
         facts={EVIL: EVIL},
         scores=[(EVIL, EVIL, EVIL)],
-        notes=[EVIL],
         runs=[RunRow(EVIL, "lora", "g", s, accuracy=0.8 + s / 100, seconds=2.0) for s in range(3)],
         curves={EVIL: records},
         metrics=classification_metrics([0, 1, 1, 0], [0, 1, 0, 1], [EVIL, "cat"]),
