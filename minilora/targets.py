@@ -88,8 +88,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def ends(name: str, suffix: str) -> bool:
-    """Whether a dotted name is `suffix` or ends with it: a.q_proj has the end q_proj, but a.xq_proj
-    does not have it."""
+    """Whether a dotted name is `suffix` or ends with it: a.q_proj ends in q_proj, a.xq_proj not."""
     return name == suffix or name.endswith("." + suffix)
 
 

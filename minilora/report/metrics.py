@@ -139,8 +139,7 @@ def headline(metrics: dict) -> list[str]:
 
 
 def format_metrics(metrics: dict, per_class: int = 50, parts: Sequence[str] = ()) -> str:
-    """The metrics as text: `parts` (`headline`, where there are none) in a line, then a table of
-    the classes, of many the `per_class` weakest."""
+    """`parts` (else `headline`) in a line, then a table of the classes, of many the weakest."""
     head = " | ".join(parts or headline(metrics))
     if metrics["unlabelled"]:
         head += f" | {metrics['unlabelled']} without a label, left out"

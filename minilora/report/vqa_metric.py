@@ -76,7 +76,7 @@ def strip_punctuation(text: str) -> str:
 
 
 def map_words(text: str) -> str:
-    """Lower case, number words to digits ("none" too), no articles, contractions get apostrophes."""
+    """Lower case, number words to digits ("none" too), no articles, contractions set right."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -92,7 +92,7 @@ def _one_line(text: str) -> str:
 
 
 def leave_one_out(matches: int, answers: int = ANSWERS) -> float:
-    """Mean over people of min(1, matches among the others / 3); k of ten: 0, .3, .6, .9, 1 ..."""
+    """Mean of min(1, matches among the others / 3) over people; k of ten: 0, .3, .6, .9, 1 ..."""
     agreeing = matches * min(1.0, (matches - 1) / 3)
     return (agreeing + (answers - matches) * min(1.0, matches / 3)) / answers
 

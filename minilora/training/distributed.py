@@ -45,8 +45,7 @@ def is_main() -> bool:
 
 
 def start(device: str | torch.device) -> torch.device:
-    """Joins the group of torchrun's environment, nccl on GPUs, gloo on CPUs; returns
-    this rank's device."""
+    """Joins torchrun's group, nccl on GPUs, gloo on CPUs; returns this rank's device."""
     device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return device
@@ -93,11 +92,8 @@ def gather_objects(value: object) -> list:
 
 
 def gathered(batches: list[list[int]], answer: Callable[[list[list[int]]], Iterable[np.ndarray]]) -> list[np.ndarray]:
-    """The columns that `answer` makes of batches of item numbers, in the order of the items.
-
-    Each process answers its share of the batches, and all get the whole. answer: some of the
-    batches -> columns (rows, ...), one row per item as the items come.
-    """
+    """The columns that `answer` makes of batches of item numbers, in the order of the items; each
+    process answers its share. answer: batches -> columns (rows, ...), a row per item in order."""
     mine = batches[rank() :: world_size()]
     shares = gather_objects(tuple(answer(mine)) if mine else None)
     order = [batch for r in range(len(shares)) for batch in batches[r :: len(shares)]]
@@ -130,8 +126,7 @@ class TaskLoss(nn.Module):
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """Averages gradients over the processes in the backward pass; a lone process gets
-    its module back."""
+    """Averages gradients over the processes in backward; a lone process gets its module back."""
     if not dist.is_initialized():
         return module
     # torch 2.15 renamed broadcast_buffers
@@ -141,8 +136,7 @@ def wrap(module: nn.Module) -> nn.Module:
 
 
 def no_sync(module: nn.Module, wait: bool) -> AbstractContextManager:
-    """While `wait`, gradients are only added up here; the microbatch that ends the step
-    exchanges the sum."""
+    """While `wait`, gradients are only added up; a step's last microbatch exchanges the sum."""
     return module.no_sync() if wait and isinstance(module, DistributedDataParallel) else nullcontext()
 
 

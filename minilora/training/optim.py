@@ -1,5 +1,4 @@
-"""What changes the weights: parameter groups, the optimizer, the learning-rate schedule and
-the gradient norm.
+"""What changes the weights: parameter groups, optimizer, learning-rate schedule, gradient norm.
 
 The learning rate of optimizer step s is `group lr * factor(s)`. For linear, cosine and constant the
 factor is a closed-form function of s, so nothing about it has to be stored; plateau alone has a
@@ -49,8 +48,7 @@ def parameter_groups(
     model: nn.Module, lr: float, head_lr: float | None, weight_decay: float, lora_plus: float = 1
 ) -> list[dict]:
     """Matrices decay, vectors (biases, norms) do not; the head may have its own rate, and every
-    lora_B has `lora_plus` times that of lora_A (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
-    """
+    lora_B has `lora_plus` times that of lora_A (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
     heads = tuple(f"{name}." for name in getattr(model, "head_modules", ()))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
@@ -81,8 +79,7 @@ def build_optimizer(
 
 
 def schedule_factor(sched: str, step: int, total: int, warmup: int) -> float:
-    """Factor of the learning rate at optimizer step `step` = 0 .. total-1, after a linear warm-up
-    of `warmup` steps.
+    """Factor of the learning rate at step 0 .. total-1, after a linear warm-up of `warmup` steps.
 
     warm-up (s + 1) / w     linear (t - s) / (t - w)     cosine (1 + cos(pi (s - w) / (t - w))) / 2
     """
@@ -95,8 +92,7 @@ def schedule_factor(sched: str, step: int, total: int, warmup: int) -> float:
 
 @dataclass
 class Plateau:
-    """Halves the rate after more than `patience` epochs without a validation loss at least .01 %
-    below the best."""
+    """Halves the rate after more than `patience` epochs without a loss .01 % below the best."""
 
     factor: float = 1.0
     best: float | None = None
@@ -121,13 +117,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm over all gradients, () on their device: one number that also says
-    whether all are finite."""
+    """The 2-norm over all gradients, () on their device, which also says whether all are finite."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
-    """Scales all gradients by max_norm / norm where a finite norm is larger than
-    max_norm; 0 = never."""
+    """Scales all gradients by max_norm / norm where a finite norm is larger; 0 = never."""
     if 0 < max_norm < norm < math.inf:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], max_norm / norm)

@@ -1,6 +1,4 @@
-"""What a run tells people while it goes: greppable lines, train.log, a bar on a
-terminal, metrics.jsonl.
-"""
+"""What a run tells people while it goes: greppable lines, train.log, a bar, metrics.jsonl."""
 
 import json
 import math
@@ -56,8 +54,7 @@ def resumed_line(run: Any) -> str:
 
 
 class Progress:
-    """Lines for rank 0 (the others stay silent): to the screen, and to train.log of
-    the run directory.
+    """Lines for rank 0 (the others stay silent): to the screen, and to train.log of the run.
 
     On a terminal with tqdm installed the steps move a bar instead of printing lines. No colour is
     ever used, so NO_COLOR has nothing to switch off.
@@ -96,8 +93,7 @@ class Progress:
             self.board = Board(self.run_dir, state.step + 1)
 
     def step(self, state: TrainState, total_steps: int) -> None:
-        """After an optimizer step: takes the time; every log_interval-th time logs
-        how the run does."""
+        """After an optimizer step: takes the time; every log_interval-th one is logged."""
         self.steps += 1
         elapsed = time.perf_counter() - self.started
         state.seconds = self.before + elapsed

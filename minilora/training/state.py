@@ -43,8 +43,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict) -> "TrainState":
-        """The state of which asdict() made `values`; ValueError, KeyError or TypeError
-        for something else."""
+        """The state that asdict() made `values` of; else ValueError, KeyError or TypeError."""
         own = {name: values[name] for name in cls.__dataclass_fields__}
         now = cls(**own | {"plateau": Plateau(**values["plateau"])})
         counts = (now.step, now.epoch, now.position, now.overflows, now.skipped, now.plateau.bad_epochs)
@@ -73,8 +72,7 @@ def better(row: dict, best: dict | None, metric: str) -> bool:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed per (run, optimizer step, process); hashed, as torch's CPU generator reads
-    only 32 bits of it."""
+    """A seed per (run, step, process); hashed, as torch's CPU generator reads only 32 bits."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -113,16 +111,14 @@ def load_model_tensors(model: nn.Module, saved: dict[str, Tensor], where: str) -
 
 
 def refuse_nonfinite(tensors: dict[str, Tensor], what: str) -> None:
-    """RunError naming the first tensor that holds a NaN or an infinity: such a file
-    is worth nothing."""
+    """RunError naming the first tensor with a NaN or an infinity: such a file is worth nothing."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise RunError(f"{name} holds NaN or infinity; {what} is not written. Try a smaller --lr or --clip-grad 1")
 
 
 def tensors_sha256(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> str:
-    """One digest of names and bits, sorted by name (or those of `names`, as they come):
-    equal for equal runs."""
+    """One digest of names and bits, sorted by name (or as in `names`): equal for equal runs."""
     digest = hashlib.sha256()
     for name in sorted(tensors) if names is None else names:
         digest.update(name.encode())
