@@ -120,7 +120,7 @@ def pictures_of(part: Split | VQAPart) -> Sequence:
 def items(part: Split | VQAPart) -> list[tuple[str, str]]:
     """(path of the picture, words of the question) of each row."""
     pictures = pictures_of(part)
-    root = os.path.realpath(getattr(pictures, "root", getattr(pictures, "folder", "")))
+    root = os.path.realpath(getattr(pictures, "root", ""))
     paths = [os.path.join(root, pictures[i].path) for i in range(len(pictures))]
     return [(paths[q.picture], q.text) for q in part.questions] if pictures is not part else [(p, "") for p in paths]
 

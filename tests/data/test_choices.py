@@ -9,7 +9,7 @@ import torch
 
 from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.loader import make_loader, train_keys
+from minilora.data.pictures.loader import make_loader
 from minilora.data.questions.choice_batches import ChoiceDataset, Tokens, choice_collate, collate_choices, shared_size
 from minilora.data.questions.choices import LETTERS
 from minilora.data.questions.visual7w import results
@@ -228,7 +228,7 @@ def test_a_batch_holds_each_picture_once_and_pads_to_its_longest_text(tmp_path):
 def test_workers_give_the_same_bits_and_augmentation_follows_picture_and_epoch(tmp_path):
     data = dataset(write_scpc(tmp_path), augment="basic", seed=4)
     pickle.dumps((data, choice_collate(0)))  # as a spawned worker gets it
-    keys = train_keys([[0, 1, 2], [3, 4, 5]], 1)
+    keys = [[(1, 0), (1, 1), (1, 2)], [(1, 3), (1, 4), (1, 5)]]
     here, there = (list(make_loader(data, keys, workers, choice_collate(0))) for workers in (0, 1))
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "input_ids", "picture", "index"))

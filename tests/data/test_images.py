@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from minilora.data.pictures.images import MAX_PIXELS, PNG, BadImage, open_image
-from minilora.data.pictures.transforms import build_transform, to_uint8
+from minilora.data.pictures.transforms import Resize, build_transform
 from minilora.errors import UserError
 
 RED = (255, 0, 0)
@@ -166,7 +166,7 @@ def test_any_size_becomes_the_square_that_the_model_wants(size, resize):
     for augment in ("none", "basic", "rand"):
         x = build_transform(preprocess, augment)(image)
         assert x.shape == (3, 32, 32) and x.dtype == torch.float32
-    pixels = to_uint8(preprocess)(image)
+    pixels = Resize(preprocess)(image)
     assert pixels.dtype == torch.uint8 and (pixels == torch.tensor([51, 102, 204]).view(3, 1, 1)).all()
     expected = (torch.tensor([51, 102, 204]) / 255 - torch.tensor(PREPROCESS["mean"])) / 0.2
     assert torch.allclose(build_transform(preprocess)(image)[:, 5, 5], expected, atol=1e-6)
@@ -175,7 +175,7 @@ def test_any_size_becomes_the_square_that_the_model_wants(size, resize):
 @pytest.mark.parametrize("size", [(50, 37), (37, 50), (64, 64), (300, 201), (101, 333)])
 def test_shortest_edge_and_centre_crop_equal_torchvision(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
-    ours = to_uint8(PREPROCESS | {"resize": "shortest", "resize_to": 37})(image)
+    ours = Resize(PREPROCESS | {"resize": "shortest", "resize_to": 37})(image)
     bicubic = v2.InterpolationMode.BICUBIC
     theirs = v2.Compose([v2.Resize(37, interpolation=bicubic), v2.CenterCrop(32), v2.PILToTensor()])(image)
     assert torch.equal(ours, theirs)

@@ -9,7 +9,7 @@ from PIL import Image
 from minilora.data.generated.shapes import classification_splits
 from minilora.data.pictures.folder import Sample, Split
 from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.loader import PictureDataset, collate, epoch_order, in_order, make_loader, mix, train_keys
+from minilora.data.pictures.loader import PictureDataset, collate, epoch_order, in_order, make_loader, mix
 
 PREPROCESS = {"image_size": 24, "resize": "squash", "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -20,6 +20,11 @@ def shapes(augment="rand", seed=0):
 
 def images(dataset, batches, **options):
     return torch.cat([batch["image"] for batch in make_loader(dataset, batches, **options)])
+
+
+def augmented(batches, epoch):
+    """The keys of augmented items."""
+    return [[(epoch, i) for i in batch] for batch in batches]
 
 
 @pytest.fixture
@@ -54,13 +59,13 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(augment):
 
 def test_loading_takes_nothing_from_the_random_numbers_of_the_model():
     state = torch.get_rng_state()
-    images(shapes(), train_keys(epoch_order(24, 8, 0, 0), 0))
+    images(shapes(), augmented(epoch_order(24, 8, 0, 0), 0))
     images(shapes(), in_order(24, 8), workers=1)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_workers_and_a_resumed_epoch_give_the_same_bits():
-    keys = train_keys(epoch_order(24, 5, 0, 1), 1)
+    keys = augmented(epoch_order(24, 5, 0, 1), 1)
     plain = images(shapes(), keys)
     assert torch.equal(plain, images(shapes(), keys, workers=2))
     assert torch.equal(plain[10:], images(shapes(), keys[2:], workers=1))

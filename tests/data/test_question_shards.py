@@ -8,7 +8,7 @@ import torch
 
 from minilora.commands.shards import main
 from minilora.data.pictures.images import BadImage
-from minilora.data.shards.files import ShardPictures
+from minilora.data.shards.files import ShardSplit
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.tasks import build_task
@@ -133,4 +133,4 @@ def test_a_broken_picture_ends_the_writing_or_is_left_out(source, tmp_path):
         write(source, tmp_path / "one")
     write(source, tmp_path / "two", "--bad-data", "skip")
     task = build_task(Config(**SMALL, data_dir=str(tmp_path / "two")))
-    assert len(task.data["train"]) == 27 and isinstance(task.splits.train.pictures, ShardPictures)
+    assert len(task.data["train"]) == 27 and isinstance(task.splits.train.pictures, ShardSplit)

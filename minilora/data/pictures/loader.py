@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from minilora.data import workers as processes
 from minilora.data.pictures.folder import Split
 from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.transforms import Stored, build_transform
+from minilora.data.pictures.transforms import Normalise, build_transform, to_tensor
 from minilora.data.workers import in_workers
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures kept in memory, per process
@@ -90,60 +91,52 @@ class Pictures:
         return image
 
 
-class PictureTensors:
+class PictureTensors(Dataset):
     """The pictures of a split as the model wants them, plain or augmented for an epoch.
 
-    A broken picture raises BadImage (bad_data "error") or is None (bad_data "skip"). Pictures of
-    shards were resized before they were stored.
+    A broken picture raises BadImage (bad_data "error") or is zeros, the mean colour (bad_data
+    "skip"). Pictures of shards were resized before they were stored.
     """
 
-    def __init__(self, split: Sequence, preprocess: dict, augment: str, seed: int, bad_data: str):
-        self.pictures, self.seed, self.bad_data = Pictures(split), seed, bad_data
+    def __init__(
+        self, split: Sequence, preprocess: dict, augment: str = "none", seed: int = 0, bad_data: str = "error"
+    ):
+        self.split, self.pictures, self.seed, self.bad_data = split, Pictures(split), seed, bad_data
         self.size = preprocess["image_size"]
         stored = getattr(split, "prepared", False)
-        self.plain = Stored(preprocess) if stored else build_transform(preprocess)
+        self.plain = v2.Compose([to_tensor, Normalise(preprocess)]) if stored else build_transform(preprocess)
         self.augmented = self.plain if stored and augment == "none" else build_transform(preprocess, augment)
 
-    def image(self, i: int, epoch: int | None) -> Tensor | None:
-        """Picture i as (3, S, S) float32 normalised; epoch None: not augmented. Of P pictures
-        number p P + i is picture i once more, augmented anew."""
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def image(self, i: int, epoch: int | None) -> tuple[Tensor, bool]:
+        """Picture i as (3, S, S) float32 normalised, and whether it is readable; epoch None: not
+        augmented. Of P pictures number p P + i is picture i once more, augmented anew."""
         try:
             picture = self.pictures[i % len(self.pictures.split)]
         except BadImage:
             if self.bad_data == "error":
                 raise
-            return None
+            return torch.zeros(3, self.size, self.size), False
         if epoch is None:
-            return self.plain(picture)
+            return self.plain(picture), True
         with seeded_cpu(mix(self.seed, epoch, i)):
-            return self.augmented(picture)
-
-    def blank(self) -> Tensor:
-        """In a broken picture's place: zeros, the mean colour."""
-        return torch.zeros(3, self.size, self.size)
+            return self.augmented(picture), True
 
 
-class PictureDataset(PictureTensors, Dataset):
+class PictureDataset(PictureTensors):
     """Pictures with labels. `dataset[i]` is the plain item i, `dataset[(epoch, i)]` the augmented
     one of that epoch.
 
-    An item: image (3, S, S) float32 normalised, label (a Sample's), index, valid. A broken picture
-    raises BadImage (bad_data "error") or becomes zeros with valid False (bad_data "skip"), so that
-    rows never shift.
+    An item: image (3, S, S) float32 normalised, label (a Sample's), index, valid: whether the
+    picture is readable, so that rows never shift.
     """
-
-    def __init__(self, split: Split, preprocess: dict, augment: str = "none", seed: int = 0, bad_data: str = "error"):
-        super().__init__(split, preprocess, augment, seed, bad_data)
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, i = key if isinstance(key, tuple) else (None, key)
-        image = self.image(i, epoch)
-        item = {"label": self.split[i].label, "index": i, "valid": image is not None}
-        return item | {"image": self.blank() if image is None else image}
+        image, valid = self.image(i, epoch)
+        return {"label": self.split[i].label, "index": i, "valid": valid, "image": image}
 
 
 def collate(items: Sequence[dict]) -> dict:
@@ -185,8 +178,3 @@ def make_loader(
 def made(dataset: Dataset, collate_fn: Callable[[Sequence[dict]], dict], batch: Sequence) -> dict:
     """One batch of `make_loader`."""
     return collate_fn([dataset[key] for key in batch])
-
-
-def train_keys(batches: Sequence[Sequence[int]], epoch: int) -> list[list[tuple[int, int]]]:
-    """Batches of indices -> batches of (epoch, index), the keys of augmented items."""
-    return [[(epoch, i) for i in batch] for batch in batches]

@@ -2,7 +2,7 @@
 
 `preprocess` is the dictionary that every model carries: image_size, resize ("squash" to the square,
 or "shortest" edge) to `resize_to`, of which the middle is taken, interpolation, mean, std. Geometry
-runs on the Pillow picture (antialiased); `to_uint8` stops before the normalisation, so that stored
+runs on the Pillow picture (antialiased); `Resize` stops before the normalisation, so that stored
 uint8 pictures and files give the same bits.
 """
 
@@ -38,11 +38,6 @@ def build_transform(preprocess: dict, augment: str = "none") -> Callable[[Image.
     if augment == "rand":
         steps.append(v2.RandAugment())
     return v2.Compose([*steps, to_tensor, Normalise(preprocess)])
-
-
-def to_uint8(preprocess: dict) -> Callable[[Image.Image], Tensor]:
-    """RGB picture -> (3, S, S) uint8: resized, not augmented and not normalised, for shards."""
-    return Resize(preprocess)
 
 
 class Resize:
@@ -81,16 +76,6 @@ class Normalise:
         x = np.multiply(pixels.numpy(), self.scale, dtype=np.float32)
         x += self.shift
         return torch.from_numpy(x)
-
-
-class Stored:
-    """A picture out of a shard, already of the final size -> (3, S, S) float32, normalised."""
-
-    def __init__(self, preprocess: dict):
-        self.normalise = Normalise(preprocess)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(to_tensor(image))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -11,7 +11,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from minilora.data.pictures.loader import PictureTensors
 from minilora.data.questions.choices import ChoiceSplit
@@ -33,12 +32,11 @@ class Tokens:
         return [self.flat[self.starts[k] : self.starts[k + 1]] for k in range(first, first + self.choices)]
 
 
-class ChoiceDataset(PictureTensors, Dataset):
+class ChoiceDataset(PictureTensors):
     """`dataset[i]` is question i, `dataset[(epoch, i)]` with its picture augmented for that epoch.
 
     An item: image (3, S, S) float32 normalised, tokens (C rows), label (place of the right choice,
-    -1 unknown), index, picture, valid. A broken picture raises BadImage (bad_data "error") or is
-    zeros with valid False (bad_data "skip").
+    -1 unknown), index, picture, valid.
     """
 
     def __init__(
@@ -53,10 +51,7 @@ class ChoiceDataset(PictureTensors, Dataset):
         super().__init__(split.pictures, preprocess, augment, seed, bad_data)
         self.split, self.tokens = split, tokens
         # neighbours often ask about the same picture
-        self.last: tuple[object, Tensor | None] = (None, None)
-
-    def __len__(self) -> int:
-        return len(self.split)
+        self.last: tuple[object, tuple[Tensor, bool] | None] = (None, None)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, i = key if isinstance(key, tuple) else (None, key)
@@ -64,14 +59,14 @@ class ChoiceDataset(PictureTensors, Dataset):
         # by picture: its questions see the same crop
         if self.last[0] != (epoch, question.picture):
             self.last = (epoch, question.picture), self.image(question.picture, epoch)
-        image = self.last[1]
+        image, valid = self.last[1]
         return {
-            "image": self.blank() if image is None else image,
+            "image": image,
             "tokens": self.tokens[i],
             "label": question.answer,
             "index": i,
             "picture": question.picture,
-            "valid": image is not None,
+            "valid": valid,
         }
 
 

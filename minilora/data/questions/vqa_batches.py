@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from minilora.data.pictures.loader import PictureTensors, make_loader, mix
 from minilora.data.questions.vqa2 import Question, VQAPart
@@ -60,7 +59,7 @@ class Texts:
         return {"input_ids": ids, "attention_mask": mask}
 
 
-class VQADataset(PictureTensors, Dataset):
+class VQADataset(PictureTensors):
     """A part with its tokens and labels; `dataset[(epoch, numbers)]`: the batch of these questions,
     number p N + i being question i once more, its picture augmented anew.
 
@@ -112,10 +111,8 @@ class VQADataset(PictureTensors, Dataset):
     def images(self, numbers: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
         """(P, 3, S, S) float32 normalised and (P,) bool: readable; zeros, the mean colour,
         where it is not."""
-        made = [self.image(int(j), epoch) for j in numbers]
-        return torch.stack([self.blank() if x is None else x for x in made]), torch.tensor(
-            [x is not None for x in made]
-        )
+        images, readable = zip(*(self.image(int(j), epoch) for j in numbers), strict=True)
+        return torch.stack(images), torch.tensor(readable)
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

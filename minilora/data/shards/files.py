@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.atomic import file_sha256, write_json, write_safetensors
-from minilora.data.pictures.folder import Sample
+from minilora.data.pictures.folder import Sample, Split
 from minilora.errors import UserError
 from minilora.textfiles import read_json
 
@@ -42,25 +43,23 @@ def per_shard(shard_mb: float, picture_bytes: int) -> int:
 
 
 def write_files(
-    folder: Path,
-    plan: dict,
-    shards: Iterable[tuple[str, str, Callable[[], tuple[dict[str, Tensor], dict[str, int]]]]],
-    log: Callable[[str], None],
+    folder: Path, task: str, plan: dict, pictures: dict[str, Sequence[int]], pack: Callable, log: Callable[[str], None]
 ) -> dict:
-    """Write `shards`, each (file, part, function that makes its tensors and counts);
-    returns the index.
+    """Write the `pictures` of each part in shards of plan["made"]["pictures_per_shard"]; returns the
+    index. pack(part, some of them) gives the tensors, the `records` and the counts of one shard.
 
-    plan: what the index says of the whole set. Raises UserError where `folder` holds shards
-    of another plan.
+    plan: what the index says of the whole set. UserError where `folder` holds shards of another.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    index = started(folder, plan)
-    for file, part, make in shards:
+    index, each = started(folder, task, plan), plan["made"]["pictures_per_shard"]
+    for part, start in [(name, k) for name in pictures for k in range(0, len(pictures[name]), each)]:
+        file = f"{part}-{start // each:05d}.safetensors"
         old = index["shards"].get(file)
         if old and (folder / file).is_file() and file_sha256(folder / file) == old["sha256"]:
             continue
-        tensors, counts = make()
-        write_safetensors(folder / file, tensors)
+        tensors, records, counts = pack(part, pictures[part][start : start + each])
+        data = torch.frombuffer(bytearray(json.dumps(records).encode()), dtype=torch.uint8)
+        write_safetensors(folder / file, tensors | {"records": data})
         index["shards"][file] = {"part": part, **counts, "sha256": file_sha256(folder / file)}
         write_json(folder / INDEX, index)
         log(f"wrote {file}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
@@ -69,33 +68,38 @@ def write_files(
     return index
 
 
-def started(folder: Path, plan: dict) -> dict:
+def started(folder: Path, task: str, plan: dict) -> dict:
     """The index to continue: a fresh one, or that of an interrupted call with the same plan."""
     if not is_shards(folder):
-        return plan | {"complete": False, "shards": {}}
-    index = read_index(folder, plan["format"])
+        return {"format": FORMATS[task]} | plan | {"complete": False, "shards": {}}
+    index = read_index(folder, task)
     if differing := [key for key in plan if json.loads(json.dumps(plan[key])) != index.get(key)]:
         raise UserError(f"{folder} holds shards made in another way ({', '.join(differing)}); use an empty folder")
     return index | {"complete": False}
 
 
-def read_index(folder: Path, wanted: str) -> dict:
-    """index.json, checked; UserError where it is damaged or of another format than `wanted`."""
+def read_index(folder: Path, task: str) -> dict:
+    """index.json, checked; UserError where it is damaged or of another task."""
     try:
         index = read_json(folder / INDEX)
         found, sound = index["format"], isinstance(index["shards"], dict)
     except (UserError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX}: damaged ({error}); write the shards again") from None
-    if found != wanted or not sound:
+        raise damaged(folder, error) from None
+    if found != FORMATS[task] or not sound:
         belongs = next((f"; these shards are for --task {t}" for t, name in FORMATS.items() if name == found), "")
-        raise UserError(f"{folder / INDEX}: not an index of {wanted}{belongs}")
+        raise UserError(f"{folder / INDEX}: not an index of {FORMATS[task]}{belongs}")
     return index
 
 
-def checked_files(folder: Path, wanted: str) -> tuple[dict, dict[str, list[str]]]:
+def damaged(folder: Path, what: object) -> UserError:
+    """The error of an index that somebody has changed."""
+    return UserError(f"{folder / INDEX}: damaged ({what}); write the shards again")
+
+
+def checked_files(folder: Path, task: str) -> tuple[dict, dict[str, list[str]]]:
     """(the index, {part: its files}) of a complete set whose sha256s are right; UserError
     names a damaged file."""
-    index = read_index(folder, wanted)
+    index = read_index(folder, task)
     if not index.get("complete"):
         raise UserError(f"{folder}: the shards are incomplete; run the command that writes them again, it continues")
     files: dict[str, list[str]] = {}
@@ -103,18 +107,13 @@ def checked_files(folder: Path, wanted: str) -> tuple[dict, dict[str, list[str]]
         path = folder / file
         named = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("part", "sha256"))
         if not named or Path(file).name != file:
-            raise UserError(f"{folder / INDEX}: damaged (the entry {file!r}); write the shards again")
+            raise damaged(folder, f"the entry {file!r}")
         if not path.is_file():
             raise UserError(f"{path}: this shard is missing; write the shards again, the others are kept")
         if file_sha256(path) != entry["sha256"]:
             raise UserError(f"{path}: this shard is damaged; delete it and write the shards again, the others are kept")
         files.setdefault(entry["part"], []).append(file)
     return index, files
-
-
-def to_records(value: object) -> Tensor:
-    """A JSON value as a tensor of bytes."""
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict:
@@ -138,35 +137,43 @@ def check_geometry(stored: dict, preprocess: dict, directory: str | os.PathLike)
             )
 
 
-class ShardPictures:
-    """The pictures of several shards by number; `load(j)` copies one picture out of
+class ShardSplit(Split):
+    """A Split whose pictures lie in shards, in the model's size; `load(i)` copies one picture out of
     the mapped file."""
 
-    prepared = True  # they have the model's size already
+    prepared = True
 
-    def __init__(self, folder: Path):
-        self.folder, self.paths, self.where = folder, [], []
+    def __init__(self, folder: str | os.PathLike, index: dict):
+        super().__init__((), folder)
+        self.index, self.where, self.sizes = index, [], []
         self.open: dict[tuple[str, str], object] = {}
 
-    def add(self, name: str, paths: Sequence[str]) -> None:
-        self.paths += paths
-        self.where += [(name, k) for k in range(len(paths))]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, j: int) -> Sample:
-        return Sample(self.paths[j], -1)
+    def add(self, file: str, samples: Iterable[Sample], sizes: Iterable[tuple[int, int]] = ()) -> None:
+        """The pictures of one more shard."""
+        rows = list(samples)
+        self.samples += rows
+        self.where += [(file, k) for k in range(len(rows))]
+        self.sizes += sizes
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"open": {}}  # a worker process maps the files itself
 
-    def pixels(self, j: int, tensor: str = "pixels") -> np.ndarray:
+    def pixels(self, i: int, tensor: str = "pixels") -> Tensor:
         """(3, H, W) uint8, a copy."""
-        name, k = self.where[j]
-        if (name, tensor) not in self.open:
-            self.open[name, tensor] = safe_open(self.folder / name, framework="np").get_slice(tensor)
-        return self.open[name, tensor][k]
+        file, k = self.where[i]
+        if (file, tensor) not in self.open:
+            self.open[file, tensor] = safe_open(Path(self.root, file), framework="np").get_slice(tensor)
+        return torch.from_numpy(self.open[file, tensor][k])
 
-    def load(self, j: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self.pixels(j).transpose(1, 2, 0)))
+    def load(self, i: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self.pixels(i).numpy().transpose(1, 2, 0)))
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) of the picture before it was resized; only stored of labelled pictures."""
+        return self.sizes[i]
+
+    def take(self, indices: Iterable[int]) -> ShardSplit:
+        rows, taken = list(indices), copy(self)
+        taken.samples, taken.where = [self.samples[i] for i in rows], [self.where[i] for i in rows]
+        taken.sizes = [self.sizes[i] for i in rows]
+        return taken

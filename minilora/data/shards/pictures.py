@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,20 +29,8 @@ from minilora.data.pictures.batch_augment import draw
 from minilora.data.pictures.folder import PARTS, Sample, Split, Splits
 from minilora.data.pictures.images import BadImage
 from minilora.data.pictures.loader import mix
-from minilora.data.pictures.transforms import resampling, to_tensor, to_uint8
-from minilora.data.shards.files import (
-    FORMATS,
-    INDEX,
-    ShardPictures,
-    checked_files,
-    per_shard,
-    read_arrays,
-    to_records,
-    write_files,
-)
-from minilora.errors import UserError
-
-FORMAT = FORMATS["classify"]
+from minilora.data.pictures.transforms import Resize, resampling, to_tensor
+from minilora.data.shards.files import ShardSplit, checked_files, damaged, per_shard, read_arrays, write_files
 
 
 def write_picture_shards(
@@ -64,26 +50,24 @@ def write_picture_shards(
     the set. A picture that cannot be read raises BadImage, or is left out (bad_data "skip"). Raises
     UserError where `directory` holds shards that were made in another way.
     """
-    parts = {name: getattr(splits, name) for name in PARTS}
+    parts = {name: split for name in PARTS if (split := getattr(splits, name))}
     each = per_shard(shard_mb, 3 * (preprocess["image_size"] ** 2 + wide**2))
-    plan = {"format": FORMAT, "preprocess": preprocess, "made": made | {"pictures_per_shard": each, "wide": wide}}
+    plan = {"preprocess": preprocess, "made": made | {"pictures_per_shard": each, "wide": wide}}
     plan |= {"classes": splits.classes, "keys": splits.keys, "info": splits.info}
-    plan["parts"] = {name: len(split) for name, split in parts.items() if split}
-    shards = []
-    for name, count in plan["parts"].items():
-        side = wide if name == "train" else 0
-        for start in range(0, count, each):
-            rows = range(start, min(start + each, count))
-            make = partial(pack, parts[name], rows, preprocess, side, bad_data)
-            shards.append((f"{name}-{start // each:05d}.safetensors", name, make))
-    return write_files(Path(directory), plan, shards, log)
+    plan["parts"] = {name: len(split) for name, split in parts.items()}
+
+    def packed(name: str, rows: Sequence[int]) -> tuple[dict, list, dict]:
+        return pack(parts[name], rows, preprocess, wide if name == "train" else 0, bad_data)
+
+    rows = {name: range(len(split)) for name, split in parts.items()}
+    return write_files(Path(directory), "classify", plan, rows, packed, log)
 
 
 def pack(
     split: Split, rows: Iterable[int], preprocess: dict, wide: int, bad_data: str
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The tensors of one shard, and how much is in it."""
-    size, resize, resample = preprocess["image_size"], to_uint8(preprocess), resampling(preprocess)
+) -> tuple[dict[str, Tensor], list[list], dict[str, int]]:
+    """The tensors of one shard, what is recorded of each picture, and how much is in it."""
+    size, resize, resample = preprocess["image_size"], Resize(preprocess), resampling(preprocess)
     pixels, wides, records = [], [], []
     for i in rows:
         try:
@@ -95,11 +79,9 @@ def pack(
         pixels.append(resize(picture))
         if wide:
             wides.append(to_tensor(picture.resize((wide, wide), resample)))
-        records.append([split[i].path, split[i].label, picture.width, picture.height])
-    tensors = {"pixels": stacked(pixels, size), "records": to_records(records)}
-    if wide:
-        tensors["wide"] = stacked(wides, wide)
-    return tensors, {"pictures": len(pixels)}
+        records.append([*split[i], picture.width, picture.height])
+    tensors = {"pixels": stacked(pixels, size)} | ({"wide": stacked(wides, wide)} if wide else {})
+    return tensors, records, {"pictures": len(pixels)}
 
 
 def stacked(pictures: Sequence[Tensor], size: int) -> Tensor:
@@ -107,45 +89,20 @@ def stacked(pictures: Sequence[Tensor], size: int) -> Tensor:
     return torch.stack(pictures) if pictures else torch.zeros(0, 3, size, size, dtype=torch.uint8)
 
 
-class ShardSplit(Split):
-    """A Split whose pictures lie in shards. `load(i)` gives them in the model's size."""
-
-    prepared = True
-
-    def __init__(self, samples: Iterable[Sample], store: ShardPictures, numbers: Sequence[int], index: dict):
-        super().__init__(samples, store.folder)
-        self.store, self.numbers, self.index = store, list(numbers), index
-
-    def load(self, i: int) -> Image.Image:
-        return self.store.load(self.numbers[i])
-
-    def pixels(self, i: int, tensor: str = "pixels") -> Tensor:
-        """(3, H, W) uint8."""
-        return torch.from_numpy(self.store.pixels(self.numbers[i], tensor))
-
-    def size(self, i: int) -> tuple[int, int]:
-        """(width, height) of the picture before it was resized."""
-        return self.store.sizes[self.numbers[i]]
-
-    def take(self, indices: Iterable[int]) -> ShardSplit:
-        rows = list(indices)
-        return ShardSplit((self[i] for i in rows), self.store, [self.numbers[i] for i in rows], self.index)
-
-
 def read_picture_shards(directory: str | os.PathLike) -> Splits:
     """What `write_picture_shards` wrote; every shard is checked against its sha256, UserError
     names a damaged one."""
     folder = Path(directory)
-    index, files = checked_files(folder, FORMAT)
-    check_index(index, files, folder / INDEX)
+    index, files = checked_files(folder, "classify")
+    check_index(index, files, folder)
     parts = {part: read_part(folder, names, index) for part, names in files.items()}
     known = {sample.label for part in parts.values() for sample in part}
     if not known <= set(range(-1, len(index["classes"]))):
-        raise UserError(f"{folder / INDEX}: damaged (fewer classes than labels); write the shards again")
+        raise damaged(folder, "fewer classes than labels")
     return Splits(*map(parts.get, PARTS), index["classes"], index["keys"], index["info"])
 
 
-def check_index(index: dict, files: dict[str, list[str]], path: Path) -> None:
+def check_index(index: dict, files: dict[str, list[str]], folder: Path) -> None:
     """UserError where somebody has changed what the index says of the set as a whole."""
     kinds = {"classes": list, "keys": list, "info": dict, "parts": dict, "preprocess": dict, "made": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(index.get(key), kind)]
@@ -156,19 +113,16 @@ def check_index(index: dict, files: dict[str, list[str]], path: Path) -> None:
         wrong += ["preprocess"] * (not {"image_size", "mean", "std"} <= index["preprocess"].keys())
         wrong += ["made"] * (not isinstance(index["made"].get("wide"), int))
     if wrong:
-        raise UserError(f"{path}: damaged ({', '.join(wrong)}); write the shards again")
+        raise damaged(folder, ", ".join(wrong))
 
 
 def read_part(folder: Path, names: Sequence[str], index: dict) -> ShardSplit:
     """A part from its shards; the pixels stay in the files."""
-    store, samples = ShardPictures(folder), []
-    store.sizes = []
+    split = ShardSplit(folder, index)
     for name in names:
         records = read_arrays(folder / name, ("records",))["records"]
-        store.add(name, [path for path, *_ in records])
-        store.sizes += [(width, height) for *_, width, height in records]
-        samples += [Sample(path, label) for path, label, *_ in records]
-    return ShardSplit(samples, store, range(len(samples)), index)
+        split.add(name, (Sample(*row[:2]) for row in records), (tuple(row[2:]) for row in records))
+    return split
 
 
 class ShardDataset(Dataset):

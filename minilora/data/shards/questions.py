@@ -18,29 +18,19 @@ pictures have the model's size already.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from minilora.data.pictures.folder import Sample
 from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.transforms import to_uint8
+from minilora.data.pictures.transforms import Resize
 from minilora.data.questions.vqa2 import Question, VQAPart
-from minilora.data.shards.files import (
-    FORMATS,
-    ShardPictures,
-    check_geometry,
-    checked_files,
-    per_shard,
-    read_arrays,
-    to_records,
-    write_files,
-)
+from minilora.data.shards.files import ShardSplit, check_geometry, checked_files, per_shard, read_arrays, write_files
 from minilora.errors import UserError
 
-FORMAT = FORMATS["vqa"]
 FIELDS = ("question_id", "text", "answers", "answer", "answer_type", "question_type")
 
 
@@ -63,78 +53,61 @@ def write_shards(
     made in another way.
     """
     each = per_shard(shard_mb, 3 * preprocess["image_size"] ** 2)
-    plan = {"format": FORMAT, "preprocess": preprocess, "made": made | {"pictures_per_shard": each}}
-    shards = [
-        (f"{name}-{number:05d}.safetensors", name, partial(pack, part, *chunk, preprocess, tokens, bad_data))
-        for name, part in parts.items()
-        for number, chunk in enumerate(chunks(part, each))
-    ]
-    return write_files(Path(directory), plan, shards, log)
+    plan = {"preprocess": preprocess, "made": made | {"pictures_per_shard": each}}
 
+    def packed(name: str, pictures: Sequence[int]) -> tuple[dict, dict, dict]:
+        return pack(parts[name], pictures, preprocess, tokens, bad_data)
 
-def chunks(part: VQAPart, each: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(picture numbers, question numbers) of each shard."""
-    of_picture: dict[int, list[int]] = {}
-    for i, question in enumerate(part.questions):
-        of_picture.setdefault(question.picture, []).append(i)
-    shown = list(of_picture)
-    for start in range(0, len(shown), each):
-        pictures = shown[start : start + each]
-        yield pictures, [i for j in pictures for i in of_picture[j]]
+    return write_files(Path(directory), "vqa", plan, {name: part.shown for name, part in parts.items()}, packed, log)
 
 
 def pack(
     part: VQAPart,
     pictures: Sequence[int],
-    questions: Sequence[int],
     preprocess: dict,
     tokens: Callable[[VQAPart], list[np.ndarray]],
     bad_data: str,
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """The tensors of one shard, and how much is in it."""
-    resize, stored = to_uint8(preprocess), {}
+) -> tuple[dict[str, torch.Tensor], dict[str, list], dict[str, int]]:
+    """The tensors of one shard, its records, and how much is in it."""
+    resize, stored = Resize(preprocess), {}
     for j in pictures:
         try:
             stored[j] = resize(part.pictures.load(j))
         except BadImage:
             if bad_data == "error":
                 raise
-    rows = [part.questions[i] for i in questions if part.questions[i].picture in stored]
+    place, size = {j: k for k, j in enumerate(stored)}, preprocess["image_size"]
+    # the questions of each picture together
+    rows = sorted((q for q in part.questions if q.picture in place), key=lambda q: place[q.picture])
     ids = tokens(VQAPart(rows, part.pictures))
-    place = {j: k for k, j in enumerate(stored)}
     records = {
         "pictures": [part.pictures[j].path for j in stored],
         "questions": [[place[q.picture], *(getattr(q, field) for field in FIELDS)] for q in rows],
     }
-    size = preprocess["image_size"]
     flat = np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
     tensors = {
         "pixels": torch.stack(list(stored.values())) if stored else torch.zeros(0, 3, size, size, dtype=torch.uint8),
         "tokens": torch.from_numpy(flat),
         "offsets": torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int64)),
-        "records": to_records(records),
     }
-    return tensors, {"pictures": len(stored), "questions": len(rows)}
+    return tensors, records, {"pictures": len(stored), "questions": len(rows)}
 
 
 def read_shards(directory: str | os.PathLike) -> tuple[dict[str, VQAPart], dict]:
     """({part: VQAPart}, the index). Every shard is checked against its sha256; UserError
     names a damaged one."""
     folder = Path(directory)
-    index, files = checked_files(folder, FORMAT)
-    parts = {part: read_part(folder, names) for part, names in files.items()}
-    for part in parts.values():
-        part.pictures.index = index
-    return parts, index
+    index, files = checked_files(folder, "vqa")
+    return {part: read_part(folder, names, index) for part, names in files.items()}, index
 
 
-def read_part(folder: Path, names: Sequence[str]) -> VQAPart:
+def read_part(folder: Path, names: Sequence[str], index: dict) -> VQAPart:
     """A part from its shards; the pixels stay in the files."""
-    pictures, questions = ShardPictures(folder), []
+    pictures, questions = ShardSplit(folder, index), []
     for name in names:
         arrays = read_arrays(folder / name, ("tokens", "offsets", "records"))
         start = len(pictures)
-        pictures.add(name, arrays["records"]["pictures"])
+        pictures.add(name, (Sample(path, -1) for path in arrays["records"]["pictures"]))
         ends = arrays["offsets"].tolist()
         for k, (picture, number, text, answers, *rest) in enumerate(arrays["records"]["questions"]):
             ids = arrays["tokens"][ends[k] : ends[k + 1]].tobytes()
