@@ -7,8 +7,6 @@ same `ChoiceSplits`.
 A picture is shared by its questions, and a split by pictures never divides them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -2,8 +2,6 @@
 the same `Splits`.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence

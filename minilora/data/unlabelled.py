@@ -5,8 +5,6 @@ lie beside these are not read. Of a set in parts only the training part is taken
 this run has itself: validation and test stay new to the student.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ the same `VQASplits`.
 Here the parts are cut, by picture, so that none stands on both sides, and answers become classes.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence

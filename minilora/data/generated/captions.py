@@ -5,8 +5,6 @@ Who reads captions of the web meets one picture described in many ways, and most
 some captions name one thing of several, and none of them has the form of a question.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from minilora.data.generated.scenes import Scenes, a, reading_order

@@ -6,8 +6,6 @@ for pre-training differ from those of the demonstrations in shapes, colours and 
 fine-tuning has something to adapt.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Words stand in classes, so that templates give questions and statements with the
 questions about pictures.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -7,8 +7,6 @@ host, by the workers that read the pictures: the same ones on every device, in e
 number of workers, and after a resume.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

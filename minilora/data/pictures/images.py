@@ -4,8 +4,6 @@ Pictures come from strangers, so the order matters: first the path, which must s
 folder, then the header (format and size: a 50 kB file may unpack to gigabytes), then the pixels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -6,8 +6,6 @@ the same way by any worker, in any batch, before and after a resume, and loading
 the random numbers of the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

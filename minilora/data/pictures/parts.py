@@ -5,8 +5,6 @@ seg_train/ seg_test/     with one word around them, the same for all parts: trai
 train.csv test.csv       tables, json files and the words of a `split` column, by the same names
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

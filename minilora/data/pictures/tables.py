@@ -6,8 +6,6 @@ Columns are found by their header, see COLUMNS. A picture is a path relative to 
 or id of a file below its folder. Multiple choice uses `read_rows` and `contained` from here.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import os

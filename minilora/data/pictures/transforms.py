@@ -6,8 +6,6 @@ runs on the Pillow picture (antialiased); `Resize` stops before the normalisatio
 uint8 pictures and files give the same bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -3,8 +3,6 @@
 A picture that several questions of a batch are about is in the batch once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -8,8 +8,6 @@ columns A, B, C ... are the choices, 2 to 26 of them; a column `type` gives the 
 question. Paths are relative to the table.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from minilora.data.pictures.folder import Sample, Split

@@ -9,8 +9,6 @@ The right answer is not among `multiple_choices`: the candidates are it and thos
 comparison with the answer.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

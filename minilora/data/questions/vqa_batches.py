@@ -8,8 +8,6 @@ B questions, P <= B pictures, U <= B texts. A model may so encode each picture a
 the same numbers for less work. Everything random is a function of (seed, epoch, picture) alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np

@@ -15,8 +15,6 @@ scaled to L x L and rounded there, so that pixels differ by the second resizing 
 default; with L = 0 crops come from `pixels`).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

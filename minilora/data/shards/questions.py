@@ -15,8 +15,6 @@ for bit; --augment basic and rand crop the stored picture, which is the same onl
 pictures have the model's size already.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
