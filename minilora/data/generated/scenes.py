@@ -7,25 +7,15 @@ fine-tuning has something to adapt.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from minilora.data.generated.shapes import (
-    SIZE,
-    SOURCE_COLOURS,
-    SOURCE_SHAPES,
-    TARGET_COLOURS,
-    TARGET_SHAPES,
-    background,
-    finish,
-    outline_mask,
-    paint,
-    picture_rng,
-)
+from minilora.data.generated import shapes
+from minilora.data.generated.shapes import SOURCE_COLOURS, SOURCE_SHAPES, TARGET_COLOURS, TARGET_SHAPES
 from minilora.data.pictures.folder import Sample, Split
 
 QUESTIONS_PER_PICTURE = 5.3  # as in VQA v2: 443,757 questions on 82,783 pictures
@@ -79,6 +69,11 @@ class Scenes:
     def __init__(self, world: World | str, split: str, pictures: int, seed: int = 0):
         self.world = WORLDS[world] if isinstance(world, str) else world
         self.split, self.pictures, self.seed = split, pictures, seed
+        self.questions = [
+            {"question_id": 10 * i + k, "image_id": i, **record}
+            for i in range(pictures)
+            for k, record in enumerate(self._ask(i))
+        ]
 
     def __len__(self) -> int:
         return self.pictures
@@ -96,22 +91,23 @@ class Scenes:
     def pixels(self, i: int) -> np.ndarray:
         """Picture i as (48, 48, 3) uint8."""
         rng = self._rng(i, "paint")
-        canvas = background(rng)
+        canvas = shapes.background(rng)
         for thing in self.things(i):
             radius = rng.uniform(7, 9.5)
-            x, y = SIZE / 4 * (1 + 2 * np.array([thing.column, thing.row])) + rng.uniform(-1.5, 1.5, 2)
-            canvas = paint(canvas, outline_mask(thing.shape, x, y, radius, rng.uniform(-0.15, 0.15)), thing.colour, rng)
-        return finish(canvas, rng)
+            x, y = shapes.SIZE / 4 * (1 + 2 * np.array([thing.column, thing.row])) + rng.uniform(-1.5, 1.5, 2)
+            mask = shapes.outline_mask(thing.shape, x, y, radius, rng.uniform(-0.15, 0.15))
+            canvas = shapes.paint(canvas, mask, thing.colour, rng)
+        return shapes.finish(canvas, rng)
 
     def image(self, i: int) -> Image.Image:
         return Image.fromarray(self.pixels(i))
 
-    def caption(self, i: int) -> str:
-        """ "a picture of a red circle and a blue star": what is there, in reading order."""
-        return "a picture of " + " and ".join(a(thing) for thing in reading_order(self.things(i)))
+    def _ask(self, i: int) -> Iterable[dict]:
+        """The records of picture i; nothing is asked about plain scenes."""
+        return ()
 
     def _rng(self, i: int, use: str) -> np.random.Generator:
-        return picture_rng(self.seed, f"{self.world.name}/{use}", self.split, i)
+        return shapes.picture_rng(self.seed, f"{self.world.name}/{use}", self.split, i)
 
 
 class ScenePictures(Split):
@@ -129,15 +125,10 @@ class ShapesVQA(Scenes):
     """Open-ended questions about scenes: `questions` is a list of records as VQA v2 has them.
 
     A record: question_id, image_id, question, answer, question_type, answer_type ("yes/no",
-    "number", "other"). About 5.3 different questions per picture; `image(image_id)` draws the
-    picture of a record.
+    "number", "other"). About 5.3 different questions per picture.
     """
 
-    def __init__(self, world: World | str = "vqa", split: str = "train", pictures: int = 600, seed: int = 0):
-        super().__init__(world, split, pictures, seed)
-        self.questions = [record for i in range(pictures) for record in self._ask(i)]
-
-    def _ask(self, i: int) -> list[dict]:
+    def _ask(self, i: int) -> Iterable[dict]:
         rng, things = self._rng(i, "questions"), self.things(i)
         low = int(QUESTIONS_PER_PICTURE)
         wanted = low + int(rng.random() < QUESTIONS_PER_PICTURE - low)
@@ -148,23 +139,18 @@ class ShapesVQA(Scenes):
                 asked.setdefault(record[0], dict(zip(RECORD, record, strict=True)))
             if len(asked) == wanted:
                 break
-        return [{"question_id": 10 * i + k, "image_id": i, **record} for k, record in enumerate(asked.values())]
+        return asked.values()
 
 
 class ShapesChoice(Scenes):
-    """Four-way multiple choice about scenes: `questions` is a list of records, one or
-    more per picture.
+    """Four-way multiple choice about scenes: `questions` are one or two records per picture.
 
     A record: question_id, image_id, question, choices (4 strings), answer (index of the right one),
     type. The right answer stands at every place equally often on average, and wrong ones come from
     the same family.
     """
 
-    def __init__(self, world: World | str = "choice", split: str = "train", pictures: int = 1000, seed: int = 0):
-        super().__init__(world, split, pictures, seed)
-        self.questions = [record for i in range(pictures) for record in self._ask(i)]
-
-    def _ask(self, i: int) -> list[dict]:
+    def _ask(self, i: int) -> Iterable[dict]:
         rng, things = self._rng(i, "choices"), self.things(i)
         records = []
         for family in ("what", *self.world.families):
@@ -176,8 +162,7 @@ class ShapesChoice(Scenes):
             choices = [wrong[k] for k in rng.permutation(len(wrong))[:3]]
             choices.insert(place, right)
             records.append({"question": question, "choices": choices, "answer": place, "type": kind})
-        kept = [records[k] for k in rng.permutation(len(records))[:2]]
-        return [{"question_id": 10 * i + k, "image_id": i, **record} for k, record in enumerate(kept)]
+        return [records[k] for k in rng.permutation(len(records))[:2]]
 
     def _from(self, family: str, things: list[Thing], rng) -> tuple[str, str, list[str], str] | None:
         """An open question whose answer is a colour or a shape, with the other colours or shapes
@@ -230,18 +215,16 @@ def _ask_count(things: list[Thing], world: World, rng) -> tuple[str, str, str, s
 
 
 def _ask_exists(things: list[Thing], world: World, rng) -> tuple[str, str, str, str]:
-    """Half of the answers are yes; half of the questions with no change one thing,
-    the colour or the shape."""
+    """Half of the answers are yes; half of those that are no change one thing, colour or shape."""
     thing = things[rng.integers(len(things))]
-    pair = (thing.colour, thing.shape)
+    pair, answer = (thing.colour, thing.shape), "yes"
     if rng.random() < 0.5:
         there = {(other.colour, other.shape) for other in things}
         missing = [(c, s) for c in world.colours for s in world.shapes if (c, s) not in there]
         near = [(c, s) for c, s in missing if (c == thing.colour) != (s == thing.shape)]
         pool = near if near and rng.random() < 0.5 else missing
-        pair = pool[rng.integers(len(pool))]
-        return f"is there {a(' '.join(pair))}?", "no", "is there a", "yes/no"
-    return f"is there {a(' '.join(pair))}?", "yes", "is there a", "yes/no"
+        pair, answer = pool[rng.integers(len(pool))], "no"
+    return f"is there {a(' '.join(pair))}?", answer, "is there a", "yes/no"
 
 
 def _ask_side(things: list[Thing], world: World, rng) -> tuple[str, str, str, str] | None:
