@@ -8,13 +8,12 @@ A picture is shared by its questions, and a split by pictures never divides them
 """
 
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from minilora.data.generated.scenes import ScenePictures, ShapesChoice
-from minilora.data.pictures.folder import existing_path, refuse_missing
+from minilora.data.pictures.folder import refuse_missing
+from minilora.data.pictures.parts import existing_path
 from minilora.data.questions.choice_csv import read_choice_tables
 from minilora.data.questions.choices import ChoiceSplit, ChoiceSplits, Question
 from minilora.data.questions.visual7w import find_visual7w, read_visual7w
@@ -50,9 +49,11 @@ def load_choices(
     if fmt == "shapes" or (fmt == "auto" and data_dir is None):
         if data_dir is not None:
             raise UserError("--data-format shapes generates its pictures; leave --data-dir out")
-        splits = shapes_splits()
+        splits = ChoiceSplits(*(_drawn(part, pictures) for part, pictures in SHAPES.items()), "shapes")
     else:
-        splits = _read(existing_path(data_dir), fmt, seed)
+        path = existing_path(data_dir)
+        file = find_visual7w(path, required=fmt == "visual7w") if fmt in ("auto", "visual7w") else None
+        splits = read_visual7w(file, seed) if file else read_choice_tables(path)
     for part in (splits.train, splits.val, splits.test) if check_files else ():
         if part is not None and not isinstance(part.pictures, ScenePictures):
             paths = map(part.path, range(len(part)))
@@ -71,13 +72,9 @@ def load_choices(
     return splits
 
 
-def shapes_splits(seed: int = 0) -> ChoiceSplits:
-    """The generated set, "what color is the star?" with four choices."""
-    return ChoiceSplits(*(_drawn(part, pictures, seed) for part, pictures in SHAPES.items()), "shapes")
-
-
-def _drawn(part: str, pictures: int, seed: int) -> ChoiceSplit:
-    scenes = ShapesChoice("choice", part, pictures, seed)
+def _drawn(part: str, pictures: int) -> ChoiceSplit:
+    """A part of the generated set, "what color is the star?" with four choices."""
+    scenes = ShapesChoice("choice", part, pictures)
     questions = (
         Question(r["question_id"], r["image_id"], r["question"], tuple(r["choices"]), r["answer"], r["type"])
         for r in scenes.questions
@@ -85,22 +82,12 @@ def _drawn(part: str, pictures: int, seed: int) -> ChoiceSplit:
     return ChoiceSplit(questions, ScenePictures(scenes, f"shapes/choice/{part}/{{:06d}}.png"))
 
 
-def _read(path: Path, fmt: str, seed: int) -> ChoiceSplits:
-    if fmt in ("auto", "visual7w") and (file := find_visual7w(path, required=fmt == "visual7w")) is not None:
-        return read_visual7w(file, seed)
-    return read_choice_tables(path)
-
-
 def by_picture(split: ChoiceSplit, keep: int, seed: int) -> tuple[ChoiceSplit, ChoiceSplit]:
     """(questions about `keep` pictures drawn by `seed`, questions about the others), each in
     the split's order."""
-    known = sorted({question.picture for question in split})
-    drawn = set(np.random.default_rng(seed).permutation(known)[:keep].tolist())
-
-    def those(wanted: Callable[[int], bool]) -> ChoiceSplit:
-        return split.take(i for i, question in enumerate(split) if wanted(question.picture))
-
-    return those(lambda picture: picture in drawn), those(lambda picture: picture not in drawn)
+    pictures = [question.picture for question in split]
+    drawn = np.isin(pictures, np.random.default_rng(seed).permutation(np.unique(pictures))[:keep])
+    return split.take(np.flatnonzero(drawn)), split.take(np.flatnonzero(~drawn))
 
 
 def _hold_out(train: ChoiceSplit, val_split: float, seed: int, data_dir, required: bool):

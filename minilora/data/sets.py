@@ -10,17 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from minilora.data.generated.shapes import classification_splits
-from minilora.data.pictures.folder import (
-    Sample,
-    Split,
-    Splits,
-    existing_path,
-    has_class_folders,
-    parts_below,
-    read_folders,
-)
+from minilora.data.pictures.folder import Sample, Split, Splits, has_class_folders, parts_below, read_folders
 from minilora.data.pictures.label_sets import recoded, strata
-from minilora.data.pictures.parts import LeftOut, entries, find_parts, is_folder, list_pictures, nfc
+from minilora.data.pictures.parts import LeftOut, entries, existing_path, find_parts, is_folder, list_pictures, nfc
 from minilora.data.pictures.tables import TABLES, is_labelled, list_tables, read_tables, read_unlabelled
 from minilora.data.questions.visual7w import FILE as VISUAL7W
 from minilora.data.questions.vqa2 import has_questions
@@ -83,11 +75,11 @@ def unlabelled(path: str | os.PathLike) -> Split:
     if path.is_file() and path.suffix.lower() in TABLES:
         return read_unlabelled(path)
     if path.is_file():
-        return Split([Sample(path.name, -1)], path.parent)
+        return Split([Sample(path.name)], path.parent)
     names = list_pictures(path, left=(left := LeftOut()))
     if not names:
         raise UserError(f"{path}: no pictures in this folder" + "".join(f" ({note})" for note in left.notes()))
-    return Split((Sample(name, -1) for name in names), path, left.notes())
+    return Split(map(Sample, names), path, left.notes())
 
 
 def _table(data_dir: str | os.PathLike | None, fmt: str) -> Path:

@@ -82,7 +82,7 @@ def read_pictures(path: Path, bad_data: str) -> tuple[Path, Split, bool]:
         stored = read_picture_shards(path)
         split = stored.train or stored.val or stored.test or Split((), path)
         answered = any(sample.label >= 0 for sample in split)
-        split.samples = [Sample(sample.path, -1) for sample in split]
+        split.samples = [Sample(sample.path) for sample in split]
         return path, split, answered
     if path.is_dir():
         path = parts_of(path).get("train") or loose_part(path, "train") or path

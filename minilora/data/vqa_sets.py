@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from minilora.data.generated.scenes import WORLDS, ScenePictures, ShapesVQA, World
+from minilora.data.generated.scenes import WORLDS, ScenePictures, ShapesVQA
 from minilora.data.pictures.folder import PARTS
 from minilora.data.questions.vqa2 import Question, VQAPart, answer_key, has_questions, read_vqa2
 from minilora.data.shards.files import is_shards
@@ -85,10 +85,12 @@ def load_vqa(
         wrong = "leave --data-dir out" if data_dir is not None else "--data-dir is missing"
         raise UserError(f"--data-format {fmt}: {wrong}")
     stored = None
-    if fmt == "shards":
-        parts, stored = read_shards(data_dir)
+    if fmt == "shapes":
+        parts = {part: scenes_part(part) for part in SHAPES_PICTURES}
+    elif fmt == "vqa2":
+        parts = read_vqa2(data_dir, bad_data)
     else:
-        parts = read_vqa2(data_dir, bad_data) if fmt == "vqa2" else shapes_parts()
+        parts, stored = read_shards(data_dir)
     splits = VQASplits(parts.get("train", parts.get("all")), parts.get("val"), parts.get("test"), [], stored)
     splits.notes = [note for part in splits.parts.values() for note in part.notes]
     if splits.train is None and require_train:
@@ -108,20 +110,14 @@ def _guess(data_dir: str | os.PathLike) -> str:
     return "vqa2"
 
 
-def shapes_parts() -> dict[str, VQAPart]:
-    """Generated scenes: the demonstration."""
-    return {part: shapes_part(part, pictures) for part, pictures in SHAPES_PICTURES.items()}
-
-
-def shapes_part(part: str, pictures: int, world: World = DEMO, seed: int = 0) -> VQAPart:
-    """The questions of one part of a generated world."""
-    scenes = ShapesVQA(world, part, pictures, seed)
-    keys = ("answer_type", "question_type")
+def scenes_part(part: str) -> VQAPart:
+    """Generated scenes: a part of the demonstration."""
+    scenes = ShapesVQA(DEMO, part, SHAPES_PICTURES[part])
     questions = [
-        Question(q["question_id"], q["image_id"], q["question"], (q["answer"],), q["answer"], *(q[key] for key in keys))
-        for q in scenes.questions
+        Question(number, picture, text, (answer,), answer, answer_type, question_type)
+        for number, picture, text, answer, question_type, answer_type in (q.values() for q in scenes.questions)
     ]
-    return VQAPart(questions, ScenePictures(scenes, f"{world.name}/{part}/{{}}"))
+    return VQAPart(questions, ScenePictures(scenes, f"{DEMO.name}/{part}/{{}}"))
 
 
 def take_subset(part: VQAPart, subset: float, seed: int) -> VQAPart:

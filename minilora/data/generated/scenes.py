@@ -115,7 +115,7 @@ class ScenePictures(Split):
 
     def __init__(self, scenes: Scenes, form: str):
         self.scenes = scenes
-        super().__init__((Sample(form.format(i), -1) for i in range(len(scenes))), "shapes")
+        super().__init__((Sample(form.format(i)) for i in range(len(scenes))), "shapes")
 
     def load(self, i: int) -> Image.Image:
         return self.scenes.image(i)

@@ -30,7 +30,7 @@ class Sample(NamedTuple):
     """One labelled picture, not opened yet."""
 
     path: str  # relative to the split's root, with forward slashes
-    label: int | bytes  # class index, -1 = unknown; of several labels see label_sets.py
+    label: int | bytes = -1  # class index, -1 = unknown; of several labels see label_sets.py
 
 
 class Split(Sequence):
@@ -72,16 +72,6 @@ class Splits:
 
     def __post_init__(self):
         self.keys = self.keys or list(self.classes)
-
-
-def existing_path(data_dir: str | os.PathLike | None) -> Path:
-    """The folder (or file) given by --data-dir, or a UserError."""
-    if data_dir is None:
-        raise UserError("--data-dir is missing: name the folder (or csv file) with the pictures")
-    path = Path(data_dir)
-    if not path.exists():
-        raise UserError(f"--data-dir {path}: no such folder or file; if it was moved, name its new place")
-    return path
 
 
 def refuse_missing(paths: Iterable[str], root: str | os.PathLike, advice: str) -> None:

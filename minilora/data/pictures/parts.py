@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from minilora import ticker
 from minilora.data.pictures.images import inside, is_picture
@@ -40,6 +41,16 @@ def part_of(name: str) -> tuple[str, tuple[str, str]] | None:
     if len(found) != 1:
         return None
     return NAMES[words[found[0]]], ("".join(words[: found[0]]), "".join(words[found[0] + 1 :]))
+
+
+def existing_path(data_dir: str | os.PathLike | None) -> Path:
+    """The folder (or file) given by --data-dir, or a UserError."""
+    if data_dir is None:
+        raise UserError("--data-dir is missing: name the folder (or csv file) with the pictures")
+    path = Path(data_dir)
+    if not path.exists():
+        raise UserError(f"--data-dir {path}: no such folder or file; if it was moved, name its new place")
+    return path
 
 
 def find_parts(names: Iterable[str], where: str | os.PathLike) -> dict[str, str]:

@@ -125,7 +125,7 @@ def read_unlabelled(path: Path) -> Split:
     column = find_column(header, "picture", path)
     files = [contained(row[column], f"{path}, line {n}", path.parent) for n, row in rows]
     places = located(files, path.parent)
-    return Split((Sample(places[file], -1) for file in files), path.parent)
+    return Split((Sample(places[file]) for file in files), path.parent)
 
 
 def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

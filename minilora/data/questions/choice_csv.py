@@ -72,11 +72,7 @@ def read_choices(table: Path) -> tuple[list[Question], list[str], Split]:
         place = _place(row[answer], letters, where) if answer else -1
         questions.append(Question(key, number, text, choices, place, row[kind] if kind else ""))
         parts.append(part_named(row[lower["split"]], where) if "split" in lower else "train")
-    return (
-        questions,
-        parts,
-        Split((Sample(path, -1) for path in located(pictures, table.parent).values()), table.parent),
-    )
+    return questions, parts, Split(map(Sample, located(pictures, table.parent).values()), table.parent)
 
 
 def _letters(header: list[str], table: Path) -> str:

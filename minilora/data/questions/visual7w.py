@@ -53,7 +53,7 @@ def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
         where = f"{file}: images[{number}]"
         name, part, pairs = (_get(image, key, where) for key in ("filename", "split", "qa_pairs"))
         part = part_named(str(part), where)
-        pictures.append(Sample(folder + contained(str(name), where), -1))
+        pictures.append(Sample(folder + contained(str(name), where)))
         for pair in pairs if isinstance(pairs, list) else ():
             question = _question(pair, number, seed, where)
             if question.id in seen:

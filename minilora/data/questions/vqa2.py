@@ -24,8 +24,8 @@ from pathlib import Path
 from sys import intern
 
 from minilora import ticker
-from minilora.data.pictures.folder import Sample, Split, existing_path
-from minilora.data.pictures.parts import list_pictures, part_of
+from minilora.data.pictures.folder import Sample, Split
+from minilora.data.pictures.parts import existing_path, list_pictures, part_of
 from minilora.errors import UserError
 from minilora.textfiles import DATA, read_json
 
@@ -182,7 +182,7 @@ def read_part(
         faults.add(example, "annotations without question", len(extra))
     files = find_pictures(names, part)
     order = list(dict.fromkeys(record["image_id"] for record in kept))
-    pictures = [Sample(picture_path(image, files, part, questions, faults), -1) for image in order]
+    pictures = [Sample(picture_path(image, files, part, questions, faults)) for image in order]
     place = {image: j for j, image in enumerate(order)}
     made = [make_question(record, place[record["image_id"]], known) for record in kept]
     if not made:

@@ -105,7 +105,7 @@ def read_part(folder: Path, names: Sequence[str], index: dict) -> VQAPart:
     for name in names:
         arrays = read_arrays(folder / name, ("tokens", "offsets", "records"))
         start = len(pictures)
-        pictures.add(name, (Sample(path, -1) for path in arrays["records"]["pictures"]))
+        pictures.add(name, map(Sample, arrays["records"]["pictures"]))
         ends = arrays["offsets"].tolist()
         for k, (picture, number, text, answers, *rest) in enumerate(arrays["records"]["questions"]):
             ids = arrays["tokens"][ends[k] : ends[k + 1]].tobytes()
