@@ -5,6 +5,7 @@ the same `Splits`.
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,14 +153,9 @@ def _renumber(splits: Splits, classes: list[str], data_dir) -> Splits:
     if None in new:
         unknown = splits.keys[new.index(None)]
         raise UserError(f"{data_dir}: class {unknown!r} is not a class of this run ({', '.join(classes[:8])} ...)")
-
-    def again(split: Split | None) -> Split | None:
-        if split is not None:
-            split.samples = [Sample(path, recoded(label, new, len(classes))) for path, label in split.samples]
-        return split
-
-    parts = map(again, (splits.train, splits.val, splits.test))
-    return Splits(*parts, classes, list(classes), splits.info, splits.notes)
+    for split in filter(None, (splits.train, splits.val, splits.test)):
+        split.samples = [Sample(path, recoded(label, new, len(classes))) for path, label in split.samples]
+    return replace(splits, classes=classes, keys=list(classes))
 
 
 def spelled(name: str) -> str:

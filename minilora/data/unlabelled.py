@@ -110,14 +110,9 @@ def read_questions(path: Path, bad_data: str) -> tuple[Path, VQAPart, bool]:
     return path, VQAPart(bare, part.pictures, part.notes), answered
 
 
-def pictures_of(part: Split | VQAPart) -> Sequence:
-    """The pictures of a part of either kind."""
-    return part.pictures if isinstance(part, VQAPart) else part
-
-
 def items(part: Split | VQAPart) -> list[tuple[str, str]]:
     """(path of the picture, words of the question) of each row."""
-    pictures = pictures_of(part)
+    pictures = getattr(part, "pictures", part)
     root = os.path.realpath(getattr(pictures, "root", ""))
     paths = [os.path.join(root, pictures[i].path) for i in range(len(pictures))]
     return [(paths[q.picture], q.text) for q in part.questions] if pictures is not part else [(p, "") for p in paths]
@@ -125,7 +120,7 @@ def items(part: Split | VQAPart) -> list[tuple[str, str]]:
 
 def made(part: Split | VQAPart) -> tuple | None:
     """What stored pictures must share to stand in one batch; None for files."""
-    pictures = pictures_of(part)
+    pictures = getattr(part, "pictures", part)
     return (pictures.index["preprocess"], pictures.index["made"].get("wide")) if is_prepared(pictures) else None
 
 

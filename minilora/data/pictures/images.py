@@ -19,13 +19,9 @@ from minilora.errors import UserError
 from minilora.textfiles import read_bytes
 
 # Formats that Pillow decodes by itself, without those that start other programs (EPS: ghostscript).
-WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
 Image.init()
-FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-    + (".pbm", ".pnm", ".avif")
-)
+FORMATS = tuple(name for name in "JPEG MPO PNG GIF BMP TIFF WEBP PPM AVIF".split() if name in Image.OPEN)
+EXTENSIONS = frozenset(".jpg .jpeg .jpe .jfif .png .gif .bmp .dib .tif .tiff .webp .ppm .pgm .pbm .pnm .avif".split())
 # Pillow's own limit, 256 MiB as RGB; a file whose header names more is not decoded
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 1 << 30  # of a file
@@ -33,12 +29,13 @@ MAX_HEADER, STEP = 1 << 28, 1 << 10  # bytes read before the pixels, at least ST
 MAX_CHUNKS = 1 << 16  # of a PNG that is read once more without its metadata
 PNG = b"\x89PNG\r\n\x1a\n"
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
+Source = str | os.PathLike | io.BytesIO  # a picture's file, or its bytes in memory
 
 
 class BadImage(UserError):
     """A picture that cannot be read. `path` names it, `reason` says why."""
 
-    def __init__(self, path: str | os.PathLike, reason: str):
+    def __init__(self, path: Source, reason: str):
         self.path, self.reason = "the picture" if isinstance(path, io.BytesIO) else str(path), reason
         super().__init__(f"{self.path}: {reason}")
 
@@ -57,7 +54,7 @@ def inside(path: str | os.PathLike, root: str | os.PathLike) -> bool:
     return os.path.commonpath((real, base)) == base
 
 
-def open_image(path: str | os.PathLike | io.BytesIO, root: str | os.PathLike | None = None) -> Image.Image:
+def open_image(path: Source, root: str | os.PathLike | None = None) -> Image.Image:
     """The picture at `path`, or in memory, as an RGB image, upright (EXIF orientation applied).
 
     Animated files give their first frame, transparency becomes white, 16-bit and float greys are
@@ -103,7 +100,7 @@ class Header(io.BufferedReader):
     """A picture's file, of which `left` may still be read: some headers go on for ever, and Pillow
     reads them byte by byte."""
 
-    def __init__(self, path: str | os.PathLike | io.BytesIO):
+    def __init__(self, path: Source):
         super().__init__(io.BytesIO(path.getvalue()) if isinstance(path, io.BytesIO) else io.FileIO(path))
         self.left = MAX_HEADER
 
@@ -115,9 +112,7 @@ class Header(io.BufferedReader):
         return data
 
 
-def decoded(
-    source: str | os.PathLike | io.BytesIO, path: str | os.PathLike | io.BytesIO, lower: bool = False
-) -> Image.Image:
+def decoded(source: Source, path: Source, lower: bool = False) -> Image.Image:
     """The picture of a file or of its bytes as RGB, upright; `path` names it in BadImage.
 
     lower: of 16 bits per colour take the lower 8. A picture whose upper 8 are all 0 holds
@@ -148,7 +143,7 @@ def _exchanged(decoder: str, extents: tuple, offset: int, arguments: str | tuple
     return decoder, extents, offset, mode if isinstance(arguments, str) else (mode, *rest)
 
 
-def without_metadata(path: str | os.PathLike | io.BytesIO) -> io.BytesIO | None:
+def without_metadata(path: Source) -> io.BytesIO | None:
     """A PNG's pixels, transparency and orientation alone: its texts and profiles may be longer than
     Pillow reads, or damaged. None for other files, and for one of more than MAX_CHUNKS pieces."""
     data = path.getvalue() if isinstance(path, io.BytesIO) else read_bytes(path, MAX_BYTES)
@@ -207,7 +202,7 @@ def _too_large(what: str) -> str:
     return f"{what} has more than {MAX_PIXELS:,} pixels and was not decoded; make it smaller"
 
 
-def _head(path: str | os.PathLike | io.BytesIO) -> str:
+def _head(path: Source) -> str:
     """What the file starts with: an HTML error page saved as .jpg is then easy to recognise."""
     with io.BytesIO(path.getvalue()) if isinstance(path, io.BytesIO) else open(path, "rb") as file:
         return f"(it starts with {file.read(12)!r})"

@@ -25,7 +25,7 @@ def read_choice_tables(path: Path) -> ChoiceSplits:
     Rows without an answer column are a test set (answer -1); a table alone that has one is for
     training. Raises UserError with file and line for whatever is wrong.
     """
-    tables = {part: table for part, table in find_tables(path).items() if not _is_sample(table)}
+    tables = {part: table for part, table in find_tables(path).items() if table.stem.lower() != "sample_submission"}
     if not tables:
         raise UserError(f"{path}: no csv table and no dataset_v7w_telling.json in this folder")
     parts: dict[str, ChoiceSplit] = {}
@@ -39,10 +39,6 @@ def read_choice_tables(path: Path) -> ChoiceSplits:
             rows = (q for q, own in zip(questions, own_parts, strict=True) if name != "all" or own == part)
             parts[part] = ChoiceSplit(rows, pictures)
     return ChoiceSplits(*(parts.get(part) for part in PARTS), "scpc")
-
-
-def _is_sample(table: Path) -> bool:
-    return table.stem.lower() == "sample_submission"
 
 
 def read_choices(table: Path) -> tuple[list[Question], list[str], Split]:

@@ -25,14 +25,12 @@ FILE = "dataset_v7w_telling.json"
 
 
 def find_visual7w(path: Path, required: bool = False) -> Path | None:
-    """The json file of the set: `path` itself or in the folder `path`; None, or a UserError,
-    where there is none."""
+    """The json file of the set, `path` or in the folder `path`; where there is none None or a
+    UserError."""
     file = path / FILE if path.is_dir() else path
     if file.suffix.lower() == ".json" and file.is_file():
         return file
-    if required or not path.is_dir():
-        if path.suffix.lower() in (".csv", ".tsv") and not required:
-            return None
+    if required or not (path.is_dir() or path.suffix.lower() in (".csv", ".tsv")):
         raise UserError(f"--data-dir {path}: expected a folder with {FILE} (or that file), or csv tables")
     return None
 
@@ -44,7 +42,10 @@ def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
     Raises UserError for a file of another kind, a missing key, a qa_id that stands twice, a picture
     outside the folder, or fewer than 2 and more than 26 choices.
     """
-    images = _images(file)
+    data = read_json(file, DATA)
+    images = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(images, list):
+        raise UserError(f"{file}: no list `images`; is this {FILE}?")
     folder = "images/" if (file.parent / "images").is_dir() else ""
     pictures: list[Sample] = []
     rows: dict[str, list[Question]] = {}
@@ -68,14 +69,6 @@ def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
     shared = Split(pictures, file.parent)
     parts = {part: ChoiceSplit(questions, shared) for part, questions in rows.items()}
     return ChoiceSplits(*(parts.get(part) for part in PARTS), "visual7w")
-
-
-def _images(file: Path) -> list:
-    data = read_json(file, DATA)
-    images = data.get("images") if isinstance(data, dict) else None
-    if not isinstance(images, list):
-        raise UserError(f"{file}: no list `images`; is this {FILE}?")
-    return images
 
 
 def _get(record: Any, key: str, where: str) -> Any:

@@ -9,6 +9,7 @@ the same numbers for less work. Everything random is a function of (seed, epoch,
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -24,9 +25,7 @@ class Texts:
     """The distinct texts of N questions as token ids, without padding: `row[i]` is the
     text of question i."""
 
-    def __init__(
-        self, questions: Sequence[Question], tokenizer: Callable[..., dict[str, Tensor]], max_length: int | None
-    ):
+    def __init__(self, questions: Sequence[Question], tokenizer: Callable[..., dict], max_length: int | None):
         number: dict[str, int] = {}
         rows = [number.setdefault(question.text, len(number)) for question in questions]
         self.row, self.pad = np.array(rows, dtype=np.int64), tokenizer.pad_id
@@ -62,8 +61,7 @@ class VQADataset(PictureTensors):
     number p N + i being question i once more, its picture augmented anew.
 
     epoch None: no augmentation. A broken or missing picture raises BadImage (bad_data "error") or
-    becomes grey, with its questions not valid. `targets` (N, K) float32 or None: soft labels.
-    `pictures_of` keeps decoded pictures.
+    becomes grey, with its questions not valid.
     """
 
     def __init__(
@@ -87,10 +85,10 @@ class VQADataset(PictureTensors):
         epoch, numbers = key
         turn, numbers = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
         shown, image_index = distinct(self.picture[numbers] + turn * len(self.part.pictures))
-        images, readable = self.images(shown, epoch)
+        images, readable = zip(*(self.image(j, epoch) for j in shown.tolist()), strict=True)
         return self.without_images(numbers, shown, image_index) | {
-            "image": images,
-            "valid": readable[torch.from_numpy(image_index)],
+            "image": torch.stack(images),
+            "valid": torch.tensor(readable)[torch.from_numpy(image_index)],
         }
 
     def without_images(self, numbers: np.ndarray, shown: np.ndarray, image_index: np.ndarray) -> dict[str, Tensor]:
@@ -106,12 +104,6 @@ class VQADataset(PictureTensors):
             "index": torch.from_numpy(numbers),
         }
 
-    def images(self, numbers: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
-        """(P, 3, S, S) float32 normalised and (P,) bool: readable; zeros, the mean colour,
-        where it is not."""
-        images, readable = zip(*(self.image(int(j), epoch) for j in numbers), strict=True)
-        return torch.stack(images), torch.tensor(readable)
-
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the different values in order of appearance, for each value its place among them)."""
@@ -125,11 +117,7 @@ def vqa_loader(
 ) -> Iterator[dict]:
     """The batches of these questions, in order; make_loader with one key for each batch."""
     keys = [[(epoch, list(batch))] for batch in batches]
-    return make_loader(dataset, keys, workers, only)
-
-
-def only(items: Sequence[dict]) -> dict:
-    return items[0]
+    return make_loader(dataset, keys, workers, itemgetter(0))
 
 
 def grouped_batches(picture: np.ndarray, batch_size: int, order: Sequence[int] | None = None) -> list[list[int]]:
