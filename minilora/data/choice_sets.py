@@ -83,16 +83,14 @@ def _drawn(part: str, pictures: int) -> ChoiceSplit:
 
 
 def by_picture(split: ChoiceSplit, keep: int, seed: int) -> tuple[ChoiceSplit, ChoiceSplit]:
-    """(questions about `keep` pictures drawn by `seed`, questions about the others), each in
-    the split's order."""
+    """(questions about `keep` pictures drawn by `seed`, the others), each in the split's order."""
     pictures = [question.picture for question in split]
     drawn = np.isin(pictures, np.random.default_rng(seed).permutation(np.unique(pictures))[:keep])
     return split.take(np.flatnonzero(drawn)), split.take(np.flatnonzero(~drawn))
 
 
 def _hold_out(train: ChoiceSplit, val_split: float, seed: int, data_dir, required: bool):
-    """(the rest, the held out part); with nothing to hold out (train, None), or a UserError
-    where it is required."""
+    """(the rest, the held out part); of one picture (train, None), or UserError if `required`."""
     count = len({question.picture for question in train})
     if count < 2 and not required:
         return train, None

@@ -1,6 +1,4 @@
-"""The one door to labelled pictures: class folders, tables, shards and generated shapes come out as
-the same `Splits`.
-"""
+"""The one door to labelled pictures: folders, tables, shards and generated shapes become Splits."""
 
 import os
 from collections import Counter
@@ -70,8 +68,7 @@ def load_classification(
 
 
 def unlabelled(path: str | os.PathLike) -> Split:
-    """Every picture below a folder (or the one file), sorted by name, with label -1: input
-    for predictions."""
+    """Every picture below a folder (or the one file) by name, with label -1: for predictions."""
     path = existing_path(path)
     if path.is_file() and path.suffix.lower() in TABLES:
         return read_unlabelled(path)
@@ -184,8 +181,7 @@ def _carve(splits: Splits, val_split: float, subset: float, seed: int, data_dir)
 
 
 def few_shots(splits: Splits, shots: int, seed: int) -> Split:
-    """`shots` training pictures of every class, drawn by the seed; UserError names the classes
-    that have fewer."""
+    """`shots` training pictures of each class by `seed`; UserError names classes with fewer."""
     have = Counter(sample.label for sample in splits.train)
     short = [f"{name} {have[i]}" for i, name in enumerate(splits.classes) if have[i] < shots]
     if short:

@@ -1,5 +1,4 @@
-"""The one door to questions about pictures: VQA v2 files, shards and generated scenes come out as
-the same `VQASplits`.
+"""The one door to questions about pictures: VQA v2 files, shards and scenes become VQASplits.
 
 Here the parts are cut, by picture, so that none stands on both sides, and answers become classes.
 """
@@ -25,8 +24,7 @@ DEMO = replace(WORLDS["vqa"], most=2)  # one or two shapes in a picture: learned
 
 @dataclass
 class Answers:
-    """The classes: `labels` are the answers as they are given, `keys` what spellings of
-    one answer share."""
+    """The classes: `labels` are the answers as given, `keys` what spellings of one answer share."""
 
     labels: list[str]
     keys: list[str]
@@ -163,11 +161,8 @@ def choose_answers(questions: Sequence[Question], number: int) -> Answers:
 
 
 def question_only_guess(train: Sequence[Question], asked: Sequence[Question]) -> dict[int, str]:
-    """{question_id: answer} without a look at any picture: the most frequent answer to the same
-    words in training.
-
-    Where these words were never asked, the most frequent answer of all; of equals the first.
-    """
+    """{question_id: answer} without a look at any picture: the most frequent answer in training to
+    the same words, or where they were never asked, of all; of equals the first."""
     seen: dict[str, Counter] = defaultdict(Counter)
     for question in train:
         seen[question.text][question.answer] += 1

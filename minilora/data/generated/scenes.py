@@ -165,8 +165,7 @@ class ShapesChoice(Scenes):
         return [records[k] for k in rng.permutation(len(records))[:2]]
 
     def _from(self, family: str, things: list[Thing], rng) -> tuple[str, str, list[str], str] | None:
-        """An open question whose answer is a colour or a shape, with the other colours or shapes
-        as wrong choices."""
+        """A question whose answer is a colour or a shape; the other ones are the wrong choices."""
         asked = ASK[family](things, self.world, rng)
         if asked is None or asked[1] not in self.world.colours + self.world.shapes:
             return None
@@ -245,8 +244,7 @@ ASK = {"color": _ask_color, "shape": _ask_shape, "count": _ask_count, "exists": 
 
 
 def _choose_what(things: list[Thing], world: World, rng) -> tuple[str, str, list[str], str] | None:
-    """Which of two colours x two shapes is in the picture. Crossed like this, the words alone
-    give nothing away."""
+    """Which of two colours x two shapes is there; crossed, the words alone give nothing away."""
     thing = things[rng.integers(len(things))]
     there = {(other.colour, other.shape) for other in things}
     crossings = [

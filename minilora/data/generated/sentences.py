@@ -1,7 +1,7 @@
 """Plain English that a small text encoder learns from: everyday words, and sentences made of them.
 
-Words stand in classes, so that templates give questions and statements with the grammar of
-questions about pictures.
+Words stand in classes, so that templates give sentences with the grammar of questions about
+pictures: words.txt has a paragraph for each class, which begins with its name.
 """
 
 import re
@@ -11,7 +11,6 @@ from pathlib import Path
 from minilora.data.generated.scenes import ShapesVQA, plural
 from minilora.data.generated.shapes import picture_rng
 
-# class of words -> its words; in the file each class is a paragraph that begins with its name
 TEXT = Path(__file__).with_name("words.txt").read_text(encoding="utf-8")
 WORDS = {name: words for name, *words in map(str.split, TEXT.split("\n\n"))}
 WORDS["things"] = [plural(thing) for thing in WORDS["thing"]]
@@ -88,8 +87,7 @@ class Sentences:
 
 
 def vocabulary_texts() -> Iterator[str]:
-    """What the vocabulary is learned from: every word with its usual endings, the commonest
-    words more often."""
+    """What the vocabulary is learned from: every word with its usual endings, common ones often."""
     everyday = [*WORDS["other"], *WORDS["number"], *WORDS["place"]]
     everyday += [word for text in TEMPLATES for word in re.findall("[a-z]+", text)]
     yield from (f"{word} {word} {word}" for word in everyday)

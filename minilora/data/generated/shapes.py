@@ -83,8 +83,7 @@ TARGET_SHAPES = tuple(OUTLINES)[8:]
 
 
 def outline_mask(shape: str, x: float, y: float, radius: float, tilt: float = 0.0, size: int = SIZE) -> np.ndarray:
-    """Coverage (size, size) float32 in [0, 1] of a shape centred at pixel (x, y), turned
-    by `tilt` radians."""
+    """Coverage (size, size) float32 in [0, 1] of a shape at (x, y), turned by `tilt` radians."""
     canvas = Image.new("L", (size * OVERSAMPLING, size * OVERSAMPLING))
     draw = ImageDraw.Draw(canvas)
     cos, sin = radius * math.cos(tilt), radius * math.sin(tilt)
@@ -116,8 +115,7 @@ def finish(canvas: np.ndarray, rng: np.random.Generator, noise: float = 6.0) -> 
 
 
 def single(shape: str, colour: str, rng: np.random.Generator, tilt: float) -> np.ndarray:
-    """One large shape near the middle of a dark ground, turned by up to `tilt` radians:
-    (48, 48, 3) uint8."""
+    """(48, 48, 3) uint8: one large shape near the middle, turned by up to `tilt` radians."""
     radius = rng.uniform(13, 17)
     x, y = SIZE / 2 + rng.uniform(-3, 3, 2)
     canvas = background(rng)
@@ -126,8 +124,7 @@ def single(shape: str, colour: str, rng: np.random.Generator, tilt: float) -> np
 
 
 class ShapesSplit(Split):
-    """A split whose pictures are drawn when asked for. `numbers` are the picture
-    numbers within the set."""
+    """A split whose pictures are drawn when asked for; `numbers` are theirs within the set."""
 
     def __init__(self, task: str, part: str, seed: int, numbers: Iterable[int]):
         self.task, self.part, self.seed, self.numbers = task, part, seed, list(numbers)

@@ -57,15 +57,13 @@ class Split(Sequence):
 
 @dataclass
 class Splits:
-    """train / val / test (None where there is none), class names by index, and what the set
-    says of each class."""
+    """train / val / test (None where there is none) and the class names by index."""
 
     train: Split | None
     val: Split | None
     test: Split | None
     classes: list[str]
-    # folder names or csv labels, before classes.json named them
-    keys: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # folder names or csv labels
     info: dict[str, dict] = field(default_factory=dict)  # key -> its entry in classes.json
     notes: list[str] = field(default_factory=list)  # what was left out, and what was taken for what
     unlabelled: Split | None = None  # more training pictures, of which only a teacher speaks
@@ -75,8 +73,7 @@ class Splits:
 
 
 def refuse_missing(paths: Iterable[str], root: str | os.PathLike, advice: str) -> None:
-    """One UserError for all files that a set names and `root` lacks, before an epoch stumbles over
-    the first; `advice` ends it."""
+    """One UserError for all files that a set names and `root` lacks; `advice` ends it."""
     used = sorted(set(paths))
     missing = [path for path in used if not os.path.lexists(os.path.join(root, path))]
     if missing:

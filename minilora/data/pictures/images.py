@@ -115,8 +115,7 @@ class Header(io.BufferedReader):
 def decoded(source: Source, path: Source, lower: bool = False) -> Image.Image:
     """The picture of a file or of its bytes as RGB, upright; `path` names it in BadImage.
 
-    lower: of 16 bits per colour take the lower 8. A picture whose upper 8 are all 0 holds
-    8-bit values, and is read so.
+    lower: of 16 bits per colour take the lower 8, which are all that a picture of 8-bit values has.
     """
     with Header(source) as file, Image.open(file, formats=FORMATS) as image:
         file.left = math.inf
@@ -172,8 +171,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any Pillow mode: 1, L, LA, P, PA, RGB(A/a/X), CMYK, YCbCr, LAB,
-    HSV, I, I;16*, F."""
+    """8-bit RGB from any mode: 1, L, LA, P, PA, RGB(A/a/X), CMYK, YCbCr, LAB, HSV, I, I;16*, F."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -186,8 +184,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_8bit(image: Image.Image) -> np.ndarray:
-    """Grey values of more than 8 bits as uint8. 16-bit: the upper byte; F: [0, 1] or [0,
-    255] by its maximum."""
+    """Deep grey values as uint8. 16-bit: the upper byte; F: [0, 1] or [0, 255] by its maximum."""
     values = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values.astype(np.float64), posinf=255.0, neginf=0.0)

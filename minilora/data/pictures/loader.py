@@ -1,5 +1,4 @@
-"""From samples to batches: the data set, the seeded augmentation, the order of an epoch,
-and the workers.
+"""From samples to batches: data set, seeded augmentation, order of an epoch, and workers.
 
 Everything random is a function of (seed, epoch, index) alone. A picture is therefore augmented in
 the same way by any worker, in any batch, before and after a resume, and loading takes nothing from
@@ -56,8 +55,7 @@ def seeded_cpu(seed: int | Tensor):
 
 
 def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The indices 0 .. n-1 shuffled by (seed, epoch) and cut into batches; the last
-    one may be shorter."""
+    """The indices 0 .. n-1 shuffled by (seed, epoch), in batches; the last may be shorter."""
     generator = torch.Generator().manual_seed(mix(seed, epoch))
     order = torch.randperm(n, generator=generator).tolist()
     return [order[i : i + batch_size] for i in range(0, n, batch_size)]
@@ -69,8 +67,7 @@ def in_order(n: int, batch_size: int) -> list[list[int]]:
 
 
 class Pictures:
-    """Decoded pictures of a split by index, kept in memory while there is room; BadImage
-    if one is broken.
+    """Decoded pictures of a split by index (BadImage: broken), kept in memory while there is room.
 
     Workers keep nothing: they end with the epoch, in which they see every picture once.
     """
@@ -163,12 +160,8 @@ def make_loader(
     workers: int = 0,
     collate_fn: Callable[[Sequence[dict]], dict] = collate,
 ) -> Iterator[dict]:
-    """The collated `batches` (lists of keys of `dataset`), in order, prepared by `workers`
-    processes (0: this one).
-
-    The same bits for any number of workers. An error in a worker arrives here as the
-    error that it was.
-    """
+    """The collated `batches` (lists of keys of `dataset`) in order, made by `workers` processes (0:
+    this one): the same bits for any number of them, and the same errors."""
     make, workers = partial(made, dataset, collate_fn), min(workers, len(batches))
     yield from in_workers(make, [list(batch) for batch in batches], workers) if workers else map(make, batches)
 

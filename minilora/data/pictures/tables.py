@@ -69,8 +69,7 @@ def is_labelled(table: Path, several: bool = False) -> bool:
 
 
 def read_tables(path: Path, check_files: bool = True, several: bool = False) -> Splits:
-    """Splits from the csv at `path`, or from those in the folder `path`. Raises UserError
-    with file and line.
+    """Splits from the csv at `path`, or from those in the folder; UserError names file and line.
 
     check_files: also when a picture that a row names is not there. several: any number of labels
     for each picture, see label_sets.py.

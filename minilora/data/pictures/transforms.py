@@ -58,11 +58,9 @@ class Resize:
 
 
 class Normalise:
-    """uint8 (..., 3, H, W) -> float32 of the same shape: (x / 255 - mean) / std, as one
-    multiplication and one sum.
+    """uint8 (..., 3, H, W) -> float32: (x / 255 - mean) / std as one multiplication and one sum.
 
-    numpy, not torch: torch would wake its threads for every picture, and they already have the
-    model to compute.
+    numpy, not torch: torch would wake threads, which have the model to compute, for every picture.
     """
 
     def __init__(self, preprocess: dict):

@@ -56,8 +56,7 @@ class ChoiceSplit(Sequence):
 
 @dataclass
 class ChoiceSplits:
-    """train / val / test, None where there is none; `source`: the format; `whole`: all of a
-    set without parts."""
+    """train / val / test or None; `source`: the format; `whole`: all of a set without parts."""
 
     train: ChoiceSplit | None
     val: ChoiceSplit | None

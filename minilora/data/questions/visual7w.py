@@ -25,8 +25,7 @@ FILE = "dataset_v7w_telling.json"
 
 
 def find_visual7w(path: Path, required: bool = False) -> Path | None:
-    """The json file of the set, `path` or in the folder `path`; where there is none None or a
-    UserError."""
+    """The json file of the set, `path` or in it; where there is none None, or a UserError."""
     file = path / FILE if path.is_dir() else path
     if file.suffix.lower() == ".json" and file.is_file():
         return file
@@ -36,8 +35,7 @@ def find_visual7w(path: Path, required: bool = False) -> Path | None:
 
 
 def read_visual7w(file: Path, seed: int = 0) -> ChoiceSplits:
-    """The questions of a Visual7W file by its own splits; pictures below images/ or
-    beside the file.
+    """The questions of a Visual7W file by its own splits; pictures below images/ or beside it.
 
     Raises UserError for a file of another kind, a missing key, a qa_id that stands twice, a picture
     outside the folder, or fewer than 2 and more than 26 choices.
@@ -96,8 +94,7 @@ def _question(pair: Any, picture: int, seed: int, where: str) -> Question:
 
 
 def results(split: ChoiceSplit, ranked: list[list[int]]) -> list[dict]:
-    """The toolkit's results: for each question its candidates, the most probable first
-    (`ranked`: their places)."""
+    """The toolkit's results; `ranked`: the places of the choices, the most probable first."""
     return [
         {
             "qa_id": question.id,

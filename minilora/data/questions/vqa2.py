@@ -49,8 +49,7 @@ LOOSE_MARK = re.compile(r"(?<!\d)[^\w\s']|[^\w\s'](?!\d)|_")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question. picture: the number of its picture in its part; answers: as people typed
-    them, one or ten."""
+    """One question. picture: its number in the part; answers: as people typed them, one or ten."""
 
     question_id: int
     picture: int
@@ -69,8 +68,7 @@ class Question:
 
 @dataclass
 class VQAPart:
-    """train, val or test: questions, and pictures whose `load(j)` opens picture j and whose
-    `[j].path` names it."""
+    """train, val or test; `pictures.load(j)` opens picture j and `pictures[j].path` names it."""
 
     questions: list[Question]
     pictures: Sequence
@@ -78,8 +76,7 @@ class VQAPart:
 
     @property
     def shown(self) -> list[int]:
-        """The numbers of the pictures that have a question, each once, in the order
-        of the questions."""
+        """The numbers of the pictures that have a question, each once, as the questions come."""
         return list(dict.fromkeys(question.picture for question in self.questions))
 
     @property
@@ -148,8 +145,7 @@ def read_vqa2(data_dir: str | os.PathLike, bad_data: str = "error") -> dict[str,
 
     bad_data "error": a missing picture, an empty question, a question without annotation or an
     annotation without question raise UserError naming file and id. "skip": such questions are left
-    out, and a note counts them; the questions of a missing picture stay, and the data set makes
-    their picture grey.
+    out and counted in a note; those of a missing picture stay, and their picture will be grey.
     """
     root = existing_path(data_dir)
     if not root.is_dir():
@@ -164,8 +160,7 @@ def read_vqa2(data_dir: str | os.PathLike, bad_data: str = "error") -> dict[str,
 def read_part(
     root: Path, part: str, questions: Path, annotations: Path | None, names: Sequence[str], bad_data: str
 ) -> VQAPart:
-    """One part from its questions, and annotations if there are any; `names` are the pictures
-    that lie below `root`."""
+    """One part of its files; `names` are the pictures that lie below `root`."""
     asked = records(questions, "questions", {"question_id": int, "image_id": int, "question": str})
     known = {} if annotations is None else by_id(annotations)
     faults, kept = Faults(bad_data), []
@@ -217,8 +212,7 @@ def make_question(record: dict, picture: int, known: dict[int, dict]) -> Questio
 
 
 def find_pictures(names: Sequence[str], part: str) -> dict[int, list[str]]:
-    """{image id: files whose names end in it}, from the folders of `part` where there
-    are such folders."""
+    """{image id: files whose names end in it}, from the folders of `part` if there are any."""
 
     def ours(folder: str) -> bool:
         named = part_of(folder)
@@ -264,8 +258,7 @@ def by_id(path: Path) -> dict[int, dict]:
 
 
 def records(path: Path, key: str, fields: dict[str, type]) -> list[dict]:
-    """The list under `key` of a VQA v2 file: every record has `fields`, and no
-    question_id comes twice."""
+    """The list under `key` of a VQA v2 file: all have `fields`, and no question_id comes twice."""
     data = read_json(path, DATA)
     rows = data.get(key) if isinstance(data, dict) else None
     if not isinstance(rows, list):

@@ -22,8 +22,7 @@ BUCKET = 50  # batches whose questions are sorted by length together
 
 
 class Texts:
-    """The distinct texts of N questions as token ids, without padding: `row[i]` is the
-    text of question i."""
+    """The distinct texts of N questions as unpadded token ids; `row[i]`: the text of question i."""
 
     def __init__(self, questions: Sequence[Question], tokenizer: Callable[..., dict], max_length: int | None):
         number: dict[str, int] = {}
@@ -148,8 +147,7 @@ def shuffled_groups(picture: np.ndarray, batch_size: int, seed: int, epoch: int)
 def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """All questions shuffled by (seed, epoch); batches of nearly equal lengths, in random order.
 
-    Of every BUCKET * batch_size questions that the shuffle brings together, those of similar
-    length share a batch.
+    Of every BUCKET * batch_size in the shuffle, questions of similar length share a batch.
     """
     generator = torch.Generator().manual_seed(mix(seed, epoch))
     order = torch.randperm(len(lengths), generator=generator).numpy()

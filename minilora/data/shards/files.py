@@ -45,10 +45,10 @@ def per_shard(shard_mb: float, picture_bytes: int) -> int:
 def write_files(
     folder: Path, task: str, plan: dict, pictures: dict[str, Sequence[int]], pack: Callable, log: Callable[[str], None]
 ) -> dict:
-    """Write the `pictures` of each part in shards of plan["made"]["pictures_per_shard"]; returns the
-    index. pack(part, some of them) gives the tensors, the `records` and the counts of one shard.
+    """Write the `pictures` of each part in shards; returns the index.
 
-    plan: what the index says of the whole set. UserError where `folder` holds shards of another.
+    pack(part, some of them): the tensors, `records` and counts of one shard. plan: what the index
+    says of the whole set. UserError where `folder` holds shards of another.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index, each = started(folder, task, plan), plan["made"]["pictures_per_shard"]
@@ -97,8 +97,7 @@ def damaged(folder: Path, what: object) -> UserError:
 
 
 def checked_files(folder: Path, task: str) -> tuple[dict, dict[str, list[str]]]:
-    """(the index, {part: its files}) of a complete set whose sha256s are right; UserError
-    names a damaged file."""
+    """(the index, {part: its files}) of a complete set; UserError where a sha256 is not right."""
     index = read_index(folder, task)
     if not index.get("complete"):
         raise UserError(f"{folder}: the shards are incomplete; run the command that writes them again, it continues")
@@ -127,8 +126,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict:
 
 
 def check_geometry(stored: dict, preprocess: dict, directory: str | os.PathLike) -> None:
-    """UserError where the model wants other pictures than the shards hold; both are
-    `preprocess` dictionaries."""
+    """UserError where the model's `preprocess` makes other pictures than that of the shards."""
     for key in GEOMETRY:
         if stored.get(key) != preprocess.get(key):
             raise UserError(
@@ -138,8 +136,7 @@ def check_geometry(stored: dict, preprocess: dict, directory: str | os.PathLike)
 
 
 class ShardSplit(Split):
-    """A Split whose pictures lie in shards, in the model's size; `load(i)` copies one picture out of
-    the mapped file."""
+    """A Split whose pictures lie in shards, in the model's size, mapped into memory."""
 
     prepared = True
 
@@ -169,7 +166,7 @@ class ShardSplit(Split):
         return Image.fromarray(np.ascontiguousarray(self.pixels(i).numpy().transpose(1, 2, 0)))
 
     def size(self, i: int) -> tuple[int, int]:
-        """(width, height) of the picture before it was resized; only stored of labelled pictures."""
+        """(width, height) of the picture before it was resized; only of labelled pictures."""
         return self.sizes[i]
 
     def take(self, indices: Iterable[int]) -> ShardSplit:

@@ -1,5 +1,4 @@
-"""Labelled pictures, decoded and resized once: class folders or a table as uint8 pictures in
-safetensors shards.
+"""Labelled pictures, decoded and resized once: uint8 in safetensors shards.
 
     python -m minilora.commands.shards photos shards --model vit-tiny-patch16-224 --weights ...
     python train.py --data-dir shards ...     nothing else is read; they name the classes too
@@ -41,8 +40,7 @@ def write_picture_shards(
     bad_data: str = "error",
     log: Callable[[str], None] = print,
 ) -> dict:
-    """Write train, val and test as shards; returns the index. What an interrupted call with the
-    same arguments wrote is kept.
+    """Write train, val and test as shards, after an interrupted call the rest; returns the index.
 
     wide: side L of the second copy of the training pictures, 0 for none. made: what else describes
     the set. A picture that cannot be read raises BadImage, or is left out (bad_data "skip"). Raises
@@ -88,8 +86,7 @@ def stacked(pictures: Sequence[Tensor], size: int) -> Tensor:
 
 
 def read_picture_shards(directory: str | os.PathLike) -> Splits:
-    """What `write_picture_shards` wrote; every shard is checked against its sha256, UserError
-    names a damaged one."""
+    """What `write_picture_shards` wrote; UserError names a shard whose sha256 is not right."""
     folder = Path(directory)
     index, files = checked_files(folder, "classify")
     check_index(index, files, folder)
@@ -124,12 +121,10 @@ def read_part(folder: Path, names: Sequence[str], index: dict) -> ShardSplit:
 
 
 class ShardDataset(Dataset):
-    """Pictures of shards as they are stored; batch_augment.Finish crops and normalises them, a
-    batch at a time.
+    """Pictures of shards as they are stored; batch_augment.Finish crops and normalises batches.
 
-    `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid. `dataset[(epoch,
-    i)]` with augmentation: image (3, L, L) or (3, S, S) uint8, and what
-    batch_augment.draw says of its crop.
+    `dataset[i]` is the plain item i: image (3, S, S) uint8, label, index, valid. With augmentation
+    `dataset[(epoch, i)]` has an image (3, L, L) or (3, S, S) and what batch_augment.draw says.
     """
 
     def __init__(self, split: ShardSplit, augment: str = "none", seed: int = 0):

@@ -1,5 +1,4 @@
-"""Questions and pictures, prepared once: uint8 pictures of the model's size and token ids in
-safetensors shards.
+"""Questions and pictures, prepared once: uint8 pictures and token ids in safetensors shards.
 
     python -m minilora.commands.shards vqa_v2 shards --task vqa --model vqa-vit-bert --weights ...
     python train.py --task vqa --data-dir shards ...              nothing but the shards is read
@@ -42,13 +41,11 @@ def write_shards(
     bad_data: str = "error",
     log: Callable[[str], None] = print,
 ) -> dict:
-    """Write the parts as shards; returns the index. What an interrupted call with the same
-    arguments wrote is kept.
+    """Write the parts as shards, after an interrupted call the rest; returns the index.
 
-    tokens: the ids (int32) of the questions of a part. made: how the set is made (limits,
-    source), kept in the index. A picture that cannot be read raises BadImage, or is left out with
-    its questions (bad_data "skip"). Raises UserError where `directory` holds shards that were
-    made in another way.
+    tokens: the ids (int32) of the questions of a part. made: how the set is made (limits, source),
+    kept in the index. A picture that cannot be read raises BadImage, or is left out with its
+    questions (bad_data "skip"). UserError where `directory` holds shards made in another way.
     """
     each = per_shard(shard_mb, 3 * preprocess["image_size"] ** 2)
     plan = {"preprocess": preprocess, "made": made | {"pictures_per_shard": each}}
@@ -92,8 +89,7 @@ def pack(
 
 
 def read_shards(directory: str | os.PathLike) -> tuple[dict[str, VQAPart], dict]:
-    """({part: VQAPart}, the index). Every shard is checked against its sha256; UserError
-    names a damaged one."""
+    """({part: VQAPart}, the index); UserError names a shard whose sha256 is not right."""
     folder = Path(directory)
     index, files = checked_files(folder, "vqa")
     return {part: read_part(folder, names, index) for part, names in files.items()}, index
