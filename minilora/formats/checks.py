@@ -17,10 +17,9 @@ from minilora.targets import below, ends
 def modules_to_save_here(model: nn.Module, names: tuple[str, ...], tensors: dict) -> tuple[str, ...]:
     """PEFT's `modules_to_save`, read with PEFT's rules, as the names that mean the same here.
 
-    PEFT lists the heads of all models for a task ("classifier", "score"): those that this model
-    does not have are left out. For PEFT a name means all modules that end so, also where it is one
-    module's full name ("norm" is "layers.1.norm" too); here a full name is that module alone, so
-    the others are added if the file has tensors of them.
+    PEFT lists the heads of all models for a task ("classifier", "score"): those that are not here
+    are left out. For PEFT a name means all modules that end so ("norm" is "layers.1.norm" too);
+    here a full name is that module alone, so the others are added if the file has tensors of them.
     """
     here = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     meant = {name: [full for full in here if ends(full, name)] for name in names}
@@ -43,8 +42,7 @@ def has_place(model: nn.Module, name: str, tensor: Tensor) -> bool:
 
 
 def check_fit(model: nn.Module, config: LoRAConfig, tensors: dict, directory: Path) -> None:
-    """UserError where the file's tensors are not those that the model trains, or would train after
-    injection; one message for all of them."""
+    """UserError where the file's tensors are not those that the model trains, or would train."""
     has_lora = any(True for _ in lora_layers(model))
     if has_lora:
         _check_scaling(model, config, tensors, directory)

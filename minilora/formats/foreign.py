@@ -45,8 +45,7 @@ class Layer(NamedTuple):
 
 
 def linear_layers(table) -> list[Layer]:
-    """The layers of a key table, from the entries of their weights; what is stored transposed has
-    no adapter form."""
+    """The layers of a key table, by their weights; one stored transposed has no adapter form."""
     weights = [entry for entry in table if entry.theirs.endswith(".weight") and entry.form in ("same", "cat", "kernel")]
     strip = len(".weight")
     return [Layer(e.theirs[:-strip], tuple(name[:-strip] for name in e.ours), e.form == "kernel") for e in weights]
@@ -56,12 +55,8 @@ def linear_layers(table) -> list[Layer]:
 
 
 def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
-    """Write the adapter of `model` so that `PeftModel.from_pretrained(their_model,
-    directory)` loads it.
-
-    layout: a layout of model.key_table. Raises UserError where the layout does not exist or cannot
-    hold the adapter.
-    """
+    """Write the adapter of `model` for `PeftModel.from_pretrained(their_model, directory)`. Raises
+    UserError where model.key_table has no such layout, or the layout cannot hold the adapter."""
     table = layout_table(model, layout)
     layers = {name: layer for layer in linear_layers(table) for name in layer.ours}
     adapted = dict(lora_layers(model))
@@ -70,23 +65,20 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
             f"export_adapter: {layout} has no layer of its own for {outside[0]}; target others, as in attn.q_proj"
         )
     chosen = list(dict.fromkeys(layers[name] for name in adapted))
-    fused = any(len(layer.ours) > 1 for layer in chosen)
+    config = adapter_config(model)
+    config["use_rslora"] = config["use_rslora"] and all(len(layer.ours) == 1 for layer in chosen)
     tensors, ranks, alphas = {}, {}, {}
     for layer in chosen:
         parts = [model.get_submodule(name) for name in layer.ours]
-        values, ranks[layer.theirs], scaling = _joined(parts)
+        values, rank, scaling = _joined(parts)
         if layer.kernel:
             values = {key: _as_kernel(key, value) for key, value in values.items()}
         tensors |= {f"{layer.theirs}.{key}": value for key, value in values.items()}
-        rslora = _config(model).use_rslora and not fused
-        alphas[layer.theirs] = scaling * (math.sqrt(ranks[layer.theirs]) if rslora else ranks[layer.theirs])
-    others, saved = _other_tensors(model, table, {layer.theirs for layer in chosen})
-    config = adapter_config(model)
-    config |= {"r": _most_common(ranks), "lora_alpha": _plain_number(_most_common(alphas))}
-    config["rank_pattern"] = {re.escape(n): r for n, r in ranks.items() if r != config["r"]}
-    config["alpha_pattern"] = {re.escape(n): _plain_number(a) for n, a in alphas.items() if a != config["lora_alpha"]}
-    config |= {"target_modules": [layer.theirs for layer in chosen], "modules_to_save": saved or None}
-    config["use_rslora"] = config["use_rslora"] and not fused
+        ranks[layer.theirs] = rank
+        alphas[layer.theirs] = scaling * (math.sqrt(rank) if config["use_rslora"] else rank)
+    others = _other_tensors(model, table, set(ranks))
+    saved = [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
+    config |= {"target_modules": [*ranks], "modules_to_save": saved or None, **_with_patterns(ranks, alphas)}
     directory.mkdir(parents=True, exist_ok=True)
     named = {PREFIX + name: tensor for name, tensor in (tensors | others).items()}
     write_safetensors(directory / "adapter_model.safetensors", named)
@@ -95,8 +87,7 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
 
 
 def layout_table(model: nn.Module, layout: str):
-    """The key table of a layout; "transformers" is the newest of that library's. UserError for one
-    that the model does not have."""
+    """The key table of a layout, or a UserError; "transformers" is the newest of that library's."""
     layouts = list(getattr(model, "layouts", ()))
     found = {"transformers": "transformers5"}.get(layout, layout)
     if found not in layouts:
@@ -106,31 +97,25 @@ def layout_table(model: nn.Module, layout: str):
     return model.key_table(found)
 
 
-def _config(model: nn.Module) -> LoRAConfig:
-    return getattr(model, "lora_config", None) or LoRAConfig(target_modules=())
-
-
 def _joined(parts: list[nn.Module]) -> tuple[dict[str, Tensor], int, float]:
     """One adapter for several layers stacked on each other: ({name: tensor}, rank, scaling)."""
     adapted = [part for part in parts if isinstance(part, LoRALinear)]
-    scaling, rank = adapted[0].scaling, sum(part.r for part in adapted)
-    B = torch.zeros(sum(part.out_features for part in parts), rank)
-    row = column = 0
-    for part in parts:
-        if isinstance(part, LoRALinear):
-            # other scaling than the first part's goes into B
-            share = part.lora_B.weight.detach().cpu()
-            share = share if part.scaling == scaling else share * (part.scaling / scaling)
-            B[row : row + part.out_features, column : column + part.r] = share
-            column += part.r
-        row += part.out_features
+    scaling = adapted[0].scaling
+    # other scaling than the first part's goes into B; a part without adapter has rows, no columns
+    blocks = [
+        part.lora_B.weight.detach().cpu() * (part.scaling / scaling)
+        if isinstance(part, LoRALinear)
+        else torch.zeros(part.out_features, 0)
+        for part in parts
+    ]
     A = torch.cat([part.lora_A.weight.detach().cpu() for part in adapted])
-    tensors = {"lora_A.weight": A, "lora_B.weight": B}
+    tensors = {"lora_A.weight": A, "lora_B.weight": torch.block_diag(*blocks)}
     if isinstance(adapted[0], DoRALinear):
         tensors["lora_magnitude_vector"] = torch.cat([_magnitude(part) for part in parts])
     if any(part.base_layer.bias is not None and part.base_layer.bias.requires_grad for part in adapted):
-        tensors["base_layer.bias"] = torch.cat([_inner(part).bias.detach().cpu() for part in parts])
-    return tensors, rank, scaling
+        biases = [getattr(part, "base_layer", part).bias for part in parts]
+        tensors["base_layer.bias"] = torch.cat([bias.detach().cpu() for bias in biases])
+    return tensors, len(A), scaling
 
 
 def _as_kernel(key: str, value: Tensor) -> Tensor:
@@ -143,30 +128,23 @@ def _as_kernel(key: str, value: Tensor) -> Tensor:
     return value[:, :, None, None] if key == "lora_B.weight" else value
 
 
-def _inner(layer: nn.Module) -> nn.Linear:
-    return layer.base_layer if isinstance(layer, LoRALinear) else layer
-
-
 def _magnitude(layer: nn.Module) -> Tensor:
     """DoRA's lengths; those of a part without adapter are the row norms of its W: no change."""
     if isinstance(layer, DoRALinear):
         return layer.lora_magnitude_vector.detach().cpu()
-    norms = dict(layer.named_parameters())["weight"].detach().float()
-    return torch.linalg.vector_norm(norms, dim=1).cpu()
+    return torch.linalg.vector_norm(layer.weight.detach().float(), dim=1).cpu()
 
 
-def _other_tensors(model: nn.Module, table, adapted: set[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Trained tensors that are not adapters: head, norms, biases. Returns them and the
-    modules to save."""
+def _other_tensors(model: nn.Module, table, adapted: set[str]) -> dict[str, Tensor]:
+    """Trained tensors that are not adapters: head, norms, biases."""
     trained = {n: t for n, t in lora_state_dict(model).items() if ".lora_" not in n and ".base_layer." not in n}
     everything = {name.replace(".base_layer.", "."): p.detach() for name, p in model.named_parameters()}
-    tensors, modules, placed = {}, [], set()
+    tensors, placed = {}, set()
     for entry in table:
         if entry.form == "ones" or not any(name in trained for name in entry.ours):
             continue
         placed.update(entry.ours)
-        module = entry.theirs.rpartition(".")[0]
-        if module in adapted:  # the bias of an adapted layer is written with its adapter
+        if entry.theirs.rpartition(".")[0] in adapted:  # the bias of an adapted layer is written with its adapter
             continue
         if entry.form not in ("same", "cat"):
             raise UserError(
@@ -174,19 +152,21 @@ def _other_tensors(model: nn.Module, table, adapted: set[str]) -> tuple[dict[str
             )
         parts = [everything[name].cpu() for name in entry.ours]
         tensors[entry.theirs] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if entry.theirs.endswith(".weight"):
-            modules.append(module)
     if missed := [name for name in trained if name not in placed]:
         raise UserError(f"export_adapter: this layout has no name for {missed[0]}, which was trained")
-    return tensors, modules
+    return tensors
 
 
-def _most_common(values: dict):
-    return Counter(values.values()).most_common(1)[0][0] if values else 8
-
-
-def _plain_number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
+def _with_patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict:
+    """Fields that give each layer its rank and alpha: the commonest, patterns for the others."""
+    alphas = {name: int(alpha) if float(alpha).is_integer() else alpha for name, alpha in alphas.items()}
+    r, lora_alpha = (Counter(values.values() or [8]).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != lora_alpha},
+    }
 
 
 # ---- theirs -> ours
@@ -271,11 +251,13 @@ def _misfits(tensors: dict, layers: dict[str, Layer], table, own: dict[str, tupl
             wrong[name] = NO_PLACE
             continue
         rows, rest = sum(shape[0] if shape else 1 for shape in shapes), shapes[0][1:]
-        flat = tuple(tensor.flatten(1).shape) if tensor.dim() > 1 else tuple(tensor.shape)
+        flat = tensor.flatten(1).shape if tensor.dim() > 1 else tensor.shape
         if ".lora_A" in name:
             fits = flat[1:] == rest
+        elif ".lora_B" in name:
+            fits = flat[:1] == (rows,) and len(flat) == 2
         elif ".lora_" in name:
-            fits = rows == (flat[0] if "lora_B" in name and flat else tensor.numel())
+            fits = tensor.numel() == rows
         else:
             fits = (flat or (1,)) == (rows, *rest)
         if not fits:
@@ -284,10 +266,9 @@ def _misfits(tensors: dict, layers: dict[str, Layer], table, own: dict[str, tupl
 
 
 def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str, Layer], table):
-    result, ranks, scalings = {}, {}, {}
+    result, ranks, alphas, power = {}, {}, {}, 0.5 if config.use_rslora else 1
     for theirs in dict.fromkeys(_module(name) for name in tensors if ".lora_" in name):
         options = config.layer_options(theirs)
-        root = math.sqrt(options["r"]) if config.use_rslora else options["r"]
         parts = _split(layers[theirs], theirs, tensors)
         if config.bias == "all" and f"{theirs}.base_layer.bias" in tensors:
             names = layers[theirs].ours
@@ -295,7 +276,8 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
             result |= {f"{name}.bias": bias for name, bias in biases if name not in parts}
         for ours, part in parts.items():
             result |= {f"{ours}.{key}": value for key, value in part.items()}
-            ranks[ours], scalings[ours] = part["lora_A.weight"].shape[0], options["lora_alpha"] / root
+            ranks[ours] = len(part["lora_A.weight"])
+            alphas[ours] = options["lora_alpha"] * (ranks[ours] / options["r"]) ** power
     entries = {entry.theirs: entry for entry in table}
     saved = []
     for name, tensor in tensors.items():
@@ -306,29 +288,16 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
         result |= dict(zip(entry.ours, tensor.chunk(len(entry.ours)) if len(entry.ours) > 1 else [tensor], strict=True))
         if name.endswith(".weight"):
             saved += [ours.rpartition(".")[0] for ours in entry.ours]
-    power = 0.5 if config.use_rslora else 1.0
-    alphas = {name: scaling * ranks[name] ** power for name, scaling in scalings.items()}
-    r, alpha = _most_common(ranks), _most_common(alphas)
-    return replace(
-        config,
-        r=r,
-        lora_alpha=_plain_number(alpha),
-        target_modules=tuple(ranks),
-        layers_to_transform=None,
-        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={re.escape(name): _plain_number(a) for name, a in alphas.items() if a != alpha},
-        modules_to_save=tuple(saved),
-    ), result
+    own = {"target_modules": tuple(ranks), "layers_to_transform": None, "modules_to_save": tuple(saved)}
+    return replace(config, **own, **_with_patterns(ranks, alphas)), result
 
 
 def _split(layer: Layer, theirs: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{our layer: its tensors}. Of a fused layer each part keeps the columns of B that it uses;
-    unused parts are left."""
+    """{our layer: its tensors}; of a fused layer the parts that B uses, with their columns."""
     keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "base_layer.bias")
     whole = {key: tensors[f"{theirs}.{key}"] for key in keys if f"{theirs}.{key}" in tensors}
     # of a convolution: its kernel has the rows of a matrix
-    whole = {k: t.flatten(1) if t.dim() > 2 and k != keys[2] else t for k, t in whole.items()}
-    whole |= {key: whole[key].flatten() for key in keys[2:3] if key in whole}
+    whole = {key: t.flatten(1 if ".weight" in key else 0) for key, t in whole.items()}
     if missing := [key for key in keys[:2] if key not in whole]:
         raise UserError(f"the adapter has no {theirs}.{missing[0]}")
     count = len(layer.ours)

@@ -63,17 +63,12 @@ def _trained_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Modules that are trained in full: those of modules_to_save, a trained head, trained norms."""
     modules = list(config.modules_to_save)
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False)]
-        if (
-            own
-            # a parameter of the model itself (CLIP's logit_scale) is in modules_to_save by name
-            and name
-            and all(p.requires_grad for p in own)
-            and ".lora_" not in name
-            and not hasattr(module, "base_layer")
-        ):
-            if (isinstance(module, NORMS) or not config.target_modules) and name not in modules:
-                modules.append(name)
+        # a parameter of the model itself (CLIP's logit_scale) is in modules_to_save by name
+        if not name or name in modules or ".lora_" in name or hasattr(module, "base_layer"):
+            continue
+        trained = [p.requires_grad for p in module.parameters(recurse=False)]
+        if trained and all(trained) and (isinstance(module, NORMS) or not config.target_modules):
+            modules.append(name)
     return modules
 
 
@@ -111,8 +106,7 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, torch.Tensor], 
 
 
 def config_from_json(data: dict, path: Path) -> LoRAConfig:
-    """The LoRAConfig in PEFT's adapter_config.json; UserError names a setting that changes the
-    mathematics in a way unknown here."""
+    """The LoRAConfig in PEFT's adapter_config.json; UserError for mathematics unknown here."""
     for key, sentence in OLD_FORMS.items():
         if data.get(key):
             raise UserError(f"{path}: {key} = {data[key]!r} is not plain LoRA: {sentence}")
