@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from reference_models.load import config_for
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 T = "the table"
-INSTEAD = {"model": "--models", "mode": "--modes", "seed": "--seeds"}
 # flags of train.py that make no row of this table
 NOT_HERE = ("task", "resume", "adapter", "teacher", "dry_run")
 
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def finish(path: Path, config: Config) -> None:
         rows.append(summary_row(path, config, read_summary(path)))
-        write_table(output, rows)
+        atomic_write(output / "table.md", comparison_table(rows, markdown=True, columns=BACKBONES) + "\n")
 
     failed = run_plan(plan, output, finish)
     if rows:
@@ -73,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_plan(plan: dict[str, Config], output: Path, finish: Callable[[Path, Config], None]) -> int:
-    """Make the runs that are not there yet, call `finish` after each; the exit code. A run that
-    fails is named, and the others continue."""
+    """Make the runs that are not there yet, `finish` after each; 1 where one failed."""
     failed = {}
     for number, (name, config) in enumerate(plan.items(), 1):
         path = output / name
@@ -99,22 +97,30 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
     """
     usage, title = "--models NAME ... --output DIR [flags of train.py]", __doc__.partition("\n")[0]
     parser = Parser(Sweep, "python -m minilora.commands.backbones", usage, title)
-    shared, lists, output = read_table(parser, argv, ("models", "modes", "augment", "seeds", "weights"), INSTEAD)
-    if not lists["models"]:
+    shared, lists, output = read_table(parser, argv)
+    if not (models := lists["models"]):
         raise UserError(f"--models is missing; see {parser.prog} --help")
-    plan = combinations(shared, lists)
+    flags = {"mode": "modes", "augment": "augment", "seed": "seeds"}
+    modes, augments, seeds = (values_of(shared, key, lists[name]) for key, name in flags.items())
+    places = weights_of(models, lists["weights"] or ())
+    runs = []
+    for model, mode, augment, seed in itertools.product(models, modes, augments, seeds):
+        own = {"model": model, "mode": mode, "augment": augment, "seed": seed, "weights": places[model]}
+        runs.append((f"{Path(model).name}-{mode}-{augment}" + f"-{seed}" * (len(seeds) > 1), own))
+    plan = make_plan(shared, runs, "name each model once, folders by different names")
     open_data(next(iter(plan.values())))
     return plan, make_folder(output)
 
 
-def read_table(
-    parser: Parser, argv: Sequence[str] | None, several: Sequence[str], instead: dict[str, str]
-) -> tuple[Config, dict[str, Any], Path]:
-    """(what all runs of a table share, {flag: its several values or None}, --output)."""
+def read_table(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, dict[str, Any], Path]:
+    """(what all runs of a table share, {flag of the table: its several values or None}, --output);
+    --seeds of a table stands for --seed of train.py, and so its other flags in s."""
     (typed, _), table = parser.read(argv), parser.prog.rpartition(".")[2]
+    several = list(parser.table.__annotations__)
+    instead = {name.removesuffix("s"): name for name in several if name.endswith("s")}
     for name in (*instead, *NOT_HERE):
         if name in typed:
-            hint = f"; use {instead[name]}" if name in instead else ""
+            hint = f"; use {option(instead[name])}" if name in instead else ""
             raise UserError(f"{option(name)} is not for a table of {table}{hint}")
     if "output" not in typed:
         raise UserError(f"--output is missing; see {parser.prog} --help")
@@ -138,38 +144,29 @@ def make_folder(output: Path) -> Path:
     return output
 
 
-def combinations(shared: Config, lists: dict[str, Any]) -> dict[str, Config]:
-    """One checked configuration for each model, mode, kind of augmentation and seed,
-    by the run's name."""
-    values = {key: values_of(shared, key, lists[key + "s" * (key != "augment")]) for key in ("mode", "augment", "seed")}
-    models, plan = lists["models"], {}
-    places = weights_of(models, lists["weights"] or ())
-    for model, mode, augment, seed in itertools.product(models, *values.values()):
-        own = {"model": model, "mode": mode, "augment": augment, "seed": seed, "weights": places[model]}
+def make_plan(shared: Config, runs: Iterable[tuple[str, dict[str, Any]]], once: str) -> dict[str, Config]:
+    """{name: checked configuration} of (name, its own flags); `once` says how names differ."""
+    plan = {}
+    for name, own in runs:
         config = Config(**vars(shared) | own)
         check(config)
         resolve(config, None)
         config.head = config.head or default_head(config)
-        name = f"{Path(model).name}-{mode}-{augment}" + f"-{seed}" * (len(values["seed"]) > 1)
         if name in plan:
-            raise UserError(f"two runs would be called {name}; name each model once, folders by different names")
+            raise UserError(f"two runs would be called {name}; {once}")
         plan[name] = config
     return plan
 
 
 def values_of(shared: Config, key: str, words: Sequence[str] | None) -> list:
-    """The values of one flag, each read by the flag's own rule; without words what
-    recipe or default say."""
+    """The values of one flag, read by its rule; without words what recipe or default say."""
     words = [words] if isinstance(words, str) else words
     return [convert(key, rules(Config)[key], word) for word in words] if words else [getattr(shared, key)]
 
 
 def weights_of(models: Sequence[str], words: Sequence[str]) -> dict[str, str | None]:
     """{model: where its weights are} from MODEL=PLACE, or PLACE for all models that are not named.
-
-    Raises UserError (ModelError) for unknown models, weights of no model in the list and weights
-    that are not there.
-    """
+    Raises UserError (ModelError) for unknown models, and for weights of no model or not there."""
     named, rest = {}, None
     for word in words:
         model, equals, place = word.partition("=")
@@ -229,11 +226,6 @@ def _relay(process: subprocess.Popen) -> str:
         error = line.removeprefix("error:").strip() if line.startswith("error:") else error
     code = process.wait()
     return error or (f"stopped by signal {-code}" if code < 0 else f"exit code {code}: {last}")
-
-
-def write_table(output: Path, rows: list[RunRow]) -> None:
-    """OUTPUT/table.md, after every run, so that a table that was stopped shows what there is."""
-    atomic_write(output / "table.md", comparison_table(rows, markdown=True, columns=BACKBONES) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from minilora.tasks.runfiles import read_summary
 
 
 def train_all(config: Config) -> int:
-    """All runs and their table; the exit code, 1 where a run has failed. Raises UserError for data
-    that none of them could read."""
+    """All runs and their table; 1 where one has failed. UserError for data that none can read."""
     if config.data_dir:
         task_module(config.task, "task").open_data(copy.copy(config))
     names = (f"{config.task}-{config.mode}-{n:03d}" for n in range(10_000))

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from minilora.atomic import atomic_write
-from minilora.commands.backbones import make_folder, read_table, run_plan, values_of
+from minilora.commands.backbones import make_folder, make_plan, read_table, run_plan, values_of
 from minilora.errors import UserError
 from minilora.report.curves import COLOURS
 from minilora.report.plots import load_pyplot, save_figure
 from minilora.report.tables import markdown_table, text_table
 from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config, flag
-from minilora.settings.parse import Parser, check
+from minilora.settings.parse import Parser
 from minilora.tasks.classify.task import default_head, open_data
-from minilora.tasks.method import resolve
 from minilora.tasks.runfiles import read_summary
 from reference_models import ModelError
 
@@ -65,27 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Path]:
-    """({name of a run: its whole configuration}, the folder for all of them).
-
-    Raises UserError for what can be known before the first run: flags, heads, data, classes with
-    too few pictures.
-    """
+    """({name of a run: its whole configuration}, the folder for all of them). Raises UserError for
+    what can be known before the first run: flags, heads, data, classes with too few pictures."""
     usage, title = "--output DIR [flags of train.py]", __doc__.partition("\n")[0]
-    parser = Parser(FewShots, "python -m minilora.commands.shots", usage, title)
-    instead = {"head": "--heads", "seed": "--seeds"}
-    shared, lists, output = read_table(parser, argv, ("shots", "heads", "seeds"), instead)
+    shared, lists, output = read_table(Parser(FewShots, "python -m minilora.commands.shots", usage, title), argv)
     shots = values_of(shared, "shots", lists["shots"] or SHOTS)
     heads = values_of(shared, "head", lists["heads"] or [shared.head or default_head(shared)])
-    plan = {}
+    runs = []
     for head, k, seed in itertools.product(heads, shots, values_of(shared, "seed", lists["seeds"])):
         sentences = {} if head == "names" else {"prompt": None, "tokenizer": None}
-        config = Config(**vars(shared) | {"head": head, "shots": k, "seed": seed} | sentences)
-        check(config)
-        resolve(config, None)
-        name = f"{head}-{k}-{seed}"
-        if name in plan:
-            raise UserError(f"two runs would be called {name}; name every K, head and seed once")
-        plan[name] = config
+        runs.append((f"{head}-{k}-{seed}", {"head": head, "shots": k, "seed": seed} | sentences))
+    plan = make_plan(shared, runs, "name every K, head and seed once")
     open_data(max(plan.values(), key=lambda config: config.shots))
     return plan, make_folder(output)
 
