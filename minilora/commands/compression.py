@@ -8,6 +8,7 @@ units through LoRA, which is merged afterwards.
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,8 +37,7 @@ COLUMNS = ("model", "parameters", "not zero", "MB", "MB zipped", "ms at 1", "ms 
 
 
 def check_pruning(runs: Sequence[Run], options: Any, typed: Iterable[str]) -> None:
-    """UserError before anything is computed: flags that need --prune, a scope that matches
-    nothing in a run."""
+    """UserError for flags that need --prune, and for a scope that matches nothing in a run."""
     if options.prune is None:
         if flags := [name for name in ("prune_scope", "prune_epochs") if name in typed]:
             raise UserError(f"{option(flags[0])} needs --prune, the share of weights to remove")
@@ -52,8 +52,7 @@ def check_pruning(runs: Sequence[Run], options: Any, typed: Iterable[str]) -> No
 
 
 def pruned_run(run: Run, options: Any) -> Run:
-    """A copy of the run with its LoRA merged and its model pruned as --prune, --prune-scope and
-    --prune-epochs say."""
+    """A copy of the run, LoRA merged, pruned as --prune, --prune-scope and --prune-epochs say."""
     sparsity, scope, epochs = options.prune, options.prune_scope, options.prune_epochs
     model = merge_lora(copy.deepcopy(run.model))
     small = replace(run, model=model)
@@ -75,17 +74,11 @@ def learn_on(
     run: Run, model: nn.Module, epochs: int, lr: float, scope: str | None = None, sparsity: float = 0.0
 ) -> None:
     """Train what of `model` is trainable on the run's own data: Adam, cosine. With a scope it is
-    pruned meanwhile.
-
-    The sparsity reaches its end after half of the steps, so that the other half can
-    repair what that did.
-    """
+    pruned meanwhile, to the end in half of the steps: the other half can repair it."""
     # as a student of the run: its classes in its order, its tokens; but only the labels
     # are learned from
-    config = replace(run.config, teacher=str(run.path), adapter=None, tokenizer=None, cache_features=False)
-    config.distill_unlabelled = None
-    if getattr(run, "tokenizer", None) is not None:
-        config.tokenizer = str(run.path)
+    config = replace(run.config, teacher=str(run.path), adapter=None, cache_features=False, distill_unlabelled=None)
+    config.tokenizer = str(run.path) if getattr(run, "tokenizer", None) else None
     task = build_task(config, run.device, taught=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     steps = epochs * len(task.train_batches(0))
@@ -108,33 +101,27 @@ def learn_on(
 
 
 def compression_rows(runs: Sequence[Run], names: Sequence[str], options: Any, rounds: int = 9) -> list[dict]:
-    """A row for each run: counts, bytes, median seconds of a forward pass at batch 1
-    and 64, accuracy.
-
-    The models take turns while they are timed.
-    """
-    models = [merge_lora(copy.deepcopy(run.model)).eval() for run in runs]
-    plain = [replace(run, model=model) for run, model in zip(runs, models, strict=True)]
-    seconds = {}
-    for size in LATENCY_BATCHES:
-        batches = [run.batch(size, options) for run in plain]
-        calls = {str(i): forward(run, batch) for i, (run, batch) in enumerate(zip(plain, batches, strict=True))}
-        seconds[size] = median_seconds(calls, rounds, device=str(plain[0].device))
-    rows = []
-    for i, (name, run) in enumerate(zip(names, plain, strict=True)):
-        scores = run.evaluate(options).scores
-        rows.append(
-            {"model": name, **model_size(run.model)._asdict()}
-            | {"seconds": {size: times[str(i)] for size, times in seconds.items()}}
-            | {"accuracy": scores and scores["accuracy"]}
-        )
-    return rows
+    """A row for each run: counts, bytes, accuracy, median seconds of a forward pass at batch 1 and
+    64. The models take turns while they are timed."""
+    plain = [replace(run, model=merge_lora(copy.deepcopy(run.model)).eval()) for run in runs]
+    turns = itertools.product(range(len(plain)), LATENCY_BATCHES)
+    calls = {(i, size): forward(plain[i], plain[i].batch(size, options)) for i, size in turns}
+    seconds = median_seconds(calls, rounds, str(plain[0].device))
+    return [
+        {
+            "model": name,
+            **model_size(run.model)._asdict(),
+            "seconds": {size: seconds[i, size] for size in LATENCY_BATCHES},
+            "accuracy": (run.evaluate(options).scores or {}).get("accuracy"),
+        }
+        for i, (name, run) in enumerate(zip(names, plain, strict=True))
+    ]
 
 
 def latency(run: Run, options: Any, sizes: Sequence[int] = (1, 32), rounds: int = 15) -> list[tuple[int, float]]:
     """(batch size, median seconds of one forward pass)."""
-    calls = {size: {"": forward(run, run.batch(size, options))} for size in sizes}
-    return [(size, median_seconds(call, rounds, str(run.device))[""]) for size, call in calls.items()]
+    calls = {size: forward(run, run.batch(size, options)) for size in sizes}
+    return list(median_seconds(calls, rounds, str(run.device)).items())
 
 
 def forward(run: Run, batch: dict[str, Tensor]):

@@ -16,12 +16,8 @@ from torch import Tensor
 
 
 def soft_divergence(student: Tensor, teacher: Tensor, temperature: float, t2: bool = False) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)) of each row, times T^2 with `t2`; (B,
-    K), (B, K) -> (B,).
-
-    Computed in float32 at least, whatever autocast says: the differences of two soft
-    distributions are small.
-    """
+    """KL(softmax(teacher / T) || softmax(student / T)) of each row, times T^2 with `t2`: (B, K),
+    (B, K) -> (B,). In float32 at least, also in autocast: the differences are small."""
     p = (_wide(teacher) / temperature).log_softmax(-1)  # (B, K)
     q = (_wide(student) / temperature).log_softmax(-1)  # (B, K)
     # (B,); 0 log 0 = 0 for a choice that is not there

@@ -5,7 +5,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -13,8 +13,7 @@ from torch import nn
 
 
 class Size(NamedTuple):
-    """Parameters, those that are not zero, and bytes of the safetensors file as it is and
-    zipped (deflate)."""
+    """Parameters, those that are not zero, bytes of the safetensors file as it is and deflated."""
 
     parameters: int
     nonzero: int
@@ -36,13 +35,12 @@ def model_size(model: nn.Module) -> Size:
 
 
 def median_seconds(
-    calls: dict[str, Callable[[], object]], rounds: int = 9, device: str = "cpu", at_least: float = 0.02
-) -> dict[str, float]:
+    calls: dict[Any, Callable[[], object]], rounds: int = 9, device: str = "cpu", at_least: float = 0.02
+) -> dict[Any, float]:
     """Median seconds of each call, after two to warm up. The calls take turns, so that a busy
-    minute of the machine hits all of them; short ones are repeated for `at_least` seconds and
-    averaged, so that no single pause decides."""
+    minute of the machine hits all; short ones are averaged over `at_least` seconds."""
     repeats = {name: max(1, math.ceil(at_least / _seconds(call, 2, device))) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(_seconds(call, repeats[name], device))

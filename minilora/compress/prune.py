@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from minilora.errors import RunError, UserError
 
 SCOPES = ("conv", "backbone", "all")
-POWER = 3  # of the schedule's polynomial
 MATRICES = (nn.Conv2d, nn.Linear, nn.Embedding, nn.LSTM)
 
 
@@ -34,12 +33,10 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 
 
 def scope_tensors(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-    """{name: weight} of what a scope means. Biases, norms and the matrices of LoRA itself
-    are never pruned.
+    """{name in the merged model: weight} of what a scope means: no bias, norm or LoRA matrix.
 
     conv: kernels of nn.Conv2d. backbone: weight matrices of the picture encoder, without heads.
-    all: those of the whole model: convolutions, linear layers, embeddings, LSTMs. Names are those
-    of the merged model, "q_proj.weight" for LoRA's "q_proj.base_layer.weight". UserError where a
+    all: those of the whole model: convolutions, linear layers, embeddings, LSTMs. UserError where a
     scope matches nothing.
     """
     if scope not in SCOPES:
@@ -65,12 +62,8 @@ def scope_tensors(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
-    """True where a weight stays: all but the round(sparsity * n) smallest of its n magnitudes;
-    bool, same shape.
-
-    Among equal magnitudes the first ones go, so the number of zeros is exact and a
-    zero stays a zero.
-    """
+    """True where a weight stays: all but the round(sparsity * n) smallest of its n magnitudes. Of
+    equal ones the first go, so that the number of zeros is exact and a zero stays a zero."""
     flat = weight.detach().abs().flatten()
     mask = torch.ones_like(flat, dtype=torch.bool)
     mask[flat.argsort(stable=True)[: round(sparsity * flat.numel())]] = False
@@ -80,12 +73,11 @@ def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
 def polynomial_sparsity(step: int, steps: int, start: float, end: float) -> float:
     """end + (start - end) (1 - step / steps)^3; `end` from step `steps` on."""
     left = 1 - min(step, steps) / steps if steps > 0 else 0.0
-    return end + (start - end) * left**POWER
+    return end + (start - end) * left**3
 
 
 class Pruner:
-    """Masks for the weights of a scope, and what keeps them: through optimizer steps,
-    merging and saving.
+    """Masks for the weights of a scope, kept through optimizer steps, merging and saving.
 
     sparsity: the share of zeros in every tensor at the end. start: the share at once. steps:
     optimizer steps from start to sparsity; 0 prunes to the end at once. Raises UserError for shares
@@ -98,16 +90,14 @@ class Pruner:
         self.start = check_sparsity(min(0.5, self.end) if start is None else start, "the starting sparsity")
         if self.start > self.end:
             raise UserError(f"pruning begins at {self.start:g} and ends at {self.end:g}: the first must not be larger")
-        self.masks: dict[str, Tensor] = {}
         self.prune_to(polynomial_sparsity(0, steps, self.start, self.end))
 
     @torch.no_grad()
     def prune_to(self, sparsity: float) -> None:
         """New masks from the magnitudes now; what is zero already stays so."""
         self.sparsity = sparsity
-        self.masks = {
-            name: magnitude_mask(weight, sparsity) for name, weight in scope_tensors(self.model, self.scope).items()
-        }
+        weights = scope_tensors(self.model, self.scope)
+        self.masks = {name: magnitude_mask(weight, sparsity) for name, weight in weights.items()}
         self.apply()
 
     @torch.no_grad()

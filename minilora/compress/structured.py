@@ -37,7 +37,8 @@ def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object
     """
     check_units(model, sparsity)
     mlps = mlp_layers(merge_lora(model))
-    configs = {module: smaller_config(module.config, sparsity) for module in configured(model)}
+    configured = [module for module in model.modules() if is_dataclass(getattr(module, "config", None))]
+    configs = {module: smaller_config(module.config, sparsity) for module in configured}
     activity = measure_units(mlps, run) if run is not None else {}
     for name, mlp in mlps.items():
         shrink_mlp(mlp, units_kept(mlp.fc1.out_features, sparsity), *activity.get(name, ()))
@@ -47,8 +48,7 @@ def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object
 
 
 def check_units(model: nn.Module, sparsity: float) -> None:
-    """UserError for a share outside [0, 1), and for a model whose configuration does not
-    count MLP units."""
+    """UserError for a share outside [0, 1), and for a model whose config counts no MLP units."""
     check_sparsity(sparsity)
     if smaller_config(model.config, 0.5) == model.config:
         name = type(model).__name__
@@ -63,11 +63,6 @@ def mlp_layers(model: nn.Module) -> dict[str, nn.Module]:
 def units_kept(hidden: int, sparsity: float) -> int:
     """How many of `hidden` units stay, at least one."""
     return max(1, hidden - round(sparsity * hidden))
-
-
-def configured(model: nn.Module) -> list[nn.Module]:
-    """The model and its towers: modules with a configuration."""
-    return [module for module in model.modules() if is_dataclass(getattr(module, "config", None))]
 
 
 def smaller_config(config, sparsity: float):
@@ -86,8 +81,7 @@ def smaller_config(config, sparsity: float):
 
 @torch.no_grad()
 def measure_units(mlps: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (mean (h,), variance (h,))} of the units' activations while `run` passes data
-    through the model."""
+    """{name: (mean, variance)}, each (h,), of the units' activations over the data of `run`."""
     sums: dict[str, list] = {}
 
     def listen(name: str):
@@ -112,26 +106,16 @@ def measure_units(mlps: dict[str, nn.Module], run: Callable[[], object]) -> dict
 
 @torch.no_grad()
 def shrink_mlp(mlp: nn.Module, keep: int, mean: Tensor | None = None, variance: Tensor | None = None) -> None:
-    """Keep the `keep` most important units, in their order; the mean of the others goes
-    into fc2's bias."""
+    """Keep the `keep` most important units, in their order; fc2's bias gets the others' mean."""
     fc1, fc2 = mlp.fc1, mlp.fc2
     columns = fc2.weight.double().norm(dim=0)  # (h,)
     rest = fc1.weight.double().norm(dim=1) if variance is None else variance.sqrt()  # (h,)
     kept = (rest * columns).argsort(descending=True, stable=True)[:keep].sort().values
     gone = torch.ones(fc1.out_features, dtype=torch.bool, device=kept.device)
     gone[kept] = False
-    bias = fc2.bias
-    if mean is not None and bias is not None:
-        bias = (bias.double() + fc2.weight[:, gone].double() @ mean[gone]).to(bias.dtype)
-    mlp.fc1 = _linear(fc1.weight[kept], None if fc1.bias is None else fc1.bias[kept], fc1)
-    mlp.fc2 = _linear(fc2.weight[:, kept], bias, fc2)
-
-
-def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
-    """A layer with copies of these values, trained or frozen as the one in whose place it comes."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    trained = like.weight.requires_grad
-    layer.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=trained)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=trained)
-    return layer.train(like.training)
+    if mean is not None and fc2.bias is not None:
+        fc2.bias.copy_(fc2.bias.double() + fc2.weight[:, gone].double() @ mean[gone])
+    fc1.out_features = fc2.in_features = keep
+    for layer, key, dim in ((fc1, "weight", 0), (fc1, "bias", 0), (fc2, "weight", 1)):
+        if (old := getattr(layer, key)) is not None:
+            setattr(layer, key, nn.Parameter(old.index_select(dim, kept), old.requires_grad))
