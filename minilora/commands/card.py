@@ -98,11 +98,8 @@ model = PeftModel.from_pretrained({model_class}.from_pretrained("base"), "adapte
 def model_card(
     path: Path, config: Config, base: dict, labels: list[str], summary: dict, lines: list[str], layouts: tuple[str, ...]
 ) -> str:
-    """The card as Markdown.
-
-    base: weights and sha256 of the base; lines: what the data line of the run says; layouts: those
-    that the model can be written in.
-    """
+    """The card as Markdown. base: weights and sha256 of the base; lines: the run's data lines;
+    layouts: those that the model can be written in."""
     lines = [printable(line).replace("|", "\\|") for line in lines]
     counts, best, test = summary["parameters"], summary["best"], summary.get("test") or {}
     metric = summary["metric"]

@@ -96,8 +96,7 @@ SETS = {
 def fetch(name: str, directory: str | os.PathLike, mirror: str | None = None) -> Path:
     """Download and unpack the data set `name` below `directory`; returns the folder for --data-dir.
 
-    Raises UserError for an unknown name, RunError for what the network, the archive
-    or the disk does.
+    Raises UserError for an unknown name, RunError for what network, archive or disk do.
     """
     if name not in SETS:
         raise UserError(f"data set {name!r} is unknown; choose from {', '.join(SETS)}")

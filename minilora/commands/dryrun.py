@@ -2,6 +2,8 @@
 Nothing is trained.
 """
 
+from collections import Counter
+
 import torch
 from torch import nn
 
@@ -37,12 +39,11 @@ def describe_plan(task: Task, options: TrainOptions, device: torch.device) -> li
 
 def target_lines(model: nn.Module) -> list[str]:
     """LoRA targets with their shapes, equal ones together."""
-    counts: dict[str, int] = {}
-    for name, layer in lora_layers(model):
-        n_out, n_in = layer.lora_B.out_features, layer.lora_A.in_features
-        key = f"{name.rpartition('.')[2]} ({n_in} -> {n_out}, r {layer.lora_A.out_features}, scale {layer.scaling:g})"
-        counts[key] = counts.get(key, 0) + 1
-    return [f"LoRA: {n} x {key}" for key, n in counts.items()]
+    counts = Counter(
+        f"{name.rpartition('.')[2]} ({layer.in_features} -> {layer.out_features}, r {layer.r}, scale {layer.scaling:g})"
+        for name, layer in lora_layers(model)
+    )
+    return [f"LoRA: {n} x {kind}" for kind, n in counts.items()]
 
 
 def memory_estimate(task: Task, options: TrainOptions, device: torch.device) -> dict[str, int]:
@@ -73,8 +74,7 @@ def memory_estimate(task: Task, options: TrainOptions, device: torch.device) -> 
 
 
 def saved_bytes(task: Task, batch: dict, amp: str, device: torch.device) -> tuple[int, int]:
-    """(bytes that autograd keeps for the backward pass of this batch, weights not counted;
-    largest layer output)."""
+    """(bytes that autograd keeps of this batch, weights not counted; largest layer output)."""
     own = {t.untyped_storage().data_ptr() for t in (*task.model.parameters(), *task.model.buffers())}
     kept: dict[int, int] = {}
 

@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from collections import Counter
 
 import torch
 from torch import nn
@@ -37,14 +38,12 @@ def use_of(model: str) -> str:
 
 
 def target_rows(model: nn.Module) -> list[list]:
-    """(target, layers, in, out) of the linear layers that LoRA can adapt, heads left out;
-    one row per shape."""
-    counts: dict[tuple, int] = {}
+    """(target, layers, in, out) of linear layers that LoRA can adapt, a row per shape; no heads."""
+    counts = Counter()
     towers = [name for name in ("vision", "text") if hasattr(model, name)]
     heads = tuple(getattr(model, "head_modules", ()))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith(heads):
             tower = next((f"{t}." for t in towers if name.startswith(t + ".")), "")
-            key = (tower + name.rpartition(".")[2], module.in_features, module.out_features)
-            counts[key] = counts.get(key, 0) + 1
+            counts[tower + name.rpartition(".")[2], module.in_features, module.out_features] += 1
     return [[target, count, n_in, n_out] for (target, n_in, n_out), count in counts.items()]

@@ -2,14 +2,14 @@
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minilora.inject import count_parameters
-from minilora.report.attention import attention_figure
+from minilora.report.attention import attention_figure, layer_heats
 from minilora.report.metrics import NAMES, percent
 from minilora.report.page import Figure, ReportData, Table, collect_versions, parameter_rows
 from minilora.report.sections import value_text
@@ -18,6 +18,8 @@ from minilora.settings.flags import Config, rules
 from minilora.tasks.run import WEIGHT_FILES, Evaluation, Run
 
 SHOWN = 4  # attention maps on a page where their number is not said
+# what a page takes from an Evaluation as it is
+AS_FOUND = ("metrics", "vqa", "answer_histogram", "samples", "mistakes", "unsure", "examples")
 HOW_TO_READ = (
     "Light: the patches that the class token attends to. Last layer is the mean over its heads; rollout follows the "
     "attention through all layers. Below the maps of a trained model stands what it said; models that look at the "
@@ -62,14 +64,10 @@ def report_data(
         one_run(run, name, evaluation, options, tables.get(name, ()))
         for run, name, evaluation in zip(runs, names, evaluations, strict=True)
     ]
-    settings = [part.configuration for part in parts]
     if len(runs) == 1:
-        for key, value in shared.items():
-            setattr(parts[0], key, value)
-        parts[0].tables = [*parts[0].tables, *tables.get("", ())]
-        return parts[0]
+        return replace(parts[0], **shared, tables=[*parts[0].tables, *tables.get("", ())])
+    settings, versions = [part.configuration for part in parts], parts[0].versions
     seen: set[str] = set()
-    versions = parts[0].versions
     for part, run, evaluation in zip(parts, runs, evaluations, strict=True):
         part.configuration = {}
         part.versions = {} if part.versions == versions else part.versions
@@ -110,18 +108,12 @@ def one_run(run: Run, name: str, found: Evaluation, options: Any, tables: Sequen
         subtitle=f"{run.task}, {run.config.model_name}, mode {run.config.mode}, {datetime.date.today()}",
         facts=facts_of(run, found, counts),
         scores=scores_of(run, found, options),
-        metrics=found.metrics,
-        vqa=found.vqa,
-        answer_histogram=found.answer_histogram,
         parameters=parameter_rows(parameters),
         parameter_line=str(counts),
         tables=tables,
-        samples=found.samples,
-        mistakes=found.mistakes,
-        unsure=found.unsure,
-        examples=found.examples,
         configuration={key: value for key, value in asdict(run.config).items() if key in rules(type(run.config))},
         versions=run.summary.get("versions") or collect_versions(),
+        **{name: getattr(found, name) for name in AS_FOUND},
     )
 
 
@@ -152,11 +144,10 @@ def scores_of(run: Run, found: Evaluation, options: Any) -> list[tuple[str, str,
     """(what, on what, accuracy): this run, and everything that it is to be compared with."""
     if not found.scores:
         return []
-    on, kept = scored_on(run, found, options), [run.summary.get(key) or {} for key in ("best", "test", "zero_shot")]
-    main = main_score(found.scores)
+    on, main = scored_on(run, found, options), main_score(found.scores)
+    best, test, before = (run.summary.get(key) or {} for key in ("best", "test", "zero_shot"))
     rows = [(f"this run, {NAMES[main]}", on, percent(found.scores[main], len(found.rows) * (main == "accuracy")))]
     rows += [(f"baseline: {name}", on, percent(share)) for name, share in found.baselines.items()]
-    best, test, before = kept
     own = [(f"in training, best epoch {best_epoch(run)}", "val", best.get(main))]
     own = [row for row in [*own, ("at the end of training", "test", test.get(main))] if row[1] != found.part]
     own += [("before training, zero-shot", "val", before.get("accuracy"))]
@@ -174,17 +165,19 @@ def attention_figures(runs: Sequence[Run], options: Any) -> list[Figure]:
     """Attention of the base models and of each run, together where they see the same pictures; []
     where no model has attention maps."""
     number = SHOWN if options.attention is None else options.attention
+    one_base = len({run.config.model_name for run in runs}) == 1
     # pictures, titles, {name: model}, {name: its answers}
     groups: list[tuple[torch.Tensor, list[str], dict, dict]] = []
     for run, name in zip(runs, names_of(runs), strict=True) if number else ():
         batch = run.batch(number, options)
         pictures = run.pictures(batch)
-        if not has_attention(run.model, pictures[:1]):
+        if not layer_heats(run.model, pictures[:1]):
             continue
         group = next((g for g in groups if g[0].shape == pictures.shape and torch.equal(g[0], pictures)), None)
         if group is None:
             groups.append(group := (pictures, run.captions(batch), {}, {}))
-        if run.config.mode != "full" and (base := base_name(run, runs)) not in group[2]:
+        base = "base" if one_base else f"base {run.config.model_name}"
+        if run.config.mode != "full" and base not in group[2]:
             group[2][base] = run.base_model(options.weights)
         shown = name if len(runs) > 1 else run.config.mode
         group[2][shown], group[3][shown] = run.model, run.said(batch)
@@ -196,15 +189,3 @@ def attention_figures(runs: Sequence[Run], options: Any) -> list[Figure]:
         )
         for pictures, titles, models, said in groups
     ]
-
-
-def base_name(run: Run, runs: Sequence[Run]) -> str:
-    """What the base model of a run is called beside the others'."""
-    return "base" if len({one.config.model_name for one in runs}) == 1 else f"base {run.config.model_name}"
-
-
-@torch.no_grad()
-def has_attention(model: torch.nn.Module, picture: torch.Tensor) -> bool:
-    """Whether a model has attention maps; a convolutional one says that it has none."""
-    tower = getattr(model, "vision", model)
-    return hasattr(tower, "attention_maps") and len(tower.attention_maps(picture)) > 0

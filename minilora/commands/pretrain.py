@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.atomic import atomic_write
+from minilora.atomic import write_json
 from minilora.data.generated.captions import Captions, caption_vocabulary
 from minilora.data.generated.sentences import Sentences, vocabulary_texts
 from minilora.data.generated.shapes import ShapesSplit, task_classes
@@ -47,8 +47,7 @@ class Plan:
 
 
 def fit(model: nn.Module, loss_of: Callable[[range], Tensor], plan: Plan) -> None:
-    """Train all of `model`. `loss_of(numbers)` makes the loss of the samples with these numbers;
-    none comes twice."""
+    """Train all of `model`. `loss_of(numbers)` is the loss of these samples; none comes twice."""
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
     warm = max(1, round(plan.warmup * plan.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -115,16 +114,14 @@ class SentenceModel(nn.Module):
         self.bias, self.bag = nn.Parameter(torch.zeros(pieces)), nn.Linear(dim, pieces)
 
     def forward(self, ids: Tensor, masked: Tensor, attention_mask: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-        """ids, masked, attention_mask (B, T) -> scores of the M masked pieces (M, V), of the
-        whole bag (B, V)."""
+        """ids, masked, attention_mask (B, T) -> scores of M masked pieces (M, V), of all (B, V)."""
         hidden, pooled = self.bert(ids.masked_fill(masked, mask_id), attention_mask)
         decoder = self.bert.embeddings.word.weight
         return nn.functional.linear(self.transform(hidden[masked]), decoder, self.bias), self.bag(pooled)
 
 
 def sentence_batch(tokenizer: WordPieceTokenizer, sentences: Sentences, numbers: range) -> tuple[Tensor, ...]:
-    """ids, attention_mask (B, T) int64 and masked (B, T) bool: 15 % of the pieces, none of
-    the special tokens."""
+    """ids, attention_mask (B, T) int64, masked (B, T) bool: 15 % of the pieces, none special."""
     texts = tokenizer([sentences[i] for i in numbers], max_length=32)
     ids, attention_mask = texts["input_ids"], texts["attention_mask"]
     with seeded_cpu(mix(sentences.seed, numbers.start)):
@@ -174,11 +171,8 @@ def start_vision(clip: nn.Module, pictures: Tensor) -> None:
 
 def clip_nano(plan: Plan) -> tuple[nn.Module, dict]:
     """Pictures and captions find each other: cross entropy over the cosines of a batch, both ways
-    (CLIP, section 2).
-
-    The picture tower starts from vit-nano. A caption that two pictures of a batch share
-    is right for both.
-    """
+    (CLIP, section 2). The picture tower starts from vit-nano. What two pictures have as caption is
+    right for both."""
     tokenizer = WordPieceTokenizer(build_wordpiece_vocab(caption_vocabulary(), 4000), max_length=77)
     sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
     model = create_model("clip-nano", **sizes)
@@ -219,8 +213,7 @@ RECIPES: dict[str, tuple[Callable[[Plan], tuple[nn.Module, dict]], Plan, str]] =
 
 
 def pretrain(name: str, output: Path | None = None, steps: int | None = None) -> dict:
-    """Train the nano model `name`, write config.json and model.safetensors to `output`;
-    returns the record."""
+    """Train the nano model `name` and write it to `output`; returns the record."""
     recipe, plan, folder = RECIPES[name]
     plan = replace(plan, steps=steps or plan.steps)
     output = output or WEIGHTS / folder
@@ -232,8 +225,7 @@ def pretrain(name: str, output: Path | None = None, steps: int | None = None) ->
     if hasattr(model, "tokenizer"):
         model.tokenizer.save(output)
     config = json.loads((output / "config.json").read_text())
-    content = json.dumps(config | {"pretraining": record}, indent=2) + "\n"
-    atomic_write(output / "config.json", content.encode())
+    write_json(output / "config.json", config | {"pretraining": record})
     print(f"{name}: {json.dumps(record)} -> {output}")
     return record
 

@@ -112,8 +112,7 @@ def next_commands(run_dir: Path, config: Config) -> list[str]:
 
 
 def write_results(task: Task, run_dir: Path, result: dict, test: dict | None, device: torch.device) -> None:
-    """The files that a finished run leaves, made from the run directory itself as
-    evaluate.py would."""
+    """The files that a finished run leaves, made from the run directory as by evaluate.py."""
     counts = count_parameters(task.model)
     config = task.config
     summary = {
@@ -179,6 +178,7 @@ def summary_row(
     final = summary.get("final")
     ended = final.get("epoch", config.epochs) if isinstance(final, dict) else config.epochs
     best, counts, scores = summary.get("best") or {}, summary.get("parameters") or {}, scores or {}
+    known = best | scores
     main = "map" if config.multi_label else "accuracy"
     return RunRow(
         name=path.name,
@@ -190,12 +190,10 @@ def summary_row(
         epochs=str(ended) if ended == config.epochs else f"{ended} of {config.epochs}",
         augment=config.augment,
         metric=NAMES[main],
-        accuracy=scores.get(main, best.get(main)),
+        accuracy=known.get(main),
         test_accuracy=(summary.get("test") or {}).get(main),
         val_loss=scores.get("loss", best.get("val_loss")),
-        **{name: scores.get(name, best.get(name)) for name in ("balanced", "f1")},
-        **{name: scores.get(name) for name in ("precision", "recall")},
-        **{name: best.get(name) for name in ("train_accuracy", "train_loss")},
+        **{name: known.get(name) for name in ("balanced", "precision", "recall", "f1", "train_accuracy", "train_loss")},
         **{name: counts.get(name) for name in ("trainable", "total")},
         **{name: summary.get(name) for name in ("seconds", "peak_memory_mb")},
         file_mb=(path / WEIGHT_FILES[config.mode]).stat().st_size / 1e6,
