@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def compression_rows(runs: Sequence[Run], names: Sequence[str], options: Any, ro
     64. The models take turns while they are timed."""
     plain = [replace(run, model=merge_lora(copy.deepcopy(run.model)).eval()) for run in runs]
     turns = itertools.product(range(len(plain)), LATENCY_BATCHES)
-    calls = {(i, size): forward(plain[i], plain[i].batch(size, options)) for i, size in turns}
+    calls = {(i, size): partial(forward, plain[i], plain[i].batch(size, options)) for i, size in turns}
     seconds = median_seconds(calls, rounds, str(plain[0].device))
     return [
         {
@@ -120,19 +121,15 @@ def compression_rows(runs: Sequence[Run], names: Sequence[str], options: Any, ro
 
 def latency(run: Run, options: Any, sizes: Sequence[int] = (1, 32), rounds: int = 15) -> list[tuple[int, float]]:
     """(batch size, median seconds of one forward pass)."""
-    calls = {size: forward(run, run.batch(size, options)) for size in sizes}
+    calls = {size: partial(forward, run, run.batch(size, options)) for size in sizes}
     return list(median_seconds(calls, rounds, str(run.device)).items())
 
 
-def forward(run: Run, batch: dict[str, Tensor]):
-    """One forward pass as a function to be timed."""
-
-    @torch.inference_mode()
-    def call() -> Tensor:
-        with autocast(run.device, run.amp):
-            return run.logits(batch)
-
-    return call
+@torch.inference_mode()
+def forward(run: Run, batch: dict[str, Tensor]) -> Tensor:
+    """One forward pass, to be timed."""
+    with autocast(run.device, run.amp):
+        return run.logits(batch)
 
 
 def compression_cells(rows: Sequence[dict]) -> list[list[str]]:

@@ -84,12 +84,11 @@ def saved_bytes(task: Task, batch: dict, amp: str, device: torch.device) -> tupl
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # itself would be a circle that is never let go
 
-    largest = 0
+    outputs = [0]
 
     def measure(module: nn.Module, inputs: tuple, output: object) -> None:
-        nonlocal largest
         if isinstance(output, torch.Tensor):
-            largest = max(largest, output.nbytes)
+            outputs.append(output.nbytes)
 
     task.model.to(device).train()
     hooks = [module.register_forward_hook(measure) for module in task.model.modules()]
@@ -97,4 +96,4 @@ def saved_bytes(task: Task, batch: dict, amp: str, device: torch.device) -> tupl
         task.loss(task.model, batch)
     for hook in hooks:
         hook.remove()
-    return sum(kept.values()), largest
+    return sum(kept.values()), max(outputs)

@@ -1,5 +1,4 @@
-"""Rename an adapter between the module names of transformers 4 and 5, which PEFT itself
-refuses to load.
+"""Rename an adapter between transformers 4 and 5, of which PEFT refuses the other's names.
 
 python -m minilora.commands.rename_adapter SRC DST --layout transformers5
 """

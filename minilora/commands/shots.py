@@ -34,7 +34,7 @@ from reference_models import ModelError
 T = "the table"
 SHOTS = ("1", "2", "4", "8", "16")
 ZERO_SHOT = "zero-shot"
-Cells = dict[tuple[str, int | str], list[float]]  # {(head, K or ZERO_SHOT): accuracy of each seed}
+Cells = dict[str, dict[int | str, list[float]]]  # {head: {K or ZERO_SHOT: accuracy of each seed}}
 
 
 # fmt: off
@@ -82,19 +82,17 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
 def add_run(cells: Cells, config: Config, summary: dict[str, Any]) -> None:
     """The accuracy of a finished run, and what its model knew before."""
     tested, before = summary.get("test"), summary.get("zero_shot")
-    accuracy = (tested or summary["best"])["accuracy"]
-    cells.setdefault((config.head, config.shots), []).append(accuracy)
+    row = cells.setdefault(config.head, {})
+    row.setdefault(config.shots, []).append((tested or summary["best"])["accuracy"])
     if before:
-        known = before["test_accuracy"] if tested else before["accuracy"]
-        cells.setdefault((config.head, ZERO_SHOT), []).append(known)
+        row.setdefault(ZERO_SHOT, []).append(before["test_accuracy" if tested else "accuracy"])
 
 
 def table(cells: Cells) -> tuple[list[str], list[list[str]]]:
     """(titles, a row for each head): accuracy in percent, mean and spread over the seeds."""
-    heads, columns = ([*dict.fromkeys(key[i] for key in cells)] for i in (0, 1))
-    columns.sort(key=lambda k: 0 if k == ZERO_SHOT else k)
+    columns = sorted({k for row in cells.values() for k in row}, key=lambda k: 0 if k == ZERO_SHOT else k)
     titles = ["head", *(k if k == ZERO_SHOT else f"{k} shot" + "s" * (k > 1) for k in columns)]
-    return titles, [[head, *(_cell(cells.get((head, k))) for k in columns)] for head in heads]
+    return titles, [[head, *(_cell(row.get(k)) for k in columns)] for head, row in cells.items()]
 
 
 def _cell(values: list[float] | None) -> str:
@@ -104,25 +102,26 @@ def _cell(values: list[float] | None) -> str:
     return f"{100 * statistics.fmean(values):.2f}{spread}"
 
 
-def shots_figure(cells: Cells, path: Path) -> bool:
+def shots_figure(cells: Cells, path: Path) -> None:
     """Accuracy over K, a line for each head with the spread over its seeds; zero-shot dashed."""
     pyplot = load_pyplot("shots.png")
     if pyplot is None:
-        return False
+        return
     figure, axis = pyplot.subplots(figsize=(4.6, 3.4), layout="constrained")
-    for colour, head in zip(COLOURS, dict.fromkeys(head for head, _ in cells), strict=False):
-        found = {k: [100 * a for a in values] for (name, k), values in cells.items() if name == head}
+    for colour, (head, row) in zip(COLOURS, cells.items(), strict=False):
+        found = {k: [100 * a for a in values] for k, values in row.items()}
         if before := found.pop(ZERO_SHOT, None):
             axis.axhline(statistics.fmean(before), color=colour, linestyle="--", label=f"{head}, {ZERO_SHOT}")
         means = [statistics.fmean(values) for values in found.values()]
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found.values()]
         axis.errorbar(list(found), means, spread, color=colour, marker="o", markersize=3, capsize=3, label=head)
     axis.set(xscale="log", xlabel="pictures of each class", ylabel="accuracy %")
-    axis.set_xticks(ticks := sorted({k for _, k in cells if k != ZERO_SHOT}), map(str, ticks), minor=False)
+    ticks = sorted({k for row in cells.values() for k in row} - {ZERO_SHOT})
+    axis.set_xticks(ticks, map(str, ticks), minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7, frameon=False)
-    return save_figure(pyplot, figure, path)
+    save_figure(pyplot, figure, path)
 
 
 if __name__ == "__main__":

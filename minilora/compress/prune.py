@@ -45,12 +45,11 @@ def scope_tensors(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     inside = {id(p) for p in tower.parameters()}
     found = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, MATRICES) or ".lora_" in f".{name}":
+        if not isinstance(layer, nn.Conv2d if scope == "conv" else MATRICES) or ".lora_" in f".{name}":
             continue
-        is_conv = isinstance(layer, nn.Conv2d)
         for key, weight in layer.named_parameters(recurse=False):
             in_backbone = id(weight) in inside and name.partition(".")[0] not in heads
-            if "bias" not in key and (scope == "all" or (is_conv if scope == "conv" else in_backbone)):
+            if "bias" not in key and (in_backbone or scope != "backbone"):
                 found[f"{name}.{key}".replace(".base_layer.", ".")] = weight
     if not found:
         kinds = sorted({type(layer).__name__ for layer in model.modules() if isinstance(layer, MATRICES)})
