@@ -125,6 +125,8 @@ def read_table(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, dict
     if "output" not in typed:
         raise UserError(f"--output is missing; see {parser.prog} --help")
     output, lists = Path(typed.pop("output")), {name: typed.pop(name, None) for name in several}
+    # one word with a sign of regular expressions, such as a folder "vit+1", comes as it is
+    lists = {name: [words] if isinstance(words, str) else words for name, words in lists.items()}
     from_file = read_toml(typed.pop("config")) if "config" in typed else {}
     recipe = typed.get("recipe", from_file.get("recipe"))
     shared = (read_recipe(recipe) if recipe else {}) | from_file | typed
@@ -160,7 +162,6 @@ def make_plan(shared: Config, runs: Iterable[tuple[str, dict[str, Any]]], once: 
 
 def values_of(shared: Config, key: str, words: Sequence[str] | None) -> list:
     """The values of one flag, read by its rule; without words what recipe or default say."""
-    words = [words] if isinstance(words, str) else words
     return [convert(key, rules(Config)[key], word) for word in words] if words else [getattr(shared, key)]
 
 

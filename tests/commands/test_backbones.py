@@ -117,6 +117,15 @@ def test_a_table_file_and_a_split_of_5_percent_are_taken(tmp_path, monkeypatch, 
     assert table(shown)[0][:2] == [BEIT, "full"] and "100.00" in shown
 
 
+def test_a_model_folder_may_have_any_name(photos, tmp_path):
+    folder = save_pretrained(create_model(VIT), tmp_path / "vit+1")
+    words = ["--models", str(folder), "--weights", str(folder), "--data-dir", photos, "--output", str(tmp_path / "out")]
+    plan, _ = backbones.read_plan(words)
+    assert {name: (run.model, run.weights) for name, run in plan.items()} == {
+        "vit+1-lora-none": (str(folder), str(folder))
+    }
+
+
 def test_as_a_program_each_run_is_a_process_and_stdout_is_the_table_alone(photos, tmp_path):
     words = arguments(photos, tmp_path, "--models", VIT, "--modes", "linear")
     command = [sys.executable, "-m", "minilora.commands.backbones", *words]
