@@ -6,7 +6,6 @@ import json
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from minilora.report.metrics import NAMES, shown
 from minilora.settings.flags import Config
@@ -35,11 +34,6 @@ def command(config: Config) -> str:
     return shlex.join(words)
 
 
-def in_python(value: Any) -> str:
-    """A Python literal in double quotes."""
-    return json.dumps(value) if isinstance(value, str) else repr(value)
-
-
 def loading(path: Path, config: Config, base: dict, layouts: tuple[str, ...], classes: int) -> str:
     """How to load the run: with minilora, merged in transformers, as an adapter with PEFT."""
     text = f"""## Load it
@@ -49,7 +43,7 @@ With minilora, from this folder alone and the base weights that `config.toml` na
 ```python
 from minilora.tasks import load_run
 
-run = load_run({in_python(str(path))})
+run = load_run({json.dumps(str(path))})
 print({PREDICT[config.task]})
 ```
 """
@@ -71,11 +65,9 @@ model = {model_class}.from_pretrained("merged")
 """
     if config.mode != "lora":
         return text
-    weights = {"none": '"none"', "bundled": "None"}.get(base["weights"], in_python(base["weights"]))
+    weights = {"none": '"none"', "bundled": "None"}.get(base["weights"], json.dumps(base["weights"]))
     sizes = f", num_classes={classes}" * (kind == "classify")
-    return (
-        text
-        + f"""
+    text += f"""
 With PEFT, as an adapter beside the base model in transformers' layout:
 
 ```sh
@@ -87,12 +79,12 @@ from transformers import {model_class}
 
 from reference_models import load_pretrained, save_pretrained
 
-base = load_pretrained({in_python(config.model)}, {weights}{sizes})
+base = load_pretrained({json.dumps(config.model)}, {weights}{sizes})
 save_pretrained(base, "base", layout="transformers")
 model = PeftModel.from_pretrained({model_class}.from_pretrained("base"), "adapter")
 ```
 """
-    )
+    return text
 
 
 def model_card(

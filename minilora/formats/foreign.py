@@ -144,7 +144,7 @@ def _other_tensors(model: nn.Module, table, adapted: set[str]) -> dict[str, Tens
         if entry.form == "ones" or not any(name in trained for name in entry.ours):
             continue
         placed.update(entry.ours)
-        if entry.theirs.rpartition(".")[0] in adapted:  # the bias of an adapted layer is written with its adapter
+        if entry.theirs.rpartition(".")[0] in adapted:  # its bias goes with the adapter
             continue
         if entry.form not in ("same", "cat"):
             raise UserError(
