@@ -127,8 +127,8 @@ def facts_of(run: Run, found: Evaluation, counts: Any) -> dict[str, str]:
         facts = {NAMES[main]: percent(found.scores[main], count * (main == "accuracy"))}
         facts |= {NAMES[key]: percent(found.scores[key]) for key in keys}
     facts |= {"scored": f"{found.part}, {count:,} {run.unit}"}
-    for key, share in (summary.get("test") or {}).items():
-        facts |= {f"test {NAMES[key]}": percent(share)} if key in ("accuracy", "map") else {}
+    tested = summary.get("test") or {}
+    facts |= {f"test {NAMES[key]}": percent(tested[key]) for key in tested if key in ("accuracy", "map")}
     if "unlabelled" in (counted := summary.get("rows") or {}):
         facts |= {"labelled rows": f"{counted['train']:,}", "unlabelled rows": f"{counted['unlabelled']:,}"}
     trainable = (summary.get("parameters") or {}).get("trainable", counts.trainable)

@@ -15,6 +15,7 @@ width, h hidden units.
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +85,12 @@ def measure_units(mlps: dict[str, nn.Module], run: Callable[[], object]) -> dict
     """{name: (mean, variance)}, each (h,), of the units' activations over the data of `run`."""
     sums: dict[str, list] = {}
 
-    def listen(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = output.detach().double().flatten(0, -2)  # (tokens, h)
-            old = sums.get(name, [0, 0.0, 0.0])
-            sums[name] = [old[0] + len(rows), old[1] + rows.sum(0), old[2] + rows.square().sum(0)]
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows = output.detach().double().flatten(0, -2)  # (tokens, h)
+        old = sums.get(name, [0, 0.0, 0.0])
+        sums[name] = [old[0] + len(rows), old[1] + rows.sum(0), old[2] + rows.square().sum(0)]
 
-        return hook
-
-    hooks = [mlp.act.register_forward_hook(listen(name)) for name, mlp in mlps.items()]
+    hooks = [mlp.act.register_forward_hook(partial(add, name)) for name, mlp in mlps.items()]
     try:
         run()
     finally:

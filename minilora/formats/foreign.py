@@ -2,8 +2,8 @@
 model's key table knows.
 
 The model says how its names correspond: `model.key_table(layout)` is a list of entries with `ours`
-(parameter names), `theirs` (one name) and `form` ("same", or "cat" where they store several of our
-layers as one, such as timm's qkv).
+(parameter names), `theirs` (one name) and `form`: "same", "cat" where they store several of our
+layers as one, such as timm's qkv, "kernel" where our linear layer is their convolution over patches.
 
 LoRA on some parts of a fused layer is again one plain LoRA. For q and v of a fused qkv, with zeros
 in the rows of k:
@@ -21,7 +21,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +34,11 @@ from minilora.lora import LoRALinear
 from minilora.lora_config import LoRAConfig
 
 
-class Layer(NamedTuple):
-    """One layer of theirs: its name and our layers in it, several where it is fused; `kernel` where
-    theirs is the convolution over patches that is a linear layer here."""
-
-    theirs: str
-    ours: tuple[str, ...]
-    kernel: bool = False
-
-
-def linear_layers(table) -> list[Layer]:
-    """The layers of a key table, by their weights; one stored transposed has no adapter form."""
-    weights = [entry for entry in table if entry.theirs.endswith(".weight") and entry.form in ("same", "cat", "kernel")]
-    strip = len(".weight")
-    return [Layer(e.theirs[:-strip], tuple(name[:-strip] for name in e.ours), e.form == "kernel") for e in weights]
+def linear_layers(table) -> list:
+    """The rows of a key table that are layers, without ".weight"; transposed ones fit no adapter."""
+    rows = [row for row in table if row.theirs.endswith(".weight") and row.form in ("same", "cat", "kernel")]
+    end = -len(".weight")
+    return [row._replace(theirs=row.theirs[:end], ours=tuple(name[:end] for name in row.ours)) for row in rows]
 
 
 # ---- ours -> theirs
@@ -71,7 +61,7 @@ def export_adapter(model: nn.Module, directory: Path, layout: str) -> Path:
     for layer in chosen:
         parts = [model.get_submodule(name) for name in layer.ours]
         values, rank, scaling = _joined(parts)
-        if layer.kernel:
+        if layer.form == "kernel":
             values = {key: _as_kernel(key, value) for key, value in values.items()}
         tensors |= {f"{layer.theirs}.{key}": value for key, value in values.items()}
         ranks[layer.theirs] = rank
@@ -184,15 +174,15 @@ def adapter_to_ours(
     own = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in model.named_parameters()}
     found, nearest = {}, dict.fromkeys(unknown, NO_PLACE)
     for layout in getattr(model, "layouts", ()):
-        table = model.key_table(layout)
-        layers = {layer.theirs: layer for layer in linear_layers(table)}
-        for prefix, names in _prefixed(tensors, {entry.theirs: None for entry in table}):
-            misfits = _misfits({names[name]: t for name, t in tensors.items()}, layers, table, own)
+        entries = {entry.theirs: entry for entry in model.key_table(layout)}
+        layers = {layer.theirs: layer for layer in linear_layers(entries.values())}
+        for prefix, names in _prefixed(tensors, entries):
+            renamed = {names[name]: tensor for name, tensor in tensors.items()}
+            misfits = _misfits(renamed, layers, entries, own)
             if len(misfits) < len(nearest):
                 nearest = {name: misfits[theirs] for name, theirs in names.items() if theirs in misfits}
             if not misfits:
-                renamed = {names[name]: tensor for name, tensor in tensors.items()}
-                translated = _translate(config, renamed, layers, table)
+                translated = _translate(config, renamed, layers, entries)
                 found.setdefault(frozenset(translated[1]), (prefix, translated))
     fitting = [(prefix, one) for prefix, one in found.values() if prefix.split("_")[0] in trained_on.lower()]
     fitting = fitting if len(found) > 1 and len(fitting) == 1 else list(found.values())
@@ -221,7 +211,7 @@ def _module(name: str) -> str:
     return name.split(".lora_")[0].removesuffix(".base_layer.bias")
 
 
-def _prefixed(tensors: dict[str, Tensor], known: dict[str, None]):
+def _prefixed(tensors: dict[str, Tensor], known: dict):
     """(prefix, {name in the file: name to look for}) for every prefix with which a layer of the
     file is one of the table's, in the table's order: "vit." or none, added or taken away. Names
     that are the table's as they are stay, such as the head's."""
@@ -236,9 +226,9 @@ def _prefixed(tensors: dict[str, Tensor], known: dict[str, None]):
         yield added, names
 
 
-def _misfits(tensors: dict, layers: dict[str, Layer], table, own: dict[str, tuple]) -> dict[str, str]:
+def _misfits(tensors: dict, layers: dict, entries: dict, own: dict[str, tuple]) -> dict[str, str]:
     """{name: why} of the tensors that have no place in the model, or another shape than it."""
-    entries, wrong = {entry.theirs: entry for entry in table}, {}
+    wrong = {}
     for name, tensor in tensors.items():
         if ".lora_" in name:
             layer = layers.get(_module(name))
@@ -265,11 +255,11 @@ def _misfits(tensors: dict, layers: dict[str, Layer], table, own: dict[str, tupl
     return wrong
 
 
-def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str, Layer], table):
+def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict, entries: dict):
     result, ranks, alphas, power = {}, {}, {}, 0.5 if config.use_rslora else 1
     for theirs in dict.fromkeys(_module(name) for name in tensors if ".lora_" in name):
         options = config.layer_options(theirs)
-        parts = _split(layers[theirs], theirs, tensors)
+        parts = _split(layers[theirs], tensors)
         if config.bias == "all" and f"{theirs}.base_layer.bias" in tensors:
             names = layers[theirs].ours
             biases = zip(names, tensors[f"{theirs}.base_layer.bias"].chunk(len(names)), strict=True)
@@ -278,7 +268,6 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
             result |= {f"{ours}.{key}": value for key, value in part.items()}
             ranks[ours] = len(part["lora_A.weight"])
             alphas[ours] = options["lora_alpha"] * (ranks[ours] / options["r"]) ** power
-    entries = {entry.theirs: entry for entry in table}
     saved = []
     for name, tensor in tensors.items():
         if ".lora_" in name or ".base_layer." in name:
@@ -292,14 +281,14 @@ def _translate(config: LoRAConfig, tensors: dict[str, Tensor], layers: dict[str,
     return replace(config, **own, **_with_patterns(ranks, alphas)), result
 
 
-def _split(layer: Layer, theirs: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _split(layer, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """{our layer: its tensors}; of a fused layer the parts that B uses, with their columns."""
     keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "base_layer.bias")
-    whole = {key: tensors[f"{theirs}.{key}"] for key in keys if f"{theirs}.{key}" in tensors}
+    whole = {key: tensors[f"{layer.theirs}.{key}"] for key in keys if f"{layer.theirs}.{key}" in tensors}
     # of a convolution: its kernel has the rows of a matrix
     whole = {key: t.flatten(1 if ".weight" in key else 0) for key, t in whole.items()}
     if missing := [key for key in keys[:2] if key not in whole]:
-        raise UserError(f"the adapter has no {theirs}.{missing[0]}")
+        raise UserError(f"the adapter has no {layer.theirs}.{missing[0]}")
     count = len(layer.ours)
     if count == 1:
         return {layer.ours[0]: whole}
