@@ -245,7 +245,7 @@ def _misfits(tensors: dict, layers: dict, entries: dict, own: dict[str, tuple]) 
         if ".lora_A" in name:
             fits = flat[1:] == rest
         elif ".lora_B" in name:
-            fits = flat[:1] == (rows,) and len(flat) == 2
+            fits = len(flat) == 2 and flat[0] == rows
         elif ".lora_" in name:
             fits = tensor.numel() == rows
         else:
@@ -289,10 +289,11 @@ def _split(layer, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     whole = {key: t.flatten(1 if ".weight" in key else 0) for key, t in whole.items()}
     if missing := [key for key in keys[:2] if key not in whole]:
         raise UserError(f"the adapter has no {layer.theirs}.{missing[0]}")
-    count = len(layer.ours)
+    count, A, B = len(layer.ours), whole["lora_A.weight"], whole["lora_B.weight"]
+    if len(A) != B.shape[1]:
+        raise UserError(f"the adapter is damaged: {layer.theirs}.lora_A has rank {len(A)}, its lora_B {B.shape[1]}")
     if count == 1:
         return {layer.ours[0]: whole}
-    A, B = whole["lora_A.weight"], whole["lora_B.weight"]
     rest = {key: whole[key].chunk(count) for key in keys[2:] if key in whole}
     blank = not B.any()  # a fresh adapter: nothing says which parts are meant, so all are
     parts = {}

@@ -356,10 +356,11 @@ def test_of_an_adapter_that_fits_but_for_a_tensor_that_one_is_named(base, tmp_pa
     theirs = in_their_library(base, "timm", tmp_path / "base")
     by_peft(theirs, ["qkv"], tmp_path / "adapter", modules_to_save=["head"])
     whole, count = copy.deepcopy(base), len(load_file(tmp_path / "adapter" / WEIGHTS))
-    wrong = "base_model.model.blocks.0.attn.qkv.lora_A.weight"
+    wrong, other = (f"base_model.model.blocks.0.attn.qkv.lora_{matrix}.weight" for matrix in "AB")
     cases = {
         "fc_norm.weight": lambda s: s | {"base_model.model.fc_norm.weight": torch.ones(3)},
         "blocks.0.attn.qkv.lora_A.weight (": lambda s: s | {wrong: torch.ones(4, 7)},
+        "blocks.0.attn.qkv.lora_B.weight ((72,),": lambda s: s | {other: s[other][:, 0].contiguous()},
         "head.weight (": lambda s: s | {"base_model.model.head.weight": torch.ones(9, 7)},
     }
     original = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -369,6 +370,9 @@ def test_of_an_adapter_that_fits_but_for_a_tensor_that_one_is_named(base, tmp_pa
         with pytest.raises(UserError, match="does not fit this model: 1 of its") as error:
             load_adapter(whole, tmp_path / "adapter")
         assert name in str(error.value) and f"1 of its {total} tensors" in str(error.value)
+    change(tmp_path / "adapter", lambda _: original | {other: original[other][:, :1].contiguous()})
+    with pytest.raises(UserError, match="blocks.0.attn.qkv.lora_A has rank 2, its lora_B 1"):
+        load_adapter(whole, tmp_path / "adapter")
     assert not list(lora_layers(whole))
 
 
