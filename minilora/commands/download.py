@@ -5,9 +5,8 @@
     python -m minilora.commands.download visual7w DIR       # 1.8 GB, questions and pictures
 
 An archive is downloaded into DIR, where a repeated command resumes it, compared with the size and
-checksum that are known of it, read to its end, looked through for members that would land outside
-DIR (nothing is unpacked then), unpacked and removed. What is complete is noted in
-DIR/.downloaded.json.
+checksum that are known of it, refused if a member would land outside DIR, unpacked and removed.
+What is complete is noted in DIR/.downloaded.json.
 """
 
 from __future__ import annotations
@@ -63,33 +62,25 @@ class DataSet:
 
 VQA = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
 COCO = "http://images.cocodataset.org/zips"
+ARCHIVES = {
+    "imagewoof": (Archive("https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz"),),
+    "vqa2": (
+        Archive(f"{VQA}/v2_Questions_Train_mscoco.zip", 7_239_401),
+        Archive(f"{VQA}/v2_Questions_Val_mscoco.zip", 3_494_929),
+        Archive(f"{VQA}/v2_Annotations_Train_mscoco.zip", 21_708_861),
+        Archive(f"{VQA}/v2_Annotations_Val_mscoco.zip", 10_518_930),
+        Archive(f"{COCO}/train2014.zip", 13_510_573_713, "0da8c0bd3d6becc4dcb32757491aca88"),
+        Archive(f"{COCO}/val2014.zip", 6_645_013_297, "a3d79f5ed8d289b7a7554ce06a5782b3"),
+    ),
+    "visual7w": (
+        Archive("https://ai.stanford.edu/~yukez/papers/resources/dataset_v7w_telling.zip"),
+        Archive("http://vision.stanford.edu/yukezhu/visual7w_images.zip"),
+    ),
+}
 SETS = {
-    "imagewoof": DataSet(
-        (Archive("https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz"),),
-        "imagewoof2-320",
-        "imagewoof-vit-tiny",
-        pictures=12_954,
-    ),
-    "vqa2": DataSet(
-        (
-            Archive(f"{VQA}/v2_Questions_Train_mscoco.zip", 7_239_401),
-            Archive(f"{VQA}/v2_Questions_Val_mscoco.zip", 3_494_929),
-            Archive(f"{VQA}/v2_Annotations_Train_mscoco.zip", 21_708_861),
-            Archive(f"{VQA}/v2_Annotations_Val_mscoco.zip", 10_518_930),
-            Archive(f"{COCO}/train2014.zip", 13_510_573_713, "0da8c0bd3d6becc4dcb32757491aca88"),
-            Archive(f"{COCO}/val2014.zip", 6_645_013_297, "a3d79f5ed8d289b7a7554ce06a5782b3"),
-        ),
-        "",
-        "vqa-vit-bert",
-    ),
-    "visual7w": DataSet(
-        (
-            Archive("https://ai.stanford.edu/~yukez/papers/resources/dataset_v7w_telling.zip"),
-            Archive("http://vision.stanford.edu/yukezhu/visual7w_images.zip"),
-        ),
-        "",
-        "choice-clip",
-    ),
+    "imagewoof": DataSet(ARCHIVES["imagewoof"], "imagewoof2-320", "imagewoof-vit-tiny", pictures=12_954),
+    "vqa2": DataSet(ARCHIVES["vqa2"], "", "vqa-vit-bert"),
+    "visual7w": DataSet(ARCHIVES["visual7w"], "", "choice-clip"),
 }
 
 
@@ -118,8 +109,13 @@ def fetch(name: str, directory: str | os.PathLike, mirror: str | None = None) ->
         done.append(archive.name)
         notes.write_text(json.dumps(done))
         print(f"{archive.name}: {count} files unpacked")
-    _count_pictures(root / wanted.folder, wanted.pictures)
-    return root / wanted.folder
+    folder, expected = root / wanted.folder, wanted.pictures
+    if expected is not None:
+        found = sum(name.upper().endswith(".JPEG") for _, _, names in os.walk(folder) for name in names)
+        if found != expected:
+            what = f"{found:,} pictures instead of {expected:,}"
+            raise RunError(f"{folder}: {what}; delete the folder and repeat the command")
+    return folder
 
 
 def _read_notes(path: Path) -> list[str]:
@@ -206,16 +202,6 @@ def _check_space(path: Path, root: Path, size: int) -> None:
     free = shutil.disk_usage(root).free
     if size > free:
         raise RunError(f"{path}: needs {size / 1e9:.1f} GB unpacked, {root} has {free / 1e9:.1f} GB free")
-
-
-def _count_pictures(folder: Path, expected: int | None) -> None:
-    if expected is None:
-        return
-    found = sum(name.upper().endswith(".JPEG") for _, _, names in os.walk(folder) for name in names)
-    if found != expected:
-        raise RunError(
-            f"{folder}: {found:,} pictures instead of {expected:,}; delete the folder and repeat the command"
-        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor
 def soft_divergence(student: Tensor, teacher: Tensor, temperature: float, t2: bool = False) -> Tensor:
     """KL(softmax(teacher / T) || softmax(student / T)) of each row, times T^2 with `t2`: (B, K),
     (B, K) -> (B,). In float32 at least, also in autocast: the differences are small."""
-    p = (_wide(teacher) / temperature).log_softmax(-1)  # (B, K)
-    q = (_wide(student) / temperature).log_softmax(-1)  # (B, K)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    p, q = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (teacher, student))  # (B, K)
     # (B,); 0 log 0 = 0 for a choice that is not there
     rows = (p.exp() * (p - q).where(p > -torch.inf, 0.0)).sum(-1)
     return rows * temperature**2 if t2 else rows
@@ -42,7 +42,3 @@ def certain(teacher: Tensor) -> Tensor:
     the divergence from them is -log softmax(student)_best."""
     best = torch.arange(teacher.shape[-1], device=teacher.device) == teacher.argmax(-1, keepdim=True)
     return torch.zeros_like(teacher).masked_fill(~best, -torch.inf)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.element_size() >= 4 else x.float()
