@@ -19,7 +19,7 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float, t2: bo
     """KL(softmax(teacher / T) || softmax(student / T)) of each row, times T^2 with `t2`: (B, K),
     (B, K) -> (B,). In float32 at least, also in autocast: the differences are small."""
     wide = torch.promote_types(student.dtype, torch.float32)
-    p, q = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (teacher, student))  # (B, K)
+    p, q = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (teacher, student))
     # (B,); 0 log 0 = 0 for a choice that is not there
     rows = (p.exp() * (p - q).where(p > -torch.inf, 0.0)).sum(-1)
     return rows * temperature**2 if t2 else rows

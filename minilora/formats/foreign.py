@@ -3,7 +3,7 @@ model's key table knows.
 
 The model says how its names correspond: `model.key_table(layout)` is a list of entries with `ours`
 (parameter names), `theirs` (one name) and `form`: "same", "cat" where they store several of our
-layers as one, such as timm's qkv, "kernel" where our linear layer is their convolution over patches.
+layers as one, such as timm's qkv, "kernel" where they have a convolution over patches.
 
 LoRA on some parts of a fused layer is again one plain LoRA. For q and v of a fused qkv, with zeros
 in the rows of k:
@@ -35,7 +35,7 @@ from minilora.lora_config import LoRAConfig
 
 
 def linear_layers(table) -> list:
-    """The rows of a key table that are layers, without ".weight"; transposed ones fit no adapter."""
+    """The rows of a key table that are layers, without ".weight"; no adapter is transposed."""
     rows = [row for row in table if row.theirs.endswith(".weight") and row.form in ("same", "cat", "kernel")]
     end = -len(".weight")
     return [row._replace(theirs=row.theirs[:end], ours=tuple(name[:end] for name in row.ours)) for row in rows]
