@@ -15,16 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reference_models.layers import (
-    MLP,
-    Attention,
-    Classifier,
-    PatchEmbed,
-    PatchGrid,
-    init_weights,
-    run_blocks,
-    take_rows,
-)
+from reference_models.layers import Block, Classifier, PatchEmbed, PatchGrid, init_weights, run_blocks, take_rows
 
 
 @dataclass(frozen=True)
@@ -52,21 +43,17 @@ class BeitConfig(PatchGrid):
 
 
 def relative_index(height: int, width: int) -> Tensor:
-    """Row of a position-bias table for any two places of a window, (height width, height width).
-
-    The table's rows are the (2 height - 1)(2 width - 1) offsets (dy, dx), by dy, then dx.
-    """
+    """Row of a position-bias table for any two places of a window, (height width, height width);
+    its rows are the (2 height - 1)(2 width - 1) offsets (dy, dx), by dy, then dx."""
     y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
     dy, dx = y[:, None] - y + height - 1, x[:, None] - x + width - 1  # from 0 up
     return dy * (2 * width - 1) + dx
 
 
 class RelativePositionBias(nn.Module):
-    """What is added to the attention scores: table[offset from key to query], () -> (1, h, T, T).
-
+    """What is added to the attention scores: table[offset from key to query], () -> (1, h, T, T);
     table ((2 r - 1)(2 c - 1) + 3, h): a row for each offset of two patches, then class token to
-    patch, patch to class token, class token to itself.
-    """
+    patch, patch to class token, class token to itself."""
 
     def __init__(self, grid: tuple[int, int], heads: int):
         super().__init__()
@@ -82,31 +69,37 @@ class RelativePositionBias(nn.Module):
         return self.table.T[:, self.index].unsqueeze(0)
 
 
-class BeitBlock(nn.Module):
-    """Pre-norm block with layer scale and perhaps a position bias of its own, beside `shared`
-    (1, h, T, T), that of all blocks: (B, T, d) -> (B, T, d), or (B, 1, d) with `rows`."""
+class ScaledBlock(Block):
+    """A pre-norm block with layer scale, unless config.layer_scale, where the gains begin, is 0:
+    x = x + gamma_1 * attn(norm1(x)); x = x + gamma_2 * mlp(norm2(x)), (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, config):
+        super().__init__(config.dim, config.heads, config.hidden, config.act, config.eps, config.qkv_bias)
+        scale = config.layer_scale
+        self.gamma_1 = nn.Parameter(torch.full((config.dim,), float(scale))) if scale else None
+        self.gamma_2 = nn.Parameter(torch.full((config.dim,), float(scale))) if scale else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+        if self.gamma_1 is None:
+            return super().forward(x, mask, rows)
+        x = take_rows(x, rows) + self.gamma_1 * self.attn(self.norm1(x), mask, rows)
+        return x + self.gamma_2 * self.mlp(self.norm2(x))
+
+
+class BeitBlock(ScaledBlock):
+    """Its scores have a position bias: its own, `shared` (1, h, T, T) with all blocks, or both."""
 
     def __init__(self, config: BeitConfig):
-        super().__init__()
-        dim = config.dim
-        self.norm1 = nn.LayerNorm(dim, eps=config.eps)
-        self.attn = Attention(dim, config.heads, config.qkv_bias, key_bias=False)
-        self.norm2 = nn.LayerNorm(dim, eps=config.eps)
-        self.mlp = MLP(dim, config.hidden, config.act)
+        super().__init__(config)
         self.rel_pos_bias = RelativePositionBias(config.grid, config.heads) if config.relative_bias else None
-        scale = config.layer_scale
-        self.gamma_1 = nn.Parameter(torch.full((dim,), scale)) if scale else None
-        self.gamma_2 = nn.Parameter(torch.full((dim,), scale)) if scale else None
+
+    def attention(self, dim: int, heads: int, qkv_bias: bool) -> nn.Module:
+        return super().attention(dim, heads, qkv_bias, key_bias=False)
 
     def forward(self, x: Tensor, shared: Tensor | None = None, rows: int | None = None) -> Tensor:
         own = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (1, h, T, T)
         bias = own if shared is None else shared if own is None else shared + own
-        x = take_rows(x, rows) + self.scaled(self.gamma_1, self.attn(self.norm1(x), bias, rows=rows))
-        return x + self.scaled(self.gamma_2, self.mlp(self.norm2(x)))
-
-    @staticmethod
-    def scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
-        return x if gamma is None else gamma * x
+        return super().forward(x, bias, rows)
 
 
 class Beit(Classifier):

@@ -36,6 +36,7 @@ class BertConfig:
     pooling: str = "pooler"
     normalize: bool = False
     family: str = "bert"
+    first_position = 0  # the row of the first token; no setting
 
 
 class PostNormBlock(nn.Module):
@@ -59,13 +60,9 @@ class Embeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.dim)
-        self.position = nn.Embedding(self.rows(config), config.dim)
+        self.position = nn.Embedding(config.max_positions + config.first_position, config.dim)
         self.token_type = nn.Embedding(config.type_vocab, config.dim) if config.type_vocab else None
         self.norm, self.longest = nn.LayerNorm(config.dim, eps=config.eps), config.max_positions
-
-    def rows(self, config: BertConfig) -> int:
-        """How many positions have a vector."""
-        return config.max_positions
 
     def positions(self, input_ids: Tensor) -> Tensor:
         """The row of each token, (T,) or (B, T)."""
@@ -83,10 +80,8 @@ class Embeddings(nn.Module):
 
 class Bert(nn.Module):
     """Token ids (B, T) -> (last_hidden_state (B, T, d), pooled (B, d), or None without pooler).
-
     attention_mask (B, T): 1 for tokens, 0 for padding, None for no padding. `pooled` computes in
-    the last block only what [CLS] needs, with `pooled_last_block = False` all tokens.
-    """
+    the last block only what [CLS] needs, with `pooled_last_block = False` all tokens."""
 
     head_modules = ()
     embeddings_class = Embeddings

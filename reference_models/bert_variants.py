@@ -1,5 +1,4 @@
-"""What later models changed in BERT: RoBERTa, XLM-RoBERTa, DistilBERT and MPNet are one
-BERT with options.
+"""What later models changed in BERT: RoBERTa, XLM-RoBERTa, DistilBERT, MPNet are BERT with options.
 
     counted positions   token i that is no padding has row pad + i, counted from 1 (RoBERTa, MPNet)
     no token types      one text, or two with only [SEP] between (DistilBERT, MPNet)
@@ -36,7 +35,7 @@ class BertVariantConfig(BertConfig):
 
     @property
     def first_position(self) -> int:
-        """The row of the first token."""
+        """As in BertConfig, where positions are counted the row behind the padding's."""
         return self.pad_id + 1 if self.counted else 0
 
 
@@ -46,9 +45,6 @@ class VariantEmbeddings(Embeddings):
     def __init__(self, config: BertVariantConfig):
         super().__init__(config)
         self.counted, self.pad_id = config.counted, config.pad_id
-
-    def rows(self, config: BertVariantConfig) -> int:
-        return config.max_positions + config.first_position
 
     def positions(self, input_ids: Tensor) -> Tensor:
         if not self.counted:

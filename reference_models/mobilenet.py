@@ -68,7 +68,3 @@ class MobileNet(Classifier):
     def flat(self, x: Tensor) -> Tensor:
         """All cells in one row, (B, h w 1280): 62,720 numbers at 224 pixels."""
         return self.forward_features(x).flatten(1)
-
-    def attention_maps(self, x: Tensor) -> list[Tensor]:
-        """[]: a convolutional network has no attention."""
-        return []

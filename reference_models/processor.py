@@ -1,7 +1,5 @@
-"""Which form is the faster one on this processor: fixed rules, from what it can do.
-
-Nothing is timed in a run, so that a machine always gives the same bits, also when it is busy.
-"""
+"""Which form is the faster one on this processor: fixed rules, from what it can do. Nothing is
+timed in a run, so that a machine always gives the same bits, also when it is busy."""
 
 from pathlib import Path
 

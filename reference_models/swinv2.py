@@ -73,9 +73,8 @@ class SwinV2Block(SwinBlock):
     """x = x + norm1(attn(x)) in windows; x = x + norm2(mlp(x)), (B, H, W, d) -> (B, H, W, d)."""
 
     def __init__(self, config: SwinV2Config, stage: int, shifted: bool):
-        super().__init__(config, stage, shifted)
-        if config.grid[0] >> stage <= self.window:  # one window holds the whole stage
-            self.shift = 0
+        whole = config.grid[0] >> stage <= config.window_of(stage)  # one window holds the stage
+        super().__init__(config, stage, shifted and not whole)
 
     def make_attention(self, config: SwinV2Config, stage: int, dim: int) -> Attention:
         pretrained = config.pretrained_windows[stage] if config.pretrained_windows else 0

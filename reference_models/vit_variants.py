@@ -21,17 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference_models.layers import (
-    MLP,
-    Attention,
-    Block,
-    Classifier,
-    PatchEmbed,
-    collect_attention_maps,
-    init_weights,
-    run_blocks,
-    take_rows,
-)
+from reference_models.beit import ScaledBlock
+from reference_models.layers import MLP, Attention, Classifier, PatchEmbed, init_weights, run_blocks
 from reference_models.vit import ViTConfig
 
 
@@ -84,22 +75,13 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(self.gate_proj(x)) * self.fc1(x))
 
 
-class ScaledBlock(Block):
+class VariantBlock(ScaledBlock):
     """A transformer block that may have layer scale and SwiGLU, (B, T, d) -> (B, T, d)."""
 
     def __init__(self, config: VariantConfig):
-        super().__init__(config.dim, config.heads, config.hidden, config.act, config.eps, config.qkv_bias)
+        super().__init__(config)
         if config.swiglu:
             self.mlp = SwiGLU(config.dim, config.hidden)
-        first = torch.full((config.dim,), float(config.layer_scale))
-        self.gamma_1 = nn.Parameter(first.clone()) if config.layer_scale else None
-        self.gamma_2 = nn.Parameter(first.clone()) if config.layer_scale else None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
-        if self.gamma_1 is None:
-            return super().forward(x, mask, rows)
-        x = take_rows(x, rows) + self.gamma_1 * self.attn(self.norm1(x), mask, rows)
-        return x + self.gamma_2 * self.mlp(self.norm2(x))
 
 
 class AttentionPool(Attention):
@@ -144,7 +126,7 @@ class VariantViT(Classifier):
         self.pos_embed = nn.Parameter(torch.empty(1, config.prefix_positions + math.prod(config.grid), d))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.norm_pre = nn.LayerNorm(d, eps=config.eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(ScaledBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VariantBlock(config) for _ in range(config.depth))
         steps = config.steps
         if unknown := {*steps} - {"norm", "token", "avg", "token+avg", "map", "pair"}:
             raise ValueError(f"pooling {unknown.pop()!r} is not known")
@@ -216,5 +198,5 @@ class VariantViT(Classifier):
         return x
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
-        """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
-        return collect_attention_maps(self.blocks, lambda: self.forward_features(x))
+        """One (B, heads, T, T) tensor for each layer; every row sums to 1. Pooling has no map."""
+        return [layer for layer in super().attention_maps(x) if layer is not None]
