@@ -202,20 +202,17 @@ class Tokenizer(ABC):
         max_length: int | None = None,
         padding: bool | int = True,
     ) -> dict[str, torch.Tensor]:
-        """A batch: int64 tensors `input_ids`, `attention_mask` and, for WordPiece,
-        `token_type_ids`. (B, T)
+        """A batch, int64 (B, T): `input_ids`, `attention_mask`, for WordPiece `token_type_ids`.
 
         max_length: rows are cut to it (None = the model's own: 77 for CLIP, 512 for BERT), keeping
         the special tokens; of a pair the longer text is cut first. padding: True pads to the
         longest row; a number pads (and cuts) every row to that length; False demands rows of one
-        length. Raises ModelError for anything but lists of strings, or a limit with no room for
-        the special tokens.
-        """
-        _check_strings("texts", texts)
-        if pairs is not None:
-            _check_strings("pairs", pairs)
-            if len(pairs) != len(texts):
-                raise ModelError(f"{len(texts)} texts but {len(pairs)} pairs: give one pair for every text")
+        length. Raises ModelError for other than lists of strings, or a limit without room."""
+        for name, values in {"texts": texts, "pairs": [] if pairs is None else pairs}.items():
+            if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+                raise ModelError(f"{name} must be a list of strings; a single text goes in brackets: [text]")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ModelError(f"{len(texts)} texts but {len(pairs)} pairs: give one pair for every text")
         limit = self.max_length if max_length is None else max_length
         fixed = padding if isinstance(padding, int) and not isinstance(padding, bool) else None
         limit = limit if fixed is None else min(limit, fixed)
@@ -224,12 +221,15 @@ class Tokenizer(ABC):
         width = fixed or max(lengths, default=0)
         if padding is False and any(n != width for n in lengths):
             raise ModelError("padding=False, but the texts have different lengths; use padding=True")
-        ids = [row + [self.pad_id] * (width - len(row)) for row, _ in rows]
-        mask = [[1] * n + [0] * (width - n) for n in lengths]
-        batch = {"input_ids": _tensor(ids, width), "attention_mask": _tensor(mask, width)}
+
+        def padded(rows: list[list[int]], fill: int = 0) -> torch.Tensor:
+            rows = [row + [fill] * (width - len(row)) for row in rows]
+            return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)
+
+        ids, mask = [ids for ids, _ in rows], [[1] * n for n in lengths]
+        batch = {"input_ids": padded(ids, self.pad_id), "attention_mask": padded(mask)}
         if self.has_types:
-            types = [[0] * n + [1] * (len(row) - n) + [0] * (width - len(row)) for row, n in rows]
-            batch["token_type_ids"] = _tensor(types, width)
+            batch["token_type_ids"] = padded([[0] * n + [1] * (len(ids) - n) for ids, n in rows])
         return batch
 
     def _row(self, text: str, pair: str | None, limit: int) -> tuple[list[int], int]:
@@ -284,12 +284,3 @@ def _split(text: str, pattern: re.Pattern, added: Mapping[str, Added]) -> Iterat
             yield part
         if after:
             yield after.id
-
-
-def _check_strings(name: str, values: object) -> None:
-    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
-        raise ModelError(f"{name} must be a list of strings; a single text goes in brackets: [text]")
-
-
-def _tensor(rows: list[list[int]], width: int) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)

@@ -54,8 +54,7 @@ def clip_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's tokenizer: <|startoftext|> text <|endoftext|>, at most 77 tokens, the last one
-    kept when cutting.
+    """CLIP's tokenizer: <|startoftext|> text <|endoftext|>, at most 77 tokens, the last kept.
 
     merges: pairs in order of priority. vocab: None = CLIP's own numbering. pad_id: 0 as in OpenAI's
     code and open_clip; transformers pads with <|endoftext|>. The text tower pools at the first

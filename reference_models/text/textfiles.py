@@ -42,12 +42,9 @@ def decode_utf8(data: bytes, path: Path) -> str:
 
 
 def read_json(path: Path, unique: bool = False, kind: type = dict) -> Any:
-    """A JSON file whose outermost value is an object, or a list with kind=list. Raises ModelError
-    naming the file and the line or the key; for half a character (a surrogate alone) too.
-
-    unique: refuse an object with a key twice, of which json would take the last, as
-    transformers does.
-    """
+    """A JSON file whose outermost value is an object, or a list with kind=list; unique refuses an
+    object with a key twice, of which json would take the last. Raises ModelError naming the file
+    and the line or the key; for half a character (a surrogate alone) too."""
     hook = (lambda pairs: _unique(pairs, path)) if unique else None
     text = read_text(path)
     try:

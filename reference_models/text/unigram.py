@@ -38,9 +38,8 @@ class Charsmap:
     """sentencepiece's `precompiled_charsmap`: replacements of byte strings, in a double-array trie.
 
     data: the trie's length in bytes, its units (all uint32, little-endian), then the replacements,
-    each ended by a zero byte. The child of node n under byte b is unit n ^ b ^ offset; it is there
-    if its lowest byte is b. (Yata's darts-clone.) Raises ValueError for damaged data, ModelError
-    where that is seen later.
+    each ended by a zero byte. The child of node n under byte b is unit n ^ b ^ offset, if its
+    lowest byte is b (Yata's darts-clone). ValueError for damaged data, ModelError if seen later.
     """
 
     def __init__(self, data: bytes, where: str):
@@ -83,11 +82,8 @@ class Charsmap:
 
 class Unigram:
     """Text -> ids of the most probable pieces; unknown letters side by side are one unknown, or
-    with byte_fallback the bytes <0x00>..<0xFF>.
-
-    pieces: [piece, score] in the order of the ids. Work: at most a look per letter and length of a
-    piece that begins with it. Raises ModelError for anything else.
-    """
+    with byte_fallback the bytes <0x00>..<0xFF>. pieces: [piece, score] in the order of the ids,
+    ModelError for anything else. Work: a look per letter and length of a piece it begins."""
 
     kind = "unigram"
 
