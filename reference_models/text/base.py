@@ -1,5 +1,7 @@
 """What the tokenizers share: special tokens in a text, truncation, padding, counting, saving."""
 
+import contextlib
+import html
 import json
 import re
 import unicodedata
@@ -29,6 +31,14 @@ def normalized(form: str, text: str) -> str:
     if len(text) > MOST_MARKS and not text.isascii():
         text = _long_runs().sub(r"\1", text)
     return unicodedata.normalize(form, text)
+
+
+def unescaped(text: str) -> str:
+    """HTML's entities resolved twice, as OpenAI and open_clip do: captions are often escaped twice.
+    A number of thousands of digits is no character: its text stays as it is."""
+    with contextlib.suppress(ValueError):
+        text = html.unescape(html.unescape(text))
+    return text
 
 
 @cache

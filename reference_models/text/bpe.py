@@ -8,9 +8,7 @@ neighbours are joined in the order of the merge list:
     l o w e r</w> -> lo w e r</w> -> low e r</w> -> low er</w> -> lower</w>
 """
 
-import contextlib
 import heapq
-import html
 import itertools
 import json
 import re
@@ -18,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from reference_models.errors import ModelError
-from reference_models.text.base import LOWER, WHITE_SPACE, Added, Table, Tokenizer, normalized
+from reference_models.text.base import LOWER, WHITE_SPACE, Added, Table, Tokenizer, normalized, unescaped
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # merges CLIP takes from its list of 262,144: the vocabulary is 49,408 with bytes and specials
@@ -85,11 +83,7 @@ class ClipTokenizer(Tokenizer):
         self.single = ((self.bos_id,), (self.eos_id,))
 
     def text_ids(self, text: str) -> list[int]:
-        if self.clean_html:
-            # twice, as OpenAI: captions from the web are often escaped twice
-            with contextlib.suppress(ValueError):  # a number of thousands of digits is no character
-                text = html.unescape(html.unescape(text))
-        return super().text_ids(text)
+        return super().text_ids(unescaped(text) if self.clean_html else text)
 
     def words(self, chunk: str) -> list[str]:
         """A chunk -> what the merges work on: it, 's of "It's", and 4, 2, ! of "42!"."""

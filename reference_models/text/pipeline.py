@@ -9,13 +9,12 @@ sentencepiece, Kudo and Richardson 2018.)
 """
 
 import base64
-import html
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reference_models.errors import ModelError
-from reference_models.text.base import BLANKS, LOWER, WHITE_SPACE, Added, Tokenizer
+from reference_models.text.base import BLANKS, LOWER, WHITE_SPACE, Added, Tokenizer, unescaped
 from reference_models.text.bpe import BYTE_LETTERS, SHADOW, BytePairs
 from reference_models.text.unigram import Charsmap, Unigram
 
@@ -33,7 +32,7 @@ Frame = tuple[Sequence[int], ...]
 
 
 def _plain(text: str) -> str:
-    return " ".join(html.unescape(html.unescape(text)).split())
+    return " ".join(unescaped(text).split())
 
 
 # What is done to a text before its tokenizer's own normalizer. SigLIP's models read lowered texts,

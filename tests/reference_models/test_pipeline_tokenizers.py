@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reference_models.errors import ModelError
+from reference_models.text.pipeline import CLEAN
 from reference_models.text.tokenizers import load_tokenizer
 from reference_models.text.unigram import Charsmap, Unigram
 from tests.reference_models.test_tokenizers import Counted, unicode8
@@ -169,6 +170,11 @@ def test_texts_are_cleaned_as_open_clip_does(clean, made, tmp_path):
         theirs = tokenizer.HFTokenizer(str(folder), context_length=40, clean=clean)
         ours, texts = load_tokenizer(folder), ["A  Dog_house, isn't it?", "Salt &amp;amp; pepper\n", *TEXTS[1:3]]
         assert ours(texts, padding=40)["input_ids"].tolist() == theirs(texts).tolist()
+
+
+@pytest.mark.parametrize("clean", CLEAN)
+def test_an_entity_of_thousands_of_digits_is_text(clean):
+    assert "1" * 6000 in CLEAN[clean](f"A dog &#{'1' * 6000};")
 
 
 # ---- what is refused
