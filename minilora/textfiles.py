@@ -1,6 +1,5 @@
 """Text from strangers: small files read within limits, names printed so that nothing in them acts,
-cells that no spreadsheet takes for a formula.
-"""
+cells that no spreadsheet takes for a formula."""
 
 import json
 import os
@@ -59,15 +58,14 @@ def read_json(path: str | Path, limit: int = SMALL) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: cannot be read: broken json at {where}: {error.msg}") from None
+        why = f"broken json at line {error.lineno}, column {error.colno}: {error.msg}"
     except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise UserError(f"{path}: cannot be read: {half} in a text is half a character; correct it") from None
+        why = f"{ascii(error.object[error.start])} in a text is half a character; correct it"
     except RecursionError:
-        raise UserError(f"{path}: cannot be read: broken json: nested too deep") from None
+        why = "broken json: nested too deep"
     except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: cannot be read: broken json: {error}") from None
+        why = f"broken json: {error}"
+    raise UserError(f"{path}: cannot be read: {why}")
 
 
 def printable(text: object) -> str:

@@ -14,20 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora import speed
+from minilora.speed.threads import text_of
 
 # multiplications; up to here the call itself costs more than oneDNN gains
 SMALLEST = 2**20
 
 
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-onednn = available and _is_amd()
+onednn = available and "AuthenticAMD" in text_of(Path("/proc/cpuinfo"))
 
 
 def _for_onednn(x: Tensor) -> bool:
@@ -46,11 +40,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def narrow(x: Tensor, A: Tensor) -> Tensor:
-    """x A^T for x (N, in) and few rows in A (r, in): (N, r), no graph is recorded.
-
-    Other libraries than oneDNN are up to four times faster when the long side is that of the
-    columns, A x^T; the result is then its transposed view.
-    """
+    """x A^T, (N, r), for x (N, in) and few rows in A (r, in): no graph is recorded. Other libraries
+    than oneDNN are up to four times faster with the long side across: the view (A x^T)^T."""
     if x.device.type != "cpu" or (_for_onednn(x) and _large(x, A)):
         return product(x, A)
     return (A @ x.T).T

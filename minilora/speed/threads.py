@@ -26,7 +26,7 @@ def settle_waiting() -> None:
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     # this program's own thread is one of those that want a processor
-    others = int(_text(LOAD).split()[3].partition("/")[0]) - 1 if _text(LOAD) else 0
+    others = int(text_of(LOAD).split()[3].partition("/")[0]) - 1 if text_of(LOAD) else 0
     if others + available_cores() > (os.cpu_count() or 1):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
@@ -53,14 +53,15 @@ def available_cores() -> int:
     else:
         allowed = range(os.cpu_count() or 1)
     # two processors of one core name the same siblings
-    cores = len({_text(CPUS / f"cpu{number}/topology/thread_siblings_list") or number for number in allowed})
-    share, _, period = _text(QUOTA).partition(" ")
+    cores = len({text_of(CPUS / f"cpu{number}/topology/thread_siblings_list") or number for number in allowed})
+    share, _, period = text_of(QUOTA).partition(" ")
     if share.isdecimal() and period.isdecimal():
         cores = min(cores, int(share) // int(period))
     return max(cores, 1)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """What the system says in one of its files, "" where it has no such file."""
     try:
         return path.read_text().strip()
     except OSError:
