@@ -45,11 +45,9 @@ def grid_of(tokens: int) -> tuple[int, int]:
 
 
 def patch_heat(attention: Tensor, tower: nn.Module | None = None) -> Tensor:
-    """What the pooled token sees of each patch: (..., T, T) -> (..., rows, columns).
-
-    With a class token that is row 0, else (mean pooling) the mean over the patches. Which tokens
-    stand before them the tower says; where it does not, their number is read from T.
-    """
+    """What the pooled token sees of each patch: (..., T, T) -> (..., rows, columns): row 0 with a
+    class token, else (mean pooling) the mean over the patches. Which tokens stand before them the
+    tower says; where it does not, their number is read from T."""
     if hasattr(tower, "prefix"):
         prefix, grid, token = tower.prefix, tower.config.grid, tower.cls_token is not None
     else:

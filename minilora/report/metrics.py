@@ -102,10 +102,8 @@ def _ratio(part, whole) -> np.ndarray:
 
 
 def percent(share: float | None, count: int = 0, spread: float | None = None) -> str:
-    """ "89.58 % ± 4.41": a share and, of fewer than 2,000 rows, its standard error.
-
-    sqrt(p (1 - p) / N); where rows count in part, their standard deviation `spread` / sqrt(N).
-    """
+    """ "89.58 % ± 4.41": a share and, of fewer than 2,000 rows, its standard error sqrt(p (1 - p) /
+    N); where rows count in part, their standard deviation `spread` / sqrt(N)."""
     if share is None or not math.isfinite(share):
         return "not known"
     deviation = math.sqrt(max(share * (1 - share), 0)) if spread is None else spread

@@ -15,11 +15,9 @@ INK, PAPER = (32, 36, 44), (255, 255, 255)
 
 @dataclass
 class Example:
-    """One picture with what was true and what the model said, for the report page.
-
-    `question` for VQA; `choices` (text, probability) for multiple choice. `correct` None: unknown
-    or not a matter of right and wrong; by default truth and answer are compared.
-    """
+    """One picture with what was true and what was said; `question` for VQA, `choices` (text,
+    probability) for multiple choice. `correct`: None where truth is not known, by default whether
+    the answer is the truth."""
 
     image: Image.Image | None
     truth: str

@@ -51,9 +51,7 @@ you'll you're you've
 
 def _contractions() -> dict[str, str]:
     """The reference's table of 120 entries: {word with one apostrophe missing: right spelling}.
-
-    Its four keys with a capital I never apply, as words are lower-cased first: "im" stays "im".
-    """
+    Its four keys with a capital I never apply, as words are lower-cased first: "im" stays "im"."""
     table = {}
     for word in _SPELLED:
         table |= {word[:i] + word[i + 1 :]: word for i, letter in enumerate(word) if letter == "'"}

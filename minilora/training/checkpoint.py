@@ -128,11 +128,9 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def choose(run_dir: str | Path, resume: str, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from, as `find` has it; rank 0 decides for all.
-
-    Checkpoints of `run_dir` that are newer than it, or belong to a training that is not resumed,
-    are removed: they would be mistaken for the future of this one.
-    """
+    """The checkpoint to resume from, as `find` has it; rank 0 decides for all. Those of `run_dir`
+    that are newer, or of a training that is not resumed, are removed: they would be mistaken for
+    the future of this one."""
     chosen = None
     if is_main():
         recover(run_dir)

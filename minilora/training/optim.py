@@ -27,11 +27,8 @@ FUSED_DEVICES = ("cpu", "cuda")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer moves, by name; at least one, and every one in float32.
-
-    A float16 parameter loses updates smaller than 1/2048 of itself, and GradScaler refuses to
-    unscale its gradient.
-    """
+    """The parameters that the optimizer moves, by name; at least one, all float32: a float16 one
+    loses updates smaller than 1/2048 of itself, and GradScaler does not unscale its gradient."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise UserError("nothing to train: no parameter of the model has requires_grad=True; call inject_lora first")

@@ -181,9 +181,7 @@ def unpack(
     where: str,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Puts pack()'s answer back into model, optimizer and scaler; returns (state, best tensors).
-
-    UserError where the checkpoint is of another model, or holds what no run writes.
-    """
+    UserError where the checkpoint is of another model, or holds what no run writes."""
     load_model_tensors(model, without_prefix("model", tensors), where)
     try:
         load_optimizer_tensors(model, optimizer, without_prefix("optim", tensors))
