@@ -36,22 +36,14 @@ from minilora.commands.results import resume_command, run_row, zero_shot_row
 from minilora.errors import UserError
 from minilora.formats.foreign import layout_table
 from minilora.inject import merge_lora
+from minilora.report import spectrum
 from minilora.report.curves import read_metrics
 from minilora.report.page import Figure, Table, write_report
-from minilora.report.spectrum import (
-    format_spectrum,
-    full_updates,
-    lora_updates,
-    spectrum,
-    spectrum_figure,
-    spectrum_table,
-)
 from minilora.report.tables import RunRow, comparison_table, text_table
 from minilora.report.vqa_metric import write_results as write_vqa_results
 from minilora.settings import exit_codes as cli
-from minilora.settings.checks_evaluate import check
 from minilora.settings.flags import PICTURE_FLAGS, Config
-from minilora.settings.flags_evaluate import EvalConfig
+from minilora.settings.flags_evaluate import EvalConfig, check
 from minilora.settings.parse import Parser, check_prompt
 from minilora.tasks import lock
 from minilora.tasks.load import load_run, task_module
@@ -143,8 +135,7 @@ def tell(line: str) -> None:
 
 
 def score(runs: list[Run], options: EvalConfig) -> tuple[list[Evaluation], list[RunRow]]:
-    """Scores of each run; a comparison of several; the files that --predictions and --submission
-    name. Returns the scores, and the lines of the comparison."""
+    """(scores of each run, lines of the comparison); writes --predictions and --submission."""
     evaluations = [run.evaluate(options) for run in runs]
     for run, evaluation in zip(runs, evaluations, strict=True):
         scored = f"{evaluation.part}, {len(evaluation.rows)} {run.unit}"
@@ -164,8 +155,7 @@ def score(runs: list[Run], options: EvalConfig) -> tuple[list[Evaluation], list[
 
 
 def extras(runs: list[Run], options: EvalConfig) -> tuple[dict[str, list[Table]], list[Figure]]:
-    """--attention, --spectrum and --latency; returns what a page shows of the last two: {run, or ""
-    for all: tables}, and figures."""
+    """--attention, --spectrum, --latency: ({run, or "" for all: tables}, figures) for a page."""
     tables, figures = {}, []
     if options.attention:
         figures = attention_figures(runs, options)
@@ -176,12 +166,12 @@ def extras(runs: list[Run], options: EvalConfig) -> tuple[dict[str, list[Table]]
         figures = []
     if options.spectrum:
         layers = {
-            name: spectrum(ticker.through(updates(run, options), "spectrum, layers"))
+            name: spectrum.spectrum(ticker.through(updates(run, options), "spectrum, layers"))
             for name, run in zip(names_of(runs), runs, strict=True)
         }
-        print(format_spectrum(layers))
-        tables = {name: [spectrum_table(one)] for name, one in layers.items()}
-        if spectrum_figure(layers, path := beside(runs[0], "spectrum.png")):
+        print(spectrum.format_spectrum(layers))
+        tables = {name: [spectrum.spectrum_table(one)] for name, one in layers.items()}
+        if spectrum.spectrum_figure(layers, path := beside(runs[0], "spectrum.png")):
             figures.append(Figure("Spectrum", Image.open(path)))
     if options.latency:
         how = f"median of 15 in {runs[0].amp} on {runs[0].device}, {torch.get_num_threads()} threads"
@@ -204,8 +194,8 @@ def beside(run: Run, name: str) -> Path:
 def updates(run: Run, options: EvalConfig):
     """(layer, W, dW) of everything that the run changed."""
     if run.config.mode == "lora":
-        return list(lora_updates(run.model))
-    return list(full_updates(run.base_model(options.weights).state_dict(), run.model.state_dict()))
+        return list(spectrum.lora_updates(run.model))
+    return list(spectrum.full_updates(run.base_model(options.weights).state_dict(), run.model.state_dict()))
 
 
 def check_export(run: Run, options: EvalConfig) -> None:

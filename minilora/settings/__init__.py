@@ -3,7 +3,6 @@
 flags             train.py's flags, one dataclass field each    flags_evaluate    evaluate.py's
 values            one value of one flag, read and checked
 parse             command line, TOML files and recipes -> Config; config.toml of a run
-checks_evaluate   which flags of evaluate.py go together
 exit_codes        one line instead of a traceback
 recipes/          named sets of flags, as TOML
 """

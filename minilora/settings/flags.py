@@ -100,8 +100,7 @@ class Config:
     adapter: str = flag(W, None, "start from this adapter: a run's, or one of PEFT's", meta="DIR")
     data_dir: str = flag(W, None, "the data set: folder or table", meta="DIR", shown="generated shapes")
     data_format: str = flag(W, "auto", "how the data lies on the disk", choices=FORMATS)
-    multi_label: bool = flag(W, False, "any number of labels for each picture, from a table", bool,
-        tasks=("classify",))
+    multi_label: bool = flag(W, False, "any number of labels for each picture, from a table", bool, tasks=("classify",))
     output: str = flag(W, None, "run directory", meta="DIR", shown="runs/TASK-MODE-NNN")
     dry_run: bool = flag(W, False, "say what would be trained, on what, for how long; train nothing", bool)
 
@@ -159,8 +158,7 @@ class Config:
     seed: int = flag(I, 0, "for data order, augmentation, new weights, dropout", int, low=0, high=2**31)
     workers: int = flag(I, None, "processes that read pictures", int, low=0, high=64,
         shown="0; beside a GPU one per core, at most 16")
-    bad_data: str = flag(I, "error", "a broken picture ends the run, or is left out", choices=("error",
-        "skip"))
+    bad_data: str = flag(I, "error", "a broken picture ends the run, or is left out", choices=("error", "skip"))
 
     num_answers: int = flag(T, 1000, "vqa: classes are the K most frequent answers", int, low=2, tasks=("vqa",))
     fusion: str = flag(T, None, "vqa: how picture and question meet", tasks=("vqa",),
@@ -170,14 +168,12 @@ class Config:
     max_length: int = flag(T, None, "longest text in tokens", int, low=4, tasks=TEXT, shown="the model's")
     group_by_image: bool = flag(T, False, "vqa: questions of one picture share a batch and its encoding", bool,
         tasks=("vqa",))
-    soft_targets: bool = flag(T, False, "vqa: learn from all ten people's answers, one by one", bool,
-        tasks=("vqa",))
+    soft_targets: bool = flag(T, False, "vqa: learn from all ten people's answers, one by one", bool, tasks=("vqa",))
     prompt: Any = flag(T, None, "how a choice or class becomes a sentence; for classes several", many=True,
         tasks=("classify", "choice"), meta="TEXT",
         shown="Question: {question} Answer: {choice}, or: a photo of a {}.")
 
-    amp: str = flag(S, "auto", "precision; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU",
-        choices=AMP)
+    amp: str = flag(S, "auto", "precision; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU", choices=AMP)
     base_dtype: str = flag(S, None, "how frozen weights are stored", choices=AMP[1:], shown="as --amp; DoRA: fp32")
     compile: bool = flag(S, False, "torch.compile the model, block by block", bool)
     deterministic: bool = flag(S, False, "on a GPU: a resumed run has the same bits, as on a CPU; slower", bool)
@@ -210,8 +206,6 @@ class Config:
         meta="MINUTES", shown="none")
     early_stop: int = flag(R, 0, "end after N epochs without a better one; 0: never", int, low=0)
     log_interval: int = flag(R, 10, "steps between lines of the log", int, low=1)
-    log_to: str = flag(R, "none", "tensorboard: event files in the run directory too", choices=("none",
-        "tensorboard"))
-    nan_policy: str = flag(R, "stop", "a loss that is no number ends the run, or the step", choices=("stop",
-        "skip"))
+    log_to: str = flag(R, "none", "tensorboard: event files in the run directory too", choices=("none", "tensorboard"))
+    nan_policy: str = flag(R, "stop", "a loss that is no number ends the run, or the step", choices=("stop", "skip"))
 # fmt: on

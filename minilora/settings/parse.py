@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.settings.checks_labels import check_labels
 from minilora.settings.flags import TASKS, Config, Rule, rules
 from minilora.settings.values import close_match, convert, option
 from minilora.textfiles import encodable, read_text
@@ -48,18 +47,11 @@ ELSEWHERE = {  # what other programs call it, where the name alone does not give
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for a table of flags: errors in one line, a hint for a mistyped flag,
-    help in 100 columns."""
+    """argparse for a table of flags: errors in one line with a hint, help in 100 columns."""
 
     def __init__(self, table: type, prog: str, usage: str, description: str, epilog: str = ""):
-        super().__init__(
-            prog,
-            usage=f"{prog} {usage}",
-            description=description,
-            epilog=epilog,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
+        usage = f"{prog} {usage}"
+        super().__init__(prog, usage, description, epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
         self.table = table
         self.add_argument("--version", action="version", version=f"minilora {__version__}")
         groups: dict[str, Any] = {}
@@ -95,8 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The checked configuration of train.py, and what argparse read (for
-    --list-models and its like)."""
+    """(checked configuration of train.py, what argparse read, such as --list-models)."""
     typed, args = train_parser().read(argv)
     from_file = read_toml(typed["config"]) if "config" in typed else {}
     recipe = typed.get("recipe", from_file.get("recipe"))
@@ -223,6 +214,25 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         )
 
 
+def check_labels(config: Config, given: Collection[str]) -> None:
+    """Which flags go with --multi-label, --metric and --seeds; `given`: those that were given."""
+    metric, resume, several, seeds = config.metric, config.resume, config.multi_label, config.seeds
+    of_one_class = {"--metric balanced": metric == "balanced", "--class-weights auto": config.class_weights == "auto"}
+    of_one_class |= {"--head names": config.head == "names", "--shots": config.shots, "--teacher": config.teacher}
+    if several and (flags := [flag for flag, on in of_one_class.items() if on]):
+        raise UserError(f"{flags[0]} reckons with one class for each picture; leave it out beside --multi-label")
+    if config.task != "classify" and metric not in (None, "accuracy", "loss"):
+        raise UserError(f"--metric {metric} does not apply to --task {config.task}; use accuracy or loss")
+    if metric == "map" and not several:
+        raise UserError("--metric map is the mean average precision of --multi-label; use accuracy, balanced, f1, loss")
+    if seeds and "seed" in given:
+        raise UserError("--seed and --seeds both name the seed; use one of the two")
+    if seeds and resume != "auto":
+        raise UserError(f"--resume {resume} is for one run; --seeds beside the same --output resumes what is left")
+    if seeds and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--seeds starts runs of its own; with torchrun start one for each --seed")
+
+
 def check_prompt(task: str, prompt: str | tuple[str, ...] | None) -> None:
     """UserError for a --prompt without the places that the task fills in."""
     templates = (prompt,) if isinstance(prompt, str) else prompt or ()
@@ -242,8 +252,7 @@ def check_device(device: str) -> None:
 
 
 def read_toml(path: str | os.PathLike) -> dict[str, Any]:
-    """{field: value} of a TOML file or of a run directory's config.toml; errors name the
-    file and the key."""
+    """{field: value} of a TOML file or a run's config.toml; errors name the file and the key."""
     content = _load_toml(path)
     of_a_run = content.pop(BASE, None) is not None
     table, values = rules(Config), {}
@@ -307,8 +316,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def to_toml(config: Config, base: dict[str, Any] | None = None, only: Collection[str] | None = None) -> str:
-    """The text of config.toml: every flag that has a value, by group, then the base weights. With
-    `only`, no other flags than these."""
+    """config.toml: every flag that has a value, or of `only`, by group, then the base weights."""
     lines, group = ["# This run; `python train.py --config DIR` (or this file) trains it again."], None
     for name, rule in rules(type(config)).items():
         value = getattr(config, name)

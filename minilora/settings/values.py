@@ -30,8 +30,7 @@ def close_match(word: Any, choices: Iterable[str]) -> str:
 
 
 def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
-    """`value` as the flag's type; UserError names the flag (or `where`: file and key) and
-    what it accepts."""
+    """`value` as the flag's type; UserError names the flag (or `where`) and what it accepts."""
     label = where or option(name)
     for text in (value if isinstance(value, (list, tuple)) else [value]) if name in TEXTS else ():
         if isinstance(text, str) and text != encodable(text):
@@ -151,8 +150,7 @@ def _single(label: str, rule: Rule, value: Any) -> Any:
 
 
 def _number(kind: type, value: Any) -> int | float | None:
-    """`value` as a finite int or float, None if it is not one. True is no number, 3.0 is
-    no whole number."""
+    """`value` as a finite int or float, else None; True is no number, 3.0 no whole number."""
     try:
         number = kind(value) if isinstance(value, str) else value
         if isinstance(number, bool) or not isinstance(number, (int, kind)):
