@@ -70,7 +70,7 @@ def write_pictures(config: Config, target: str, shard_mb: float, wide: int | Non
 def write_questions(config: Config, target: str, shard_mb: float, wide: None) -> dict:
     """VQA: pictures and token ids for the two towers of --model; returns the index."""
     from minilora.data.shards.questions import write_shards
-    from minilora.tasks.vqa.shards import prepare
+    from minilora.tasks.vqa.task import prepare
 
     if wide is not None:
         raise UserError("--wide does not apply to --task vqa; it belongs to --task classify")

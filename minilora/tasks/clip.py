@@ -1,5 +1,4 @@
-"""A CLIP and its tokenizer, or one made of two encoders: where the tokenizer is, whether the two
-belong together, and what choice and class names share.
+"""A CLIP and its tokenizer, or one made of two encoders, and what choice and class names share.
 
 logits = exp(logit_scale) * cos(picture, text) + logit_bias, which only SigLIP has
 """
@@ -15,17 +14,8 @@ from minilora.settings.flags import Config
 from minilora.settings.values import TOWERS
 from minilora.tasks.method import one_value
 from minilora.tasks.run import Run
-from minilora.tasks.towers import load_pair, moved_weights, open_tokenizer, tower_weights
-from minilora.tasks.weights import (
-    RANDOM,
-    find_weights,
-    load_base,
-    named,
-    own_weights,
-    picture_flags,
-    restoring,
-    tokenizer_beside,
-)
+from minilora.tasks.towers import check_tokenizer, load_pair, moved_weights, open_tokenizer, tower_weights
+from minilora.tasks.weights import RANDOM, find_weights, load_base, origin, picture_flags, restoring, tokenizer_beside
 from reference_models.files.dual import join
 from reference_models.load import config_for, config_of
 from reference_models.text.tokenizers import Tokenizer, load_tokenizer
@@ -93,7 +83,7 @@ def find_tokenizer(config: Config) -> Tokenizer:
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     name = one_value(config, "model")
-    source = named(one_value(config, "weights")) or own_weights(name)
+    source = origin(name, one_value(config, "weights"))
     folder = tokenizer_beside(source)
     if folder is None:
         # nobody should look for the tokenizer of a model that reads no texts
@@ -106,47 +96,10 @@ def find_tokenizer(config: Config) -> Tokenizer:
 
 
 def text_sizes(name: str, weights: str | None, tokenizer: Tokenizer) -> dict[str, int]:
-    """For load_pretrained: a text tower is wanted, and one with random weights that fits the
-    tokenizer's ids."""
+    """For load_pretrained: a text tower is wanted, a random one for the tokenizer's ids."""
     if weights != RANDOM or not name.startswith("clip-"):
         return {"texts": True}
     return {"texts": True, "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
-
-
-def text_limit(model: nn.Module, tokenizer: Tokenizer) -> int:
-    """The longest text in tokens."""
-    return min(tokenizer.max_length, model.config.context)
-
-
-def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
-    """UserError where model and tokenizer do not belong together: more ids than rows, another end
-    token or padding. From here on the tokenizer fills texts up where the model wants that."""
-    config = getattr(model.config, "text", model.config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"--tokenizer has {tokenizer.vocab_size} tokens, {config.name} knows {config.vocab_size}; it belongs to "
-            "another model"
-        )
-    if getattr(config, "counted", False) and tokenizer.pad_id != config.pad_id:
-        raise UserError(
-            f"--tokenizer pads with token {tokenizer.pad_id}, {config.name} takes {config.pad_id} for padding; it "
-            "belongs to another model"
-        )
-    tokenizer.fill, pooled_at = getattr(config, "fill", None), getattr(config, "pooled_at", "")
-    if pooled_at not in ("argmax", "eos"):
-        return  # a text is not read at its end
-    legacy = pooled_at == "argmax"
-    if tokenizer.eos_id != (tokenizer.vocab_size - 1 if legacy else config.eos_token_id):
-        wanted = "its last token" if legacy else config.eos_token_id
-        raise UserError(
-            f"--tokenizer ends texts with token {tokenizer.eos_id}, {config.name} looks for {wanted}; it belongs to "
-            "another model"
-        )
-
-
-def frozen(tower: nn.Module) -> bool:
-    """Whether nothing in a tower is trained."""
-    return not any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def full(x: Tensor) -> Tensor:

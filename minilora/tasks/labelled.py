@@ -24,7 +24,7 @@ from minilora.data.pictures.loader import epoch_order, in_order
 from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics
 from minilora.tasks.predictor import Predictor
-from minilora.tasks.task import DataTask
+from minilora.tasks.task import Task
 from minilora.training.device import autocast
 from minilora.training.faults import UNREADABLE
 
@@ -77,7 +77,6 @@ class LabelledPredictor(Predictor):
         return self.probabilities(logits).cpu().numpy(), batch["label"].numpy(), batch["valid"].numpy()
 
     def loss(self, logits: Tensor, batch: dict, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum of the rows' losses (), right answers (), which rows count (B,) bool)."""
         counts = batch["valid"] & (batch["label"] >= 0)
         labels = batch["label"].where(counts, -100)  # cross_entropy leaves -100 out
         total = F.cross_entropy(logits, labels, self.weights, label_smoothing=smoothing, reduction="sum")
@@ -92,7 +91,7 @@ def class_weights(labels: Iterable[int], k: int) -> Tensor:
     return (weights * (counts > 0).sum() / weights.sum()).float()
 
 
-class Labelled(DataTask):
+class Labelled(Task):
     """The larger half of both tasks. A task adds its data: `read`, and `encoded` for features."""
 
     def __init__(self, *parts: Any):
@@ -132,15 +131,6 @@ class Labelled(DataTask):
         if epoch is None:
             return self.read(part, batches)
         return self.read(part, [[(self.pass_of(epoch, i // n), i % n) for i in batch] for batch in batches])
-
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.predictor.logits(model, batch).float()  # (B, K)
-        total, correct, counts = self.predictor.loss(logits, batch, self.config.smoothing)
-        count = counts.sum()
-        mean = total / count.clamp(min=1)
-        if self.teacher:
-            mean = self.teacher.added(mean, logits, batch, counts)
-        return mean, {"correct": correct, "count": count}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         found = self.predictions(model, "val")

@@ -27,6 +27,10 @@ class Predictor(ABC):
         """(B, K) for a batch, or for features of it that were computed before."""
 
     @abstractmethod
+    def loss(self, logits: Tensor, batch: dict, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the rows' losses (), right answers (), which rows count (B,) bool)."""
+
+    @abstractmethod
     def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
         """The columns of `kind` for the B rows of a batch; logits (B, K) float32."""
 

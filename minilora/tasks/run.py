@@ -9,20 +9,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from minilora import ticker
 from minilora.adapter import load_adapter
+from minilora.data.pictures.images import open_image
 from minilora.errors import UserError
 from minilora.report.samples import Example
 from minilora.settings.flags import Config
 from minilora.tasks.precision import choose_amp
 from minilora.tasks.predictor import Predictor
 from minilora.tasks.runfiles import read_labels, read_preprocess, read_summary
+from minilora.tasks.towers import check_tokenizer
 from minilora.tasks.weights import check_base
 from minilora.training.device import autocast
 from reference_models import load_pretrained
@@ -30,6 +34,7 @@ from reference_models.text.tokenizers import Tokenizer, load_tokenizer
 
 WEIGHT_FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "linear": "adapter_model.safetensors"}
 SHOWN = 12  # pictures of a kind on the report page
+Picture = str | PathLike | Image.Image  # a file, or one that is open
 
 
 @dataclass
@@ -63,8 +68,7 @@ class Evaluation:
 
 @dataclass
 class Run(ABC):
-    """What every task's run has. Each task's own class adds the abstract methods and
-    `predict(pictures, ...)`: the top answers for pictures (and texts)."""
+    """What every task's run has; a task adds the abstract methods and `predict(pictures, ...)`."""
 
     unit: ClassVar[str] = "pictures"  # what is scored
     path: Path
@@ -98,12 +102,22 @@ class Run(ABC):
         run.model = model.to(device).eval()
         run.preprocess = run.model.preprocess = read_preprocess(path, run.model)
         run.summary = read_summary(path)
+        run.check()
         return run
+
+    def check(self) -> None:
+        """UserError where model and tokenizer do not belong together."""
+        if self.tokenizer:
+            check_tokenizer(self.model, self.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of questions, choices or class names; None where the model reads no text."""
+        return load_tokenizer(self.path) if self.task != "classify" or self.config.head == "names" else None
 
     @abstractmethod
     def restore(self, weights: str | dict | None) -> tuple[nn.Module, dict]:
-        """The base model that the run started from, with a random head where the task has one, and
-        the record of the weights that were found. `weights`: where they are now."""
+        """(base model with a random head, record of its weights); weights: where they are now."""
 
     @property
     @abstractmethod
@@ -172,8 +186,7 @@ class Run(ABC):
         return model.to(self.device).eval()
 
     def data_config(self, options: Any, **changes: Any) -> Config:
-        """The run's configuration with --data-dir of evaluate.py, if it is given: whole,
-        and with `changes`."""
+        """The run's configuration; with evaluate.py's --data-dir that set, whole, and `changes`."""
         config = replace(self.config, bad_data=options.bad_data)
         if options.data_dir is None:
             return config
@@ -189,29 +202,13 @@ class Run(ABC):
         return self.path.resolve().name
 
 
-class TextRun(Run):
-    """A run that reads texts too."""
-
-    unit: ClassVar[str] = "questions"
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.path)
-
-    @classmethod
-    def load(cls, *parts: Any) -> "TextRun":
-        run = super().load(*parts)
-        run.check()
-        return run
-
-    @abstractmethod
-    def check(self) -> None:
-        """UserError where model and tokenizer do not belong together."""
+def opened(picture: Picture) -> Image.Image:
+    """The picture as RGB; BadImage for a broken file."""
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
 
 
 def choose_part(parts: Mapping[str, Any], name: str | None) -> tuple[str, Any]:
-    """(name, data) of the part that --split names; without it val, else test, else train. None and
-    empty ones are not there."""
+    """(name, data) of the part that --split names, or the first there is of val, test, train."""
     there = {part: data for part, data in parts.items() if data}
     name = name or next(part for part in ("val", "test", "train") if part in there)
     if name not in there:
@@ -219,19 +216,17 @@ def choose_part(parts: Mapping[str, Any], name: str | None) -> tuple[str, Any]:
     return name, there[name]
 
 
-def top_columns(k: int) -> list[str]:
-    """The header of predictions.csv for the k most probable answers of each row."""
-    more = [name for place in range(2, k + 1) for name in (f"label_{place}", f"probability_{place}")]
-    return ["file", "label", "probability", *more]
-
-
-def top_cells(labels: Sequence[str], best: Iterable[int], probabilities: Iterable[float]) -> list[str]:
-    """The cells of one row below these columns, but for the file."""
-    return [cell for k, p in zip(best, probabilities, strict=True) for cell in (labels[k], f"{p:.6f}")]
+def top_table(paths: Iterable[str], labels: Sequence[str], best: Any, sure: Any) -> tuple[list[str], list[list]]:
+    """(header, rows) of predictions.csv: each file's k most probable labels; best, sure (N, k)."""
+    more = [name for place in range(2, best.shape[1] + 1) for name in (f"label_{place}", f"probability_{place}")]
+    rows = [
+        [path, *(cell for k, p in zip(*row, strict=True) for cell in (labels[k], f"{p:.6f}"))]
+        for path, *row in zip(paths, best, sure, strict=True)
+    ]
+    return ["file", "label", "probability", *more], rows
 
 
 def top_answers(labels: Sequence[str], probabilities: Tensor, k: int) -> list[tuple[str, float]]:
-    """[(label, probability), ...] of the k most probable of probabilities (K,), the first
-    of equals first."""
+    """The k most probable (label, probability) of probabilities (K,), the first of equals first."""
     values, order = probabilities.cpu().sort(descending=True, stable=True)
     return [(labels[i], p) for i, p in zip(order[:k].tolist(), values[:k].tolist(), strict=True)]

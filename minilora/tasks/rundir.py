@@ -38,10 +38,8 @@ PLACES = ("data_dir", "weights", "tokenizer", "teacher", "distill_unlabelled")
 
 
 def continued(config: Config) -> tuple[Config, Path | None]:
-    """With --resume DIR the configuration of that run, and the checkpoint if DIR is one.
-
-    Flags that were given beside it win, so that `open_run_dir` can say which of them differ.
-    """
+    """(configuration, checkpoint or None); with --resume DIR those of that run. Flags given beside
+    it win, so that `open_run_dir` can say which of them differ."""
     if config.resume in ("auto", "never"):
         return like_adapter(config), None
     path = Path(config.resume)
@@ -81,22 +79,19 @@ def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = (
     another process trains there.
     """
     prefix, text = f"{config.task}-{config.mode}", to_toml(config, base) + launch_mark()
-    path = Path(config.output) if config.output else _restarted(prefix)
-    if path is None:
-        path = _numbered(prefix)
-    else:
-        if (path / "config.toml").exists():
-            renamed = _same_run(path, config, base, labels)
-            _lock(path)
-            if renamed:
-                atomic_write(path / "config.toml", text)
-            return path
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {lock.FILE}):
-            raise UserError(f"--output {path} is not empty and holds no run; choose another folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {path} cannot be made: {error.strerror}") from None
+    path = Path(config.output) if config.output else _restarted(prefix) or _numbered(prefix)
+    if (path / "config.toml").exists():
+        renamed = _same_run(path, config, base, labels)
+        _lock(path)
+        if renamed:
+            atomic_write(path / "config.toml", text)
+        return path
+    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {lock.FILE}):
+        raise UserError(f"--output {path} is not empty and holds no run; choose another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be made: {error.strerror}") from None
     _lock(path)
     atomic_write(path / "config.toml", text)
     return path
@@ -108,8 +103,7 @@ def _lock(path: Path) -> None:
 
 
 def _numbered(prefix: str) -> Path:
-    """runs/PREFIX-NNN with the first free number; mkdir decides, so that two runs never
-    get the same one."""
+    """runs/PREFIX-NNN with the first free number; mkdir never gives it to two runs."""
     ROOT.mkdir(exist_ok=True)
     for number in range(10_000):
         path = ROOT / f"{prefix}-{number:03d}"
@@ -122,8 +116,7 @@ def _numbered(prefix: str) -> Path:
 
 
 def launch_mark() -> str:
-    """A comment for config.toml that all starts of one `torchrun --max-restarts N` have in
-    common, else nothing."""
+    """A comment for config.toml that all starts of one `torchrun --max-restarts N` share, or ""."""
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return ""
     return f"# torchrun {os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}\n"
@@ -141,17 +134,12 @@ def _restarted(prefix: str) -> Path | None:
 def differences(path: Path, config: Config) -> list[str]:
     """Where `config`, resolved, differs from that of the run in `path`; [] for the same run."""
     there = replace(Config(), **read_toml(path))
-    names = [f.name for f in fields(Config) if f.name not in FREE]
-    return [
-        f"{option(n)} {getattr(there, n)} there, {getattr(config, n)} here"
-        for n in names
-        if getattr(there, n) != getattr(config, n)
-    ]
+    both = ((f.name, getattr(there, f.name), getattr(config, f.name)) for f in fields(Config) if f.name not in FREE)
+    return [f"{option(name)} {old} there, {new} here" for name, old, new in both if old != new]
 
 
 def _same_run(path: Path, config: Config, base: dict[str, Any], labels: Sequence[str]) -> bool:
-    """UserError where `path` holds another run; True where something that it needs
-    lies elsewhere now."""
+    """Whether config.toml is to be written anew; UserError where `path` holds another run."""
     saved, recorded = read_run_config(path)
     moved = [name for name in PLACES if _moved(getattr(saved, name), getattr(config, name))]
     as_before = {name: getattr(saved, name) for name in (*moved, *config.longer)}

@@ -1,7 +1,6 @@
 """The small files of a run, read as data from a stranger and checked before use: labels.json,
 preprocess.json and summary.json."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +94,8 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     """A number that a table can show, or None for one that is not known."""
-    if value is None:
-        return True
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15)
 
 
 def _three(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_finite(number) for number in value)
-
-
-def _finite(value: Any) -> bool:
-    return value is not None and _number(value) and math.isfinite(value)
+    return isinstance(value, list) and len(value) == 3 and None not in value and all(map(_number, value))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,85 +24,41 @@ from reference_models.files.preprocess import describe_pictures
 from reference_models.text.tokenizers import Tokenizer
 
 
-class Task(Protocol):
-    """What the Trainer and train.py ask of a task. Batches are dictionaries, mostly of tensors."""
+class Task(ABC):
+    """Data in parts (train, val, test), a model ready to train, and a Predictor. A task of its own
+    adds the abstract methods. Batches are dictionaries, mostly of tensors.
 
-    model: nn.Module  # ready to train
-    mode: str  # lora, full or linear
-    metric: str  # the key of evaluate()'s result that chooses the best epoch; only a loss falls
-    config: Config  # with everything filled in that the user left open
-    base: dict[str, Any]  # {"weights": ..., "sha256": ...}, for config.toml
-    labels: list[str]  # classes or answers
-    workers: int  # processes that read pictures
-    unit: str  # what a row is, in the plural
-    data: dict  # {"train": data set, ...}
+    config has everything filled in that the user left open; base is {"weights": ..., "sha256": ...}
+    for config.toml; metric is the key of evaluate()'s result that chooses the best epoch, where
+    only a loss falls; workers are processes that read pictures.
+    """
+
+    unit = "pictures"  # what a row is, in the plural
     # with --teacher, what `loss` asks for its share: teacher.added(loss, logits, batch, counted)
-    teacher: Teacher | None
-
-    def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
-        """The whole epoch as batches of `times` * batch_size item numbers, a function of (seed,
-        epoch, size) alone."""
-
-    def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
-        """The collated batches, in this order."""
-
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """(mean loss, {"correct": right answers, "count": answers})."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """{"loss": ..., metric: ...} on the validation data, with `model` in eval mode."""
-
-    def test(self, model: nn.Module, best: dict | None = None) -> dict[str, float] | None:
-        """The same on the test data; None where there are none. best: the best epoch's own result,
-        as `evaluate` gave it."""
-
-    def zero_shot(self) -> dict[str, float] | None:
-        """{"accuracy", "test_accuracy"} of a model that answers before any training; None for
-        one that cannot."""
-
-    def describe(self, batch: dict) -> str:
-        """The files in the batch, for messages."""
-
-    def data_lines(self) -> list[str]:
-        """How much data there is, one line per part, for the start of the run and for --dry-run."""
-
-    def picture_lines(self) -> list[str]:
-        """How pictures are brought to the model's size, beside them."""
-
-    def listing(self) -> dict[str, dict]:
-        """{part: {"rows": how many, "sha256": of their files in order}}, for checkpoints: a resumed
-        run says where the data are others."""
-
-    def write_files(self, run_dir: Path) -> None:
-        """labels.json, preprocess.json and whatever else load_run needs."""
-
-
-class DataTask(ABC):
-    """A Task with data in parts (train, val, test) and a Predictor; Task says what each method is
-    for. A task of its own adds the abstract ones, `train_batches`, `loss` and `data_lines`."""
-
-    unit = "pictures"  # what the rows of a part are
     teacher: Teacher | None = None
     tokenizer: Tokenizer | None = None
-    labels: list[str]
+    labels: list[str]  # classes or answers
     keys: list[str]  # of the labels, as the data spell them
     best: dict = {}  # in the test: what `evaluate` said of the best epoch
     data: dict  # {"train": data set, ...}
     unlabelled = 0  # rows of the training data, the last ones, that only the teacher answers
 
-    def __init__(
-        self, config: Config, model: nn.Module, record: dict, splits: Any, device: torch.device, predictor: Predictor
-    ):
-        self.config, self.model, self.base, self.splits, self.device = config, model, record, splits, device
-        self.mode, self.preprocess, self.predictor = config.mode, model.preprocess, predictor
-        self.workers = choose_workers(config, device) if config.data_dir else config.workers or 0
-        self.amp = choose_amp(config, device)
+    def __init__(self, config: Config, model: nn.Module, record: dict, splits: Any, predictor: Predictor):
+        self.config, self.model, self.base, self.splits, self.predictor = config, model, record, splits, predictor
+        self.mode, self.preprocess, self.device = config.mode, model.preprocess, predictor.device
+        self.workers = choose_workers(config, self.device) if config.data_dir else config.workers or 0
+        self.amp = choose_amp(config, self.device)
         self.metric = config.metric or ("map" if config.multi_label else "accuracy")
 
     @abstractmethod
+    def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
+        """The whole epoch as batches of `times` * batch_size item numbers, a function of (seed,
+        epoch, size) alone."""
+
+    @abstractmethod
     def loader(self, part: str, batches: Sequence[Sequence[int]], epoch: int | None = None) -> Iterable[dict]:
-        """The collated batches of a part, augmented for `epoch` if one is given, or features in
-        their inputs' place."""
+        """The collated batches of a part, in this order, augmented for `epoch` if one is given; or
+        features in their inputs' place."""
 
     @abstractmethod
     def eval_batches(self, part: str) -> list[list[int]]:
@@ -115,6 +71,10 @@ class DataTask(ABC):
     @abstractmethod
     def file_of(self, row: int, part: str = "train") -> str:
         """The file of a row, for messages and `listing`."""
+
+    @abstractmethod
+    def data_lines(self) -> list[str]:
+        """How much data there is, for the start of the run and for --dry-run."""
 
     def answered(self, part: str) -> bool:
         """Whether a part has answers to compare with."""
@@ -132,7 +92,18 @@ class DataTask(ABC):
         return mixed_batches(cut, rows["train"], rows["unlabelled"], counts, config.seed, epoch)
 
     def train_loader(self, epoch: int, batches: list[list[int]]) -> Iterable[dict]:
+        """The training batches of an epoch."""
         return self.loader("train", batches, epoch)
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """(mean loss over the rows that count, {"correct": right answers, "count": answers})."""
+        logits = self.predictor.logits(model, batch).float()  # (B, K)
+        total, correct, counts = self.predictor.loss(logits, batch, self.config.smoothing)
+        count = counts.sum()
+        mean = total / count.clamp(min=1)
+        if self.teacher:
+            mean = self.teacher.added(mean, logits, batch, counts)
+        return mean, {"correct": correct, "count": count}
 
     def predictions(self, model: nn.Module, part: str) -> NamedTuple:
         """The model's answers to every row of a part; several processes share the work."""
@@ -144,9 +115,12 @@ class DataTask(ABC):
         return self.predictor.kind(*gathered(self.eval_batches(part), answer))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """{"loss": ..., metric: ...} on the validation data, with `model` in eval mode."""
         return self.scores(self.predictions(model, "val"), "val")
 
     def test(self, model: nn.Module, best: dict | None = None) -> dict[str, float] | None:
+        """The same on the test data; None where there are none. best: the best epoch's own result,
+        as `evaluate` gave it."""
         if "test" not in self.data or not self.answered("test"):
             return None
         self.best = best or {}
@@ -156,9 +130,11 @@ class DataTask(ABC):
         return None if scores["accuracy"] != scores["accuracy"] else scores
 
     def zero_shot(self) -> dict[str, float] | None:
+        """{"accuracy", "test_accuracy"} of a model that answers before any training; else None."""
         return None
 
     def describe(self, batch: dict) -> str:
+        """The files in the batch, for messages."""
         files = list(dict.fromkeys(self.file_of(row) for row in batch["index"].tolist()))
         return ", ".join(files[:8]) + f" and {len(files) - 8} more" * (len(files) > 8)
 
@@ -167,6 +143,8 @@ class DataTask(ABC):
         return [f"pictures: {describe_pictures(self.preprocess)}"]
 
     def listing(self) -> dict[str, dict]:
+        """{part: {"rows": how many, "sha256": of their files in order}}, for checkpoints: a resumed
+        run says where the data are others."""
         found = {}
         for part, data in self.data.items():
             files = "\n".join(self.file_of(row, part) for row in range(len(data)))
@@ -174,6 +152,7 @@ class DataTask(ABC):
         return found
 
     def write_files(self, run_dir: Path) -> None:
+        """labels.json, preprocess.json and whatever else load_run needs."""
         write_json(run_dir / "labels.json", {"labels": self.labels, "keys": self.keys})
         write_json(run_dir / "preprocess.json", self.preprocess)
         if self.tokenizer is not None:

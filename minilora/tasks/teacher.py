@@ -25,6 +25,7 @@ from minilora.settings.flags import Config
 from minilora.settings.parse import read_run_config
 from minilora.tasks.run import Run
 from minilora.tasks.runfiles import read_labels
+from minilora.tasks.towers import positions
 from minilora.training.device import autocast, to_device
 
 # the most that kept answers may take; of larger sets the teacher is asked in every epoch
@@ -65,8 +66,7 @@ def teacher_names(config: Config, keys: Sequence[str]) -> dict[str, list[str]] |
 
 
 class Teacher:
-    """A finished run in eval mode, its LoRA merged, nothing trained; `task.teacher` in the
-    task's own loss."""
+    """A finished run in eval mode, its LoRA merged, nothing trained."""
 
     def __init__(self, task: Any, run: Run):
         config = task.config
@@ -96,10 +96,8 @@ class Teacher:
             )
         if self.config.prompt != self.run.config.prompt:
             here, there = self.config.prompt, self.run.config.prompt
-            raise UserError(
-                f"--teacher {self.run.path} was trained with --prompt {there!r}, not {here!r}; "
-                "give the student the same"
-            )
+            said = f"was trained with --prompt {there!r}, not {here!r}; give the student the same"
+            raise UserError(f"--teacher {self.run.path} {said}")
 
     def added(self, hard: Tensor, student: Tensor, batch: dict, counted: Tensor) -> Tensor:
         """The task's own loss () and the teacher's share; student (B, K) logits, counted (B,)
@@ -131,7 +129,8 @@ class Teacher:
     @torch.no_grad()
     def answer(self, batch: dict) -> Tensor:
         """The teacher's logits for a batch of this task, (B, K)."""
-        tokens, longest = batch.get("input_ids", torch.empty(0)).shape[-1], text_length(self.run.model)
+        tower, tokens = getattr(self.run.model, "text", None), batch.get("input_ids", torch.empty(0)).shape[-1]
+        longest = positions(getattr(tower, "config", None))
         if longest and tokens > longest:
             raise UserError(f"--teacher {self.run.path} reads at most {longest} tokens; use --max-length {longest}")
         return self.run.logits(batch | {"image": self.picture(batch["image"])})
@@ -156,8 +155,7 @@ class Teacher:
         return [value[:, None, None].to(self.task.device) for value in values]
 
     def answer_all(self) -> Tensor:
-        """(N, K) answers to every training example, by its number; (0,) where they would take
-        too much memory."""
+        """(N, K) answers to every training example; (0,) where they would take too much memory."""
         task = self.task
         n, kept = len(task.data["train"]), torch.empty(0)
         for batch in task.train_loader(0, in_order(n, 2 * self.config.batch_size)):
@@ -170,9 +168,3 @@ class Teacher:
                 kept = torch.zeros(n, logits.shape[1], device=logits.device)
             kept[batch["index"]] = logits
         return kept
-
-
-def text_length(model: torch.nn.Module) -> int | None:
-    """The longest text that a model can read, in tokens; None where nothing limits it."""
-    config = getattr(getattr(model, "text", None), "config", None)
-    return getattr(config, "max_positions", None) or getattr(model.config, "context", None)

@@ -11,7 +11,7 @@ from torch import nn
 from minilora.errors import UserError
 from minilora.settings.flags import Config
 from minilora.settings.values import TOWERS
-from minilora.tasks.weights import RANDOM, load_base, named, own_weights, picture_flags, tokenizer_beside
+from minilora.tasks.weights import RANDOM, load_base, named, origin, picture_flags, tokenizer_beside
 from reference_models import ModelError
 from reference_models.fusion import TwoTower
 from reference_models.load import config_for, config_of
@@ -22,8 +22,7 @@ DEFAULT_MODEL = {"vision": "vit-nano-patch8-48", "text": "bert-nano"}
 
 
 def tower_names(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
-    """({tower: model name}, settings of the picture tower) from --model vision=A text=B, or
-    from a pair's name."""
+    """({tower: model name}, settings of the picture tower), of two towers or of a pair's name."""
     if isinstance(config.model, dict):
         return DEFAULT_MODEL | config.model, {}
     pair = None if os.path.isdir(config.model) else config_for(config.model)
@@ -83,8 +82,7 @@ def load_towers(config: Config, answers: int, weights: dict[str, str | None]) ->
 
 
 def load_pair(config: Config, weights: dict[str, str | None]) -> tuple[nn.Module, nn.Module, dict[str, dict]]:
-    """(picture tower, text tower, the record of their weights). What --text-pooling left open
-    `config` then says."""
+    """(picture tower, text tower, record of their weights); settles config.text_pooling."""
     names, settings = tower_names(config)
     names = {tower: folder_now(name, weights[tower]) for tower, name in names.items()}
     sizes = (None, config.image_size, picture_flags(config))
@@ -110,14 +108,11 @@ def folder_now(name: str, source: str | None) -> str:
 
 def text_settings(config: Config, name: str) -> dict[str, Any]:
     """For load_pretrained: a text tower, with --text-pooling; UserError where it has one vector."""
-    if config.text_pooling in (None, "auto"):
-        return {"texts": True}
-    if hasattr(config_of(name), "pooling"):
-        return {"texts": True, "pooling": config.text_pooling}
-    if config.text_pooling != "pooler":
-        raise UserError(
-            f"--text-pooling {config.text_pooling}: the texts of {name} have one vector; leave the flag out"
-        )
+    pooling = config.text_pooling
+    if pooling not in (None, "auto") and hasattr(config_of(name), "pooling"):
+        return {"texts": True, "pooling": pooling}
+    if pooling not in (None, "auto", "pooler"):
+        raise UserError(f"--text-pooling {pooling}: the texts of {name} have one vector; leave the flag out")
     return {"texts": True}
 
 
@@ -130,8 +125,7 @@ def tower_of(model: nn.Module, tower: str) -> nn.Module:
 
 
 def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str | None = None) -> Tokenizer:
-    """That of the shards; --tokenizer, or what lies beside the text tower's weights; a student
-    has its teacher's."""
+    """The shards' tokenizer, --tokenizer, or that beside the text tower or teacher."""
     if shards:
         stored = load_tokenizer(shards)
         if config.tokenizer and load_tokenizer(config.tokenizer).vocab != stored.vocab:
@@ -139,8 +133,9 @@ def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str |
         return stored
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
-    name = STUDENTS_TEXT if is_student(config) else tower_names(config)[0]["text"]
-    source = named(weights["text"]) or (config.teacher if is_student(config) else None) or own_weights(name)
+    student = is_student(config)
+    name = STUDENTS_TEXT if student else tower_names(config)[0]["text"]
+    source = origin(name, named(weights["text"]) or (config.teacher if student else None))
     folder = tokenizer_beside(source)
     if folder is None:
         where = f"beside {source}" if source else f"for {name}"
@@ -163,6 +158,24 @@ def positions(config: Any) -> int | None:
     return getattr(config, "max_positions", None) or getattr(config, "context", None)
 
 
-def frozen_towers(model: TwoTower) -> tuple[str, ...]:
-    """The towers in which nothing is trained."""
-    return tuple(tower for tower in TOWERS if not any(p.requires_grad for p in getattr(model, tower).parameters()))
+def check_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """UserError where model and tokenizer do not belong together: more ids than rows, another end
+    token or padding. From here on the tokenizer fills texts up where the model wants that."""
+    config = getattr(model.config, "text", model.config)
+    tokenizer.fill, pooled_at = getattr(config, "fill", None), getattr(config, "pooled_at", "")
+    end = tokenizer.vocab_size - 1 if pooled_at == "argmax" else getattr(config, "eos_token_id", None)
+    wrong = None
+    if tokenizer.vocab_size > config.vocab_size:
+        wrong = f"has {tokenizer.vocab_size} tokens, {config.name} knows {config.vocab_size}"
+    elif getattr(config, "counted", False) and tokenizer.pad_id != config.pad_id:
+        wrong = f"pads with token {tokenizer.pad_id}, {config.name} takes {config.pad_id} for padding"
+    elif pooled_at in ("argmax", "eos") and tokenizer.eos_id != end:  # where a text is read
+        wanted = "its last token" if pooled_at == "argmax" else end
+        wrong = f"ends texts with token {tokenizer.eos_id}, {config.name} looks for {wanted}"
+    if wrong:
+        raise UserError(f"--tokenizer {wrong}; it belongs to another model")
+
+
+def frozen(tower: nn.Module) -> bool:
+    """Whether nothing in a tower is trained."""
+    return not any(parameter.requires_grad for parameter in tower.parameters())

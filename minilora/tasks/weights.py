@@ -1,7 +1,4 @@
-"""Base weights: where they are, a model with them, and the record by which a run knows them again.
-
-A Run is the way back: the same base weights and the files of the run directory.
-"""
+"""Base weights: where they are, a model with them, and the record by which a run knows them."""
 
 import contextlib
 import hashlib
@@ -68,8 +65,7 @@ def picture_flags(config: Config) -> dict[str, Any]:
 
 
 def named(weights: str | None) -> str | None:
-    """`weights` where they are a file, a folder or hf:org/name; None for none, bundled
-    or nothing said."""
+    """`weights` that are a file, a folder or hf:org/name, else None."""
     return None if weights in (None, RANDOM, BUNDLED) else weights
 
 
@@ -79,11 +75,10 @@ def absolute(weights: str | None) -> str | None:
 
 
 def find_weights(model: str, weights: str | None) -> str | Path | None:
-    """Where the weights of `model` are, None for random ones; UserError where none are named and
-    none are bundled."""
-    if weights == RANDOM or named(weights):
-        return named(weights)
-    if (source := own_weights(model)) is None:
+    """Where a model's weights are, None for random ones; UserError where there are none."""
+    if weights == RANDOM:
+        return None
+    if (source := origin(model, weights)) is None:
         config_for(model)  # a name that does not exist is the first thing to say
         raise UserError(
             f"--weights is missing, and {model} is not bundled: give a safetensors file, a folder, hf:org/name, or "
@@ -92,9 +87,9 @@ def find_weights(model: str, weights: str | None) -> str | Path | None:
     return source
 
 
-def own_weights(model: str) -> str | Path | None:
-    """The weights that come with a model: those of a folder, or bundled ones; else None."""
-    return os.path.abspath(model) if os.path.isdir(model) else bundled_weights(model)
+def origin(model: str, weights: str | None) -> str | Path | None:
+    """The named weights, else those of a model's folder, or bundled ones; else None."""
+    return named(weights) or (os.path.abspath(model) if os.path.isdir(model) else bundled_weights(model))
 
 
 def weights_sha256(source: str | Path) -> str:
@@ -124,11 +119,8 @@ def check_base(found: dict[str, Any], recorded: dict[str, Any], run_dir: Path) -
 
 @contextlib.contextmanager
 def restoring(sources: Iterable[str | None]):
-    """For making a base model again: quiet ("a new head" is replaced at once), and no random number
-    is taken from the program.
-
-    Raises UserError where one of its weight files is gone.
-    """
+    """For making a base model again: quiet, and without taking random numbers from the program;
+    UserError where one of its weight files is gone."""
     for source in sources:
         if named(source) and not source.startswith("hf:") and not os.path.exists(source):
             raise UserError(f"the base weights {source} are gone; say where they are now with --weights")

@@ -22,7 +22,7 @@ from minilora.errors import UserError
 from minilora.settings import exit_codes as cli
 from minilora.tasks import labelled, lock
 from minilora.tasks.classify.task import Classify
-from minilora.tasks.task import DataTask
+from minilora.tasks.task import Task
 from minilora.training import checkpoint
 from minilora.training.trainer import Trainer
 from reference_models import ModelError
@@ -37,7 +37,7 @@ PHASES = {
     "step": (Trainer, "accumulate", 3),
     "first validation": (labelled.LabelledPredictor, "columns", 1),
     "last validation": (labelled.LabelledPredictor, "columns", 2),
-    "test": (DataTask, "test", 1),
+    "test": (Task, "test", 1),
     "report": (results, "write_report", 1),
 }
 

@@ -18,7 +18,7 @@ from minilora.report.page import write_report
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import parse_args, read_recipe
 from minilora.tasks import build_task, load_run
-from minilora.tasks.choice.text import PROMPT, ChoicePrompt
+from minilora.tasks.choice.task import PROMPT, ChoicePrompt
 from minilora.tasks.classify.prompts import class_texts
 from minilora.tasks.method import make_trainable
 from minilora.training.trainer import Trainer, TrainOptions

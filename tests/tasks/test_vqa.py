@@ -15,7 +15,7 @@ from minilora.settings.flags import Config
 from minilora.settings.parse import parse_args, read_recipe, read_run_config, read_toml
 from minilora.tasks import build_task, load_run
 from minilora.tasks.method import lora_config
-from minilora.tasks.vqa.targets import SoftTargets
+from minilora.tasks.vqa.task import SoftTargets
 from minilora.training.distributed import share_steps
 from reference_models import create_model
 from reference_models.load import bundled_weights

@@ -1,49 +1,35 @@
-"""Using multiple choice: answers with probabilities, scores by type of question, submissions,
-zero-shot scores."""
+"""Using multiple choice: answers, scores by type of question, submissions, zero-shot scores."""
 
 from collections.abc import Sequence
-from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from minilora.data.pictures.folder import Sample, Split
-from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import in_order, make_loader
-from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
-from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits, Question, check_choices
+from minilora.data.pictures.transforms import build_transform
+from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate, collate_choices
+from minilora.data.questions.choices import LETTERS, ChoiceSplit, check_choices
 from minilora.data.questions.visual7w import results
 from minilora.errors import UserError
 from minilora.report.metrics import classification_metrics, percent
 from minilora.report.samples import Example, least_sure, most_confident_mistakes
 from minilora.report.tables import text_table
 from minilora.settings.flags import Config
-from minilora.tasks.choice.task import ChoicePredictor, accuracy_by_type, open_data
-from minilora.tasks.choice.text import ChoicePrompt
-from minilora.tasks.clip import check_tokenizer, load_clip, restore_clip
+from minilora.tasks.choice.task import ChoicePredictor, ChoicePrompt, accuracy_by_type, open_data
+from minilora.tasks.clip import load_clip, restore_clip
 from minilora.tasks.labelled import Predictions
 from minilora.tasks.method import resolve
-from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers
+from minilora.tasks.run import SHOWN, Evaluation, Picture, Run, choose_part, opened, top_answers
 from minilora.training.device import autocast, to_device
 
 
-class OnePicture(Split):
-    """A picture that is already open, as a split."""
-
-    def __init__(self, image: Image.Image):
-        super().__init__([Sample("picture", -1)], "")
-        self.image = image
-
-    def load(self, i: int) -> Image.Image:
-        return self.image
-
-
-class ChoiceRun(TextRun):
+class ChoiceRun(Run):
     """A trained model for multiple choice."""
+
+    unit: ClassVar[str] = "questions"
 
     @property
     def predictor(self) -> ChoicePredictor:
@@ -57,15 +43,9 @@ class ChoiceRun(TextRun):
     def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
         return restore_clip(self, weights)
 
-    def check(self) -> None:
-        check_tokenizer(self.model, self.tokenizer)
-
     @torch.inference_mode()
     def predict(
-        self,
-        pictures: Sequence[str | PathLike | Image.Image],
-        question: str | None = None,
-        choices: Sequence[str] | None = None,
+        self, pictures: Sequence[Picture], question: str | None = None, choices: Sequence[str] | None = None
     ) -> list[list[tuple[str, float]]]:
         """(choice, probability) for each picture, most probable first. Raises BadImage for a broken
         file, UserError without a question and 2 to 26 choices."""
@@ -75,12 +55,11 @@ class ChoiceRun(TextRun):
                 'choices=["A", "B"]'
             )
         check_choices(choices, "choices (--choices)")
-        answers, prompt = [], self.prompt
+        transform, answers = build_transform(self.preprocess), []
+        asked = {"tokens": self.prompt(question, choices), "label": -1, "index": 0, "picture": 0, "valid": True}
         for picture in pictures:
-            image = picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
-            asked = ChoiceSplit([Question(0, 0, question, tuple(choices))], OnePicture(image))
-            dataset = ChoiceDataset(asked, prompt.of_split(asked), self.preprocess)
-            batch = to_device(choice_collate(self.tokenizer.pad_id)([dataset[0]]), self.device)
+            item = asked | {"image": transform(opened(picture))}
+            batch = to_device(collate_choices([item], self.tokenizer.pad_id), self.device)
             with autocast(self.device, self.amp):
                 logits = self.logits(batch).float()
             answers.append(top_answers(choices, logits[0].softmax(-1), len(choices)))
@@ -90,16 +69,17 @@ class ChoiceRun(TextRun):
         options = self.settled(options)
         (name, split, source), prompt = self.split(options), self.prompt
         dataset = ChoiceDataset(split, prompt.of_split(split), self.preprocess, bad_data=options.bad_data)
-        collate = choice_collate(self.tokenizer.pad_id)
         batches = in_order(len(split), options.batch_size)
-        loader = make_loader(dataset, batches, options.workers, collate_fn=collate)
+        loader = make_loader(dataset, batches, options.workers, choice_collate(self.tokenizer.pad_id))
         return evaluation(self.answers(loader, options.amp, len(batches)), split, source, name, prompt.note())
 
     def split(self, options: Any) -> tuple[str, ChoiceSplit, str]:
-        """--data-dir and --split as (name, questions, their format); the data of the training where
-        they are not given."""
+        """(name, questions, their format); without --split all of a --data-dir without parts."""
         splits = open_data(self.data_config(options), require_train=False)
-        return *scored_split(splits, options), splits.source
+        if options.split is None and options.data_dir is not None and splits.whole is not None:
+            return "all", splits.whole, splits.source
+        parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+        return *choose_part(parts, options.split), splits.source
 
     def batch(self, n: int, options: Any) -> dict:
         _, split, _ = self.split(options)
@@ -108,8 +88,7 @@ class ChoiceRun(TextRun):
         dataset = ChoiceDataset(asked, self.prompt.of_split(asked), self.preprocess, bad_data=options.bad_data)
         (batch,) = make_loader(dataset, [range(n)], collate_fn=choice_collate(self.tokenizer.pad_id))
         first = {question.picture: question for question in reversed(asked.questions)}
-        order = dict.fromkeys(question.picture for question in asked)
-        return to_device(batch, self.device) | {"asked": [first[picture] for picture in order]}
+        return to_device(batch, self.device) | {"asked": [first[i] for i in dict.fromkeys(q.picture for q in asked)]}
 
     def titles(self, batch: dict) -> list[str]:
         return [q.choices[q.answer] if q.answer >= 0 else "" for q in batch["asked"]]
@@ -129,22 +108,12 @@ load = ChoiceRun.load
 
 
 def by_picture(split: ChoiceSplit, n: int) -> list[int]:
-    """n rows about different pictures as far as there are so many, then the others, then
-    again from the start."""
+    """n rows: one about each picture, then the others, then again from the start."""
     first: dict[int, int] = {}
     for i, question in enumerate(split):
         first.setdefault(question.picture, i)
-    leading = set(first.values())
-    order = [*first.values(), *(i for i in range(len(split)) if i not in leading)]
+    order = list(dict.fromkeys([*first.values(), *range(len(split))]))
     return [order[i % len(order)] for i in range(n)]
-
-
-def scored_split(splits: ChoiceSplits, options: Any) -> tuple[str, ChoiceSplit]:
-    """(name, questions) of the part that --split names; without it everything of a --data-dir
-    without parts, else val, test or train, the first that is there."""
-    if options.split is None and options.data_dir is not None and splits.whole is not None:
-        return "all", splits.whole
-    return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, options.split)
 
 
 def evaluation(found: Predictions, split: ChoiceSplit, source: str, name: str, notes: Sequence[str] = ()) -> Evaluation:
@@ -173,57 +142,44 @@ def evaluation(found: Predictions, split: ChoiceSplit, source: str, name: str, n
         return Evaluation(None, text, *table, **files)
     truth = found.truth
     metrics = classification_metrics(truth, chosen, list(letters), found.probabilities)
-    by_type = accuracy_by_type(found, split)
     scores = found.scores() | {key: metrics[key] for key in ("precision", "recall", "f1")}
+    shares = {kind: 100 * value for kind, value in accuracy_by_type(found, split).items()}
+    count, accuracy = int(found.scored.sum()), 100 * scores["accuracy"]
+    by_type = {"metric": "accuracy", "overall": accuracy, "count": count, "by_question_type": shares}
     return Evaluation(
         scores,
-        "\n".join([*score_lines(scores, by_type, found, split), *lines]),
+        "\n".join([*score_lines(scores, shares, found, split), *lines]),
         *table,
         **files,
         baselines={"chance": 1 / len(letters)},
-        vqa=type_scores(scores, by_type, found),
+        vqa=by_type if shares else None,
         mistakes=examples(most_confident_mistakes(truth, chosen, sure, SHOWN), found, split),
         unsure=examples(least_sure(found.probabilities, SHOWN), found, split),
         examples=examples(by_picture(split, min(SHOWN, len(split))), found, split),
     )
 
 
-def score_lines(scores: dict, by_type: dict, found: Predictions, split: ChoiceSplit) -> list[str]:
-    """Accuracy beside chance, and by type of question."""
+def score_lines(scores: dict, shares: dict, found: Predictions, split: ChoiceSplit) -> list[str]:
+    """Accuracy beside chance, and by type of question; shares: in percent."""
     count, chance = int(found.scored.sum()), 1 / found.probabilities.shape[1]
     line = f"accuracy {percent(scores['accuracy'], count)} | baseline: chance {percent(chance)}"
     line += f" | log loss {scores['loss']:.4f} | {count} questions"
-    if not by_type:
+    if not shares:
         return [line]
     kinds = [split[i].kind for i in np.flatnonzero(found.scored)]
-    table = [[kind, f"{100 * value:.2f}", kinds.count(kind)] for kind, value in by_type.items()]
+    table = [[kind, f"{share:.2f}", kinds.count(kind)] for kind, share in shares.items()]
     return [line, text_table(["type", "accuracy %", "questions"], table)]
-
-
-def type_scores(scores: dict, by_type: dict, found: Predictions) -> dict | None:
-    """For the report page: accuracy by type of question, in percent."""
-    if not by_type:
-        return None
-    return {
-        "metric": "accuracy",
-        "overall": 100 * scores["accuracy"],
-        "count": int(found.scored.sum()),
-        "by_question_type": {kind: 100 * value for kind, value in by_type.items()},
-    }
 
 
 def examples(numbers: Sequence[int], found: Predictions, split: ChoiceSplit) -> list[Example]:
     """Pictures with question, choices and their probabilities."""
     cards = []
     for i in (i for i in numbers if found.valid[i]):
-        question, p = split[i], found.probabilities[i]
-        place, choices = int(p.argmax()), [(c, float(q)) for c, q in zip(question.choices, p, strict=True)]
-        truth = question.choices[question.answer] if question.answer >= 0 else ""
-        right = place == question.answer if question.answer >= 0 else None
-        text = question.question
-        cards.append(
-            Example(split.load(i), truth, question.choices[place], float(p[place]), text, choices, split.path(i), right)
-        )
+        question, p = split[i], found.probabilities[i].tolist()
+        place, known = int(found.probabilities[i].argmax()), question.answer >= 0
+        truth, right = (question.choices[question.answer], place == question.answer) if known else ("", None)
+        said, choices = (question.choices[place], p[place]), list(zip(question.choices, p, strict=True))
+        cards.append(Example(split.load(i), truth, *said, question.question, choices, split.path(i), right))
     return cards
 
 

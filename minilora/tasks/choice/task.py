@@ -5,6 +5,8 @@ t_c = normalise(text_projection(text(sentence of choice c)))      (B, C, e)
 logits_c = exp(logit_scale) * v . t_c + logit_bias                (B, C)
 loss = cross entropy with label smoothing over the choices of a question; of a model with logit_bias
        - sum_c log sigmoid(+- logits_c), + for the right choice, as SigLIP is trained
+
+The sentence of choice c is the prompt with {question} and {choice} filled in.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,10 +18,10 @@ from torch.nn import functional as F
 
 from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.loader import make_loader
-from minilora.data.questions.choice_batches import ChoiceDataset, choice_collate
+from minilora.data.questions.choice_batches import ChoiceDataset, Tokens, choice_collate
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits
+from minilora.errors import UserError
 from minilora.settings.flags import NANO_CLIP_LR, Config
-from minilora.tasks.choice.text import ChoicePrompt
 from minilora.tasks.clip import cosine_logits, load_clip, trained_heads
 from minilora.tasks.labelled import Labelled, LabelledPredictor, Predictions
 from minilora.tasks.method import make_trainable, resolve
@@ -27,26 +29,57 @@ from minilora.tasks.teacher import teacher_names
 from reference_models.text.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
+PROMPT = "Question: {question} Answer: {choice}"
 # encode what a question's choices share once; None: where that is faster
 share_prefix: bool | None = None
-
-
-def build(config: Config, device: str | torch.device = "cpu") -> "Choice":
-    """The task that `config` describes. The data come first: a wrong folder is reported at once."""
-    if config.mode == "lora" and config.model in (None, DEFAULT_MODEL):
-        config.lr = config.lr or NANO_CLIP_LR
-    resolve(config, DEFAULT_MODEL)
-    splits = open_data(config)
-    teacher_names(config, LETTERS[: len(splits.train[0].choices)])
-    model, record, tokenizer = load_clip(config)
-    make_trainable(model, config, trained_heads(model, config))
-    return Choice(config, model, record, tokenizer, splits, torch.device(device))
 
 
 def open_data(config: Config, require_train: bool = True) -> ChoiceSplits:
     """The questions of --data-dir, or the generated ones."""
     cut, check = (config.val_split, config.subset, config.seed), config.bad_data == "error"
     return load_choices(config.data_dir, config.data_format, *cut, check, require_train)
+
+
+class ChoicePrompt:
+    """Questions with their choices -> token ids by one prompt; cut: how many were too long."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config, context: int):
+        self.tokenizer, self.prompt = tokenizer, config.prompt or PROMPT
+        self.limit = config.max_length or (context if tokenizer.fill else min(tokenizer.max_length, context))
+        if self.limit > context or (tokenizer.fill and self.limit < context):
+            most = "all its texts have so many, leave it out" if tokenizer.fill else "use at most that"
+            raise UserError(f"--max-length {self.limit}: this model has positions for {context} tokens; {most}")
+        self.cut = 0
+
+    def __call__(self, question: str, choices: Sequence[str]) -> list[list[int]]:
+        """One row of ids for each choice. Of a text that is too long the question loses its last
+        words, not the choice: the end of the text is what the choices differ in."""
+        words, tried = question.split(), self._rows(question, choices)
+        self.cut += max(map(len, tried)) > self.limit
+        while max(map(len, tried)) > self.limit and words:
+            words = words[: -max(1, (max(map(len, tried)) - self.limit) // 4)]
+            tried = self._rows(" ".join(words), choices)
+        return [self._fit(row) for row in tried]
+
+    def of_split(self, split: ChoiceSplit) -> Tokens:
+        """All texts of a split."""
+        rows = [row for q in split for row in self(q.question, q.choices)]
+        return Tokens(rows, len(split[0].choices))
+
+    def note(self) -> list[str]:
+        """The one warning about texts that were too long, [] where none was."""
+        if not self.cut:
+            return []
+        many = f"{self.cut} questions are" if self.cut > 1 else "1 question is"
+        return [f"warning: {many} longer than {self.limit} tokens with the choices; the end of the question was cut"]
+
+    def _rows(self, question: str, choices: Sequence[str]) -> list[list[int]]:
+        filled = self.prompt.replace("{question}", question)
+        return [self.tokenizer.encode(filled.replace("{choice}", choice)) for choice in choices]
+
+    def _fit(self, row: list[int]) -> list[int]:
+        """A choice that is too long by itself is cut before the end token."""
+        return row if len(row) <= self.limit else [*row[: self.limit - 1], row[-1]]
 
 
 class ChoicePredictor(LabelledPredictor):
@@ -82,8 +115,7 @@ def pooled_texts(model: nn.Module, batch: dict) -> Tensor:
 
 
 def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]:
-    """{type of question: share of right answers} over the scored rows; {} where no
-    question has a type."""
+    """{type of question: share of right answers} of the scored rows; {} where no types are."""
     rows: dict[str, list[bool]] = {}
     right = found.probabilities.argmax(1) == found.labels
     for i in np.flatnonzero(found.scored):
@@ -92,25 +124,25 @@ def accuracy_by_type(found: Predictions, split: ChoiceSplit) -> dict[str, float]
 
 
 class Choice(Labelled):
-    """The task that the Trainer trains; task.Task says what each method is for."""
+    """Multiple choice, see Task."""
 
     unit = "questions"
 
-    def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        record: dict,
-        tokenizer: Tokenizer,
-        splits: ChoiceSplits,
-        device: torch.device,
-    ):
-        super().__init__(config, model, record, splits, device, ChoicePredictor(device))
+    def __init__(self, config: Config, device: str | torch.device = "cpu"):
+        """The data come first: a wrong folder is reported at once."""
+        if config.mode == "lora" and config.model in (None, DEFAULT_MODEL):
+            config.lr = config.lr or NANO_CLIP_LR
+        resolve(config, DEFAULT_MODEL)
+        splits = open_data(config)
+        self.labels = self.keys = list(LETTERS[: len(splits.train[0].choices)])
+        teacher_names(config, self.keys)
+        model, record, self.tokenizer = load_clip(config)
+        make_trainable(model, config, trained_heads(model, config))
+        super().__init__(config, model, record, splits, ChoicePredictor(device))
         self.predictor.pairwise = model.logit_bias is not None
-        self.tokenizer, self.prompt = tokenizer, ChoicePrompt(tokenizer, config, model.config.context)
+        self.prompt = ChoicePrompt(self.tokenizer, config, model.config.context)
         parts = {"train": splits.train, "val": splits.val, "test": splits.test}
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
-        self.labels = self.keys = list(LETTERS[: len(splits.train[0].choices)])
 
     def dataset(self, split: ChoiceSplit, part: str) -> ChoiceDataset:
         augment = self.config.augment if part == "train" else "none"
@@ -140,3 +172,6 @@ class Choice(Labelled):
         where = self.config.data_dir or "generated shapes"
         counts = ", ".join(f"{len(data)} {part}" for part, data in self.data.items())
         return [f"data: {where}: {counts} questions with {len(self.labels)} choices", *self.prompt.note()]
+
+
+build = Choice

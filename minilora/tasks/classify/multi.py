@@ -74,8 +74,7 @@ def row_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor
 
 
 def above(labels: Sequence[str], probabilities: np.ndarray, threshold: float) -> list[tuple[str, float]]:
-    """[(label, probability), ...] of those of probabilities (K,) above the threshold, the most
-    probable first."""
+    """The (label, probability) above the threshold of probabilities (K,), most probable first."""
     order = np.argsort(-probabilities, kind="stable")
     return [(labels[k], p) for k in order if (p := float(probabilities[k])) > threshold]
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from minilora.data.sets import spelled
 from minilora.errors import UserError
-from minilora.tasks.clip import cosine_logits, frozen, full, text_limit
+from minilora.tasks.clip import cosine_logits, full
 from minilora.tasks.labelled import LabelledPredictor
+from minilora.tasks.towers import frozen
 from reference_models.text.tokenizers import Tokenizer
 
 TEMPLATE = "a photo of a {}."
@@ -36,8 +37,7 @@ def check_names(classes: Sequence[str], where: str) -> None:
 
 
 def class_texts(classes: Sequence[str], template: str | None) -> list[str]:
-    """One sentence per class; underscores of folder names become spaces, "a orange"
-    becomes "an orange"."""
+    """One sentence per class; "_" becomes a space, and "a orange" becomes "an orange"."""
     template = template or TEMPLATE
     if template.count("{}") != 1:
         raise UserError(f"--prompt {template!r}: for class names it must contain {{}} once, as in {TEMPLATE!r}")
@@ -63,14 +63,13 @@ class NamesPredictor(LabelledPredictor):
         classes: Sequence[str],
         prompt: str | tuple[str, ...] | None = None,
     ):
-        """prompt: one or several templates with {}; UserError for names or templates
-        that make no sentences."""
+        """prompt: templates with {}; UserError for names or templates that make no sentences."""
         super().__init__(device)
         check_names(classes, "class names")
         self.templates = prompt if isinstance(prompt, tuple) else (prompt or TEMPLATE,)
         self.shape = len(self.templates), len(classes)  # (P, K)
         texts = [text for template in self.templates for text in class_texts(classes, template)]
-        read = tokenizer(texts, max_length=text_limit(model, tokenizer))
+        read = tokenizer(texts, max_length=min(tokenizer.max_length, model.config.context))
         self.tokens = {key: read[key] for key in ("input_ids", "attention_mask")}  # (P K, T)
         self.kept: tuple[nn.Module, Tensor] | None = None  # (model, its text vectors)
 

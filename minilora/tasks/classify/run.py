@@ -1,24 +1,19 @@
-"""Using a picture classifier: predictions, scores, and the zero-shot score of a base model
-with its own head.
-"""
+"""Using a picture classifier: predictions, scores, and the zero-shot score of a base model."""
 
 import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from minilora import ticker
 from minilora.data.pictures.folder import Sample, Split, Splits
-from minilora.data.pictures.images import open_image
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
 from minilora.data.pictures.parts import entries, is_folder
 from minilora.data.pictures.tables import TABLES, is_labelled, list_tables
@@ -34,31 +29,24 @@ from minilora.settings.flags import Config
 from minilora.tasks.classify import multi
 from minilora.tasks.classify.multi import above
 from minilora.tasks.classify.prompts import NamesPredictor, check_names
-from minilora.tasks.classify.task import ClassifyPredictor, MultiLabelPredictor, open_data
-from minilora.tasks.clip import check_tokenizer, is_clip, load_clip, restore_clip
+from minilora.tasks.classify.task import ClassifyPredictor, open_data, predictor_for
+from minilora.tasks.clip import is_clip, load_clip, restore_clip
 from minilora.tasks.labelled import LabelledPredictor, Predictions
 from minilora.tasks.method import one_value
-from minilora.tasks.run import SHOWN, Evaluation, Run, choose_part, top_answers, top_cells, top_columns
+from minilora.tasks.run import SHOWN, Evaluation, Picture, Run, choose_part, opened, top_answers, top_table
 from minilora.tasks.weights import load_base, picture_flags, restoring
 from minilora.textfiles import printable
 from minilora.training.device import autocast, to_device
-from reference_models.text.tokenizers import Tokenizer, load_tokenizer
+
+TOP = 5  # classes in a row of predictions.csv
 
 
 class ClassifyRun(Run):
     """A trained classifier."""
 
     @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """That of the class names; None for a linear head."""
-        return load_tokenizer(self.path) if self.config.head == "names" else None
-
-    @cached_property
     def predictor(self) -> LabelledPredictor:
-        if self.tokenizer is None:
-            return (MultiLabelPredictor if self.config.multi_label else ClassifyPredictor)(self.device)
-        check_tokenizer(self.model, self.tokenizer)
-        return NamesPredictor(self.device, self.model, self.tokenizer, self.labels, self.config.prompt)
+        return predictor_for(self.config, self.device, self.model, self.tokenizer, self.labels)
 
     @cached_property
     def threshold(self) -> float:
@@ -93,11 +81,7 @@ class ClassifyRun(Run):
 
     @torch.inference_mode()
     def predict(
-        self,
-        pictures: Sequence[str | PathLike | Image.Image],
-        top_k: int = 5,
-        batch_size: int = 32,
-        classes: Sequence[str] = (),
+        self, pictures: Sequence[Picture], top_k: int = 5, batch_size: int = 32, classes: Sequence[str] = ()
     ) -> list:
         """The top_k (label, probability) of each picture, most probable first; of several labels
         those above the threshold. Raises BadImage for a broken file. classes: other names than the
@@ -109,9 +93,8 @@ class ClassifyRun(Run):
         transform, answers = build_transform(self.preprocess), []
         with autocast(self.device, self.amp), self.predictor.keeping(self.model):
             for start in range(0, len(pictures), batch_size):
-                part = pictures[start : start + batch_size]
-                images = [p if isinstance(p, Image.Image) else open_image(p) for p in part]
-                inputs = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
+                images = [transform(opened(picture)) for picture in pictures[start : start + batch_size]]
+                inputs = torch.stack(images).to(self.device)
                 found = self.predictor.probabilities(self.logits({"image": inputs}).float())
                 if self.config.multi_label:
                     answers += [above(self.labels, row, self.threshold) for row in found.cpu().numpy()]
@@ -123,7 +106,9 @@ class ClassifyRun(Run):
         options = self.settled(options)
         part, split = self.split(options)
         found = predict_split(self.predictor, self.model, split, self.preprocess, options)
-        notes = reading_notes(found.valid, split)
+        broken = int((~found.valid).sum())
+        notes = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
+        notes += [printable(f"data: {note}") for note in split.notes]
         if self.config.multi_label:
             return multi.evaluation(found, split, self.labels, part, self.threshold, notes)
         return evaluation(found, split, self.labels, part, notes)
@@ -185,8 +170,7 @@ def loose_pictures(config: Config, part: str | None, known: set[str]) -> Split |
 
 
 def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> tuple[str, Split]:
-    """(name, rows) of the part that --split names; without it all of a --data-dir without parts,
-    else val, test or train, the first that is there."""
+    """(name, rows) by --split; without it all of a --data-dir without parts, else choose_part's."""
     whole = data_dir is not None and not is_shards(data_dir) and not parts_of(Path(data_dir))
     if part is None and whole and splits.train is not None:
         samples = sorted([*splits.train, *(splits.val or ())], key=lambda sample: (sample.label, sample.path))
@@ -205,27 +189,14 @@ def predict_split(
         return predictor.predict(model, loader)
 
 
-def reading_notes(valid: np.ndarray, split: Split) -> list[str]:
-    """What to say of the pictures themselves; valid (N,) bool: readable."""
-    broken = int((~valid).sum())
-    lines = [f"{broken} of {len(split)} pictures could not be read: their rows are empty"] * bool(broken)
-    return lines + [printable(f"data: {note}") for note in split.notes]
-
-
-def evaluation(
-    found: Predictions, split: Split, labels: Sequence[str], part: str, notes: Sequence[str], top_k: int = 5
-) -> Evaluation:
+def evaluation(found: Predictions, split: Split, labels: Sequence[str], part: str, notes: Sequence[str]) -> Evaluation:
     """Scores, table rows and pictures for the report from a model's answers."""
     # a part at a time: with thousands of classes the order of all of them is gigabytes
     parts = np.array_split(found.probabilities, 1 + len(split) // 1000)
-    order = np.concatenate([np.argsort(-p, axis=1, kind="stable")[:, : min(top_k, len(labels))] for p in parts])
+    order = np.concatenate([np.argsort(-p, axis=1, kind="stable")[:, :TOP] for p in parts])
     chosen, sure = order[:, 0], np.take_along_axis(found.probabilities, order, 1)
-    header = top_columns(order.shape[1])
-    empty = [""] * (len(header) - 1)
-    rows = [
-        [sample.path, *(top_cells(labels, order[i], sure[i]) if found.valid[i] else empty)]
-        for i, sample in enumerate(split)
-    ]
+    header, rows = top_table((sample.path for sample in split), labels, order, sure)
+    rows = [row if valid else [row[0]] + [""] * (len(row) - 1) for row, valid in zip(rows, found.valid, strict=True)]
     table = header, rows, (["file", "label"], [row[:2] for row in rows])
     truth = found.truth
     if not found.scored.any():
@@ -235,11 +206,11 @@ def evaluation(
     scores = found.scores() | {key: metrics[key] for key in ("balanced", "precision", "recall", "f1")}
 
     def examples(numbers: Sequence[int]) -> list[Example]:
-        usable = [i for i in numbers if found.valid[i]][:SHOWN]
-        name = {i: labels[truth[i]] if truth[i] >= 0 else "" for i in usable}
-        return [
-            Example(split.load(i), name[i], labels[chosen[i]], float(sure[i, 0]), name=split[i].path) for i in usable
-        ]
+        shown = []
+        for i in [i for i in numbers if found.valid[i]][:SHOWN]:
+            name = labels[truth[i]] if truth[i] >= 0 else ""
+            shown.append(Example(split.load(i), name, labels[chosen[i]], float(sure[i, 0]), name=split[i].path))
+        return shown
 
     return Evaluation(
         scores,
@@ -276,10 +247,8 @@ def zero_shot(config: Config, options: Any, device: torch.device) -> str:
     for flag in ("prompt", "tokenizer", "classes"):
         if getattr(options, flag):
             raise UserError(f"--{flag} is for a CLIP; {config.model} has a head with classes of its own")
-    name = one_value(config, "model")
-    model, _ = load_base(
-        name, one_value(config, "weights"), config.seed, None, config.image_size, picture_flags(config)
-    )
+    name, weights = one_value(config, "model"), one_value(config, "weights")
+    model, _ = load_base(name, weights, config.seed, None, config.image_size, picture_flags(config))
     model = model.to(device).eval()
     splits = open_data(config, require_train=False)
     part, split = scored_split(splits, options.split, config.data_dir)

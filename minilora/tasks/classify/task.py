@@ -35,32 +35,20 @@ DEFAULT_MODEL = "vit-nano-patch8-48"
 FORMATS = ("auto", "folder", "csv", "shapes", "shards")
 
 
-def build(config: Config, device: str | torch.device = "cpu") -> "Classify":
-    """The task that `config` describes. The data come first: a wrong folder is reported at once."""
-    resolve(config, DEFAULT_MODEL)
-    config.head = config.head or default_head(config)
-    names_head = config.head == "names"
-    for flag in () if names_head else ("prompt", "tokenizer", "text_pooling"):
-        if getattr(config, flag):
-            raise UserError(f"{option(flag)} has no effect with --head linear, where classes are no sentences")
-    splits = open_data(config)
-    if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
-        splits = open_data(config, names["keys"])
-    add_unlabelled(splits, config.distill_unlabelled, config.bad_data)
-    tokenizer = None
-    if names_head:
-        check_names(splits.classes, config.data_dir)
+def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, dict, Tokenizer | None]:
+    """(model, record of its weights, tokenizer of the class names for --head names)."""
+    if config.head == "names":
+        check_names(classes, config.data_dir)
         model, record, tokenizer = load_clip(config)
-        model.labels = list(splits.classes)
-    else:
-        name, weights = one_value(config, "model"), one_value(config, "weights")
-        flags, new_head = picture_flags(config), not config.adapter  # which brings its own
-        model, record = load_base(name, weights, config.seed, len(splits.classes), config.image_size, flags, new_head)
-        replace_foreign_head(model, splits.classes, config.seed, new_head)
-        for flag in ("lora_r", "lora_alpha"):
-            one_value(config, flag)
-    make_trainable(model, config, trained_heads(model, config) if names_head else model.head_modules)
-    return Classify(config, model, record, splits, torch.device(device), tokenizer)
+        model.labels = list(classes)
+        return model, record, tokenizer
+    name, weights = one_value(config, "model"), one_value(config, "weights")
+    flags, new_head = picture_flags(config), not config.adapter  # which brings its own
+    model, record = load_base(name, weights, config.seed, len(classes), config.image_size, flags, new_head)
+    replace_foreign_head(model, classes, config.seed, new_head)
+    for flag in ("lora_r", "lora_alpha"):
+        one_value(config, flag)
+    return model, record, None
 
 
 def default_head(config: Config) -> str:
@@ -70,8 +58,7 @@ def default_head(config: Config) -> str:
 
 
 def open_data(config: Config, classes: Sequence[str] | None = None, require_train: bool = True) -> Splits:
-    """The data set of --data-dir, or the generated shapes. `classes`: number the labels as an
-    earlier run did."""
+    """The data of --data-dir, or generated shapes; classes: those of an earlier run."""
     fmt = "shapes" if config.data_dir is None and config.data_format == "auto" else config.data_format
     if fmt not in FORMATS:
         raise UserError(f"--data-format {fmt} is not for --task classify; choose from {', '.join(FORMATS)}")
@@ -106,33 +93,42 @@ class MultiLabelPredictor(MultiLabel, ClassifyPredictor):
     """K independent probabilities for each picture."""
 
 
-class Classify(Labelled):
-    """The task that the Trainer trains; task.Task says what each method is for. With a tokenizer
-    the classes are sentences."""
+def predictor_for(
+    config: Config, device: str | torch.device, model: nn.Module, tokenizer: Tokenizer | None, classes: Sequence[str]
+) -> LabelledPredictor:
+    """That of the head: sentences of the class names where there is a tokenizer, else logits."""
+    if tokenizer:
+        return NamesPredictor(device, model, tokenizer, classes, config.prompt)
+    return (MultiLabelPredictor if config.multi_label else ClassifyPredictor)(device)
 
-    def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        record: dict,
-        splits: Splits,
-        device: torch.device,
-        tokenizer: Tokenizer | None = None,
-    ):
-        self.tokenizer = tokenizer
-        predictor = (MultiLabelPredictor if config.multi_label else ClassifyPredictor)(device)
-        if tokenizer:
-            predictor = NamesPredictor(device, model, tokenizer, splits.classes, config.prompt)
-        super().__init__(config, model, record, splits, device, predictor)
+
+class Classify(Labelled):
+    """Picture classification, see Task; with a tokenizer the classes are sentences."""
+
+    def __init__(self, config: Config, device: str | torch.device = "cpu"):
+        """The data come first: a wrong folder is reported at once."""
+        resolve(config, DEFAULT_MODEL)
+        config.head = config.head or default_head(config)
+        for flag in () if config.head == "names" else ("prompt", "tokenizer", "text_pooling"):
+            if getattr(config, flag):
+                raise UserError(f"{option(flag)} has no effect with --head linear, where classes are no sentences")
+        splits = open_data(config)
+        if (names := teacher_names(config, splits.keys)) and names["keys"] != splits.keys:
+            splits = open_data(config, names["keys"])
+        add_unlabelled(splits, config.distill_unlabelled, config.bad_data)
         self.labels, self.keys = splits.classes, splits.keys
+        model, record, self.tokenizer = load_model(config, self.labels)
+        make_trainable(model, config, trained_heads(model, config) if self.tokenizer else model.head_modules)
+        predictor = predictor_for(config, device, model, self.tokenizer, self.labels)
+        super().__init__(config, model, record, splits, predictor)
         parts = {"train": joined(splits), "val": splits.val, "test": splits.test}
         self.unlabelled = len(splits.unlabelled or ())
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
         stored = is_prepared(splits.train)
-        self.finish = Finish(self.preprocess, config.augment, device) if stored else None
+        self.finish = Finish(self.preprocess, config.augment, self.device) if stored else None
         if config.class_weights == "auto":
             labels = (sample.label for sample in splits.train)
-            predictor.weights = class_weights(labels, len(self.labels)).to(device)
+            predictor.weights = class_weights(labels, len(self.labels)).to(self.device)
 
     def dataset(self, split: Sequence, part: str) -> PictureDataset | ShardDataset:
         augment = self.config.augment if part == "train" else "none"
@@ -174,3 +170,6 @@ class Classify(Labelled):
             ends = (f"{weights[k]:.3g} for {self.labels[k]!r}" for k in (order[0], order[-1]))
             notes.append(f"class weights: {' to '.join(ends)}, by 1 / pictures in train")
         return [f"data: {where}: {counts} pictures, {len(self.labels)} classes", *notes]
+
+
+build = Classify

@@ -10,7 +10,8 @@ from minilora import ticker
 from minilora.data.pictures.loader import in_order
 from minilora.data.questions.vqa_batches import VQADataset, distinct, vqa_loader
 from minilora.errors import UserError
-from minilora.tasks.towers import frozen_towers
+from minilora.settings.values import TOWERS
+from minilora.tasks.towers import frozen
 from minilora.training.device import autocast, to_device
 
 
@@ -21,7 +22,7 @@ class FeatureCache:
     """
 
     def __init__(self, task):
-        self.task, self.towers = task, frozen_towers(task.model)
+        self.task, self.towers = task, [tower for tower in TOWERS if frozen(getattr(task.model, tower))]
         if not self.towers:
             raise UserError(
                 "--cache-features keeps what a frozen tower says, but both towers are trained; use --mode linear, or "
@@ -55,9 +56,8 @@ class FeatureCache:
         training = self.task.model.training
         self.task.model.to(self.task.device).eval()
         with autocast(self.task.device, self.task.amp):
-            kept = (self.pictures(data) if "vision" in self.towers else {}) | (
-                {"text": self.texts(data)} if "text" in self.towers else {}
-            )
+            kept = self.pictures(data) if "vision" in self.towers else {}
+            kept |= {"text": self.texts(data)} if "text" in self.towers else {}
         self.task.model.train(training)
         return kept
 
@@ -97,8 +97,7 @@ def plain_batch(data: VQADataset, numbers: list[int]) -> dict[str, Tensor]:
 
 
 def grey_batches(data: VQADataset, batches: list[list[int]]) -> Iterator[dict[str, Tensor]]:
-    """The batches with one grey picture (the mean colour) for all questions: what is
-    known without seeing."""
+    """The batches with one grey picture for all questions: what is known without seeing."""
     for numbers in batches:
         batch = plain_batch(data, numbers)
         yield batch | {

@@ -2,16 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
-from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from minilora.data.pictures.images import open_image
 from minilora.data.pictures.transforms import build_transform
 from minilora.data.questions.vqa2 import VQAPart, clean_question
 from minilora.data.questions.vqa_batches import Texts, VQADataset, grouped_batches, vqa_loader
@@ -22,8 +20,7 @@ from minilora.report.samples import Example
 from minilora.report.tables import text_table
 from minilora.report.vqa_metric import format_vqa
 from minilora.settings.flags import Config
-from minilora.tasks.clip import check_tokenizer
-from minilora.tasks.run import SHOWN, Evaluation, TextRun, choose_part, top_answers, top_cells, top_columns
+from minilora.tasks.run import SHOWN, Evaluation, Picture, Run, choose_part, opened, top_answers, top_table
 from minilora.tasks.towers import load_towers, moved_weights, text_limit
 from minilora.tasks.vqa.features import grey_batches
 from minilora.tasks.vqa.task import BestAnswers, VQAPredictor, open_data, score
@@ -32,9 +29,10 @@ from minilora.training.device import autocast, to_device
 from minilora.training.distributed import in_item_order
 
 
-class VQARun(TextRun):
+class VQARun(Run):
     """A trained question answerer."""
 
+    unit: ClassVar[str] = "questions"
     limit: int  # of a question, in tokens
 
     @property
@@ -52,25 +50,21 @@ class VQARun(TextRun):
             return load_towers(self.config, len(self.labels), found)
 
     def check(self) -> None:
-        check_tokenizer(self.model, self.tokenizer)
+        super().check()
         self.limit = text_limit(self.model, self.tokenizer, self.config.max_length)
 
     @torch.inference_mode()
-    def predict(
-        self, pictures: Sequence[str | PathLike | Image.Image], question: str | Sequence[str] = "", top_k: int = 5
-    ) -> list:
-        """The top_k (answer, probability) for each picture, most probable first; one question for
-        all, or one for each."""
+    def predict(self, pictures: Sequence[Picture], question: str | Sequence[str] = "", top_k: int = 5) -> list:
+        """The top_k (answer, probability) of each picture; one question for all, or one each."""
         questions = [question] * len(pictures) if isinstance(question, str) else list(question)
         if len(questions) != len(pictures):
             raise UserError(f"{len(pictures)} pictures but {len(questions)} questions; give one for each")
         if not all(text.strip() for text in questions):
             raise UserError('a question is missing; ask one with --question "...", in a program with question="..."')
-        transform, limit, answers = build_transform(self.preprocess), self.limit, []
+        transform, answers = build_transform(self.preprocess), []
         for picture, text in zip(pictures, questions, strict=True):
-            image = picture if isinstance(picture, Image.Image) else open_image(picture)
-            inputs = self.tokenizer([clean_question(text)], max_length=limit)
-            images = transform(image.convert("RGB"))[None].to(self.device)
+            images = transform(opened(picture))[None].to(self.device)
+            inputs = self.tokenizer([clean_question(text)], max_length=self.limit)
             with autocast(self.device, self.amp):
                 logits = self.model(images, *(inputs[name].to(self.device) for name in ("input_ids", "attention_mask")))
             answers.append(top_answers(self.labels, self.predictor.probabilities(logits.float())[0], top_k))
@@ -83,17 +77,14 @@ class VQARun(TextRun):
         data = self.dataset(part, options.bad_data)
         batches = grouped_batches(data.picture, options.batch_size)
         loader = vqa_loader(data, batches, None, options.workers)
-        found = self.in_order(loader, batches, options.amp)
-        said = found.answers(part, self.labels)
-        if not part.answered:
-            return evaluation(found, said, part, self.labels, name)
-        baselines = {}
-        grey = self.in_order(grey_batches(data, batches), batches, options.amp)
-        baselines["this model with every picture greyed out"] = score(grey.answers(part, self.labels), part)
-        if splits.train is not None and splits.train is not part:
+        found, baselines = self.in_order(loader, batches, options.amp), {}
+        if part.answered:
+            grey = self.in_order(grey_batches(data, batches), batches, options.amp)
+            baselines["this model with every picture greyed out"] = score(grey.answers(part, self.labels), part)
+        if part.answered and splits.train is not None and splits.train is not part:
             guess = question_only_guess(splits.train.questions, part.questions)
             baselines["the most frequent answer in training, no model"] = score(guess, part)
-        return evaluation(found, said, part, self.labels, name, data.labels, baselines)
+        return evaluation(found, part, self.labels, name, data.labels, baselines)
 
     def in_order(self, loader: Iterable[dict], batches: list[list[int]], amp: str) -> BestAnswers:
         """The answers in the order of the questions."""
@@ -104,8 +95,7 @@ class VQARun(TextRun):
         return VQADataset(part, texts, self.vocabulary.classes(part.questions), self.preprocess, bad_data=bad_data)
 
     def splits(self, options: Any) -> VQASplits:
-        """--data-dir as VQASplits, nothing held out; the data of the training where
-        it is not given."""
+        """The questions of --data-dir, nothing held out; without it the data of the training."""
         return open_data(self.data_config(options, val_split=0.0), require_train=False)
 
     def batch(self, n: int, options: Any) -> dict[str, Tensor]:
@@ -131,35 +121,29 @@ load = VQARun.load
 
 
 def evaluation(
-    found: BestAnswers,
-    said: dict[int, str],
-    part: VQAPart,
-    labels: Sequence[str],
-    name: str,
-    classes: np.ndarray | None = None,
-    baselines: dict[str, dict] | None = None,
+    found: BestAnswers, part: VQAPart, labels: Sequence[str], name: str, classes: np.ndarray, baselines: dict[str, dict]
 ) -> Evaluation:
-    """Scores, table rows and pictures for the report from a model's answers. classes (N,): the
-    truth, -1 unknown."""
-    header = [*top_columns(found.classes.shape[1]), "question_id", "question"]
-    rows = [
-        [part.pictures[q.picture].path, *top_cells(labels, best, sure), q.question_id, q.text]
-        for q, best, sure in zip(part.questions, found.classes, found.probabilities, strict=True)
-    ]
+    """Scores, table rows and pictures for the report from a model's answers; baselines: the scores
+    of others. classes (N,): the truth, -1 unknown."""
+    said = found.answers(part, labels)
+    paths = (part.pictures[q.picture].path for q in part.questions)
+    header, rows = top_table(paths, labels, found.classes, found.probabilities)
+    header += ["question_id", "question"]
+    rows = [[*row, q.question_id, q.text] for row, q in zip(rows, part.questions, strict=True)]
     table = header, rows, (["question_id", "answer"], [[number, answer] for number, answer in said.items()])
-    if classes is None:
+    if not part.answered:
         return Evaluation(None, f"{len(rows)} questions without answers", *table, results=said, part=name)
     scores = score(said, part)
     truth = [labels[k] if k >= 0 else q.answer for q, k in zip(part.questions, classes, strict=True)]
     metrics = classification_metrics(truth, [said[q.question_id] for q in part.questions])
+    compared = {"the model": scores} | {f"baseline: {name}": one for name, one in baselines.items()}
     lines = [
         format_vqa(scores),
         f"against the most common answer, as classes: {weighted_line(metrics)}",
         f"out of the vocabulary: {int((classes < 0).sum())} of {len(rows)} answers, counted as wrong",
         text_table(
             ["beside it, on the same questions", "accuracy %"],
-            [["the model", f"{scores['overall']:.2f}"]]
-            + [[f"baseline: {name}", f"{one['overall']:.2f}"] for name, one in (baselines or {}).items()],
+            [[name, f"{one['overall']:.2f}"] for name, one in compared.items()],
         ),
     ]
     loss = found.mean_loss()
@@ -169,11 +153,12 @@ def evaluation(
     def examples(numbers: Sequence[int]) -> list[Example]:
         shown = []
         for i in numbers:
-            q = part.questions[i]
-            image = readable(part, q.picture)
-            sure = float(found.probabilities[i, 0])
+            q, image = part.questions[i], None
+            with suppress(UserError):  # a picture that cannot be opened
+                image = part.pictures.load(q.picture)
+            answer = truth[i], said[q.question_id], float(found.probabilities[i, 0])
             text = {"question": q.text, "name": part.pictures[q.picture].path, "correct": bool(worth[i] >= 0.5)}
-            shown.append(Example(image, truth[i], said[q.question_id], sure, **text))
+            shown.append(Example(image, *answer, **text))
         return shown
 
     wrong = np.flatnonzero(worth < 0.5)
@@ -183,8 +168,8 @@ def evaluation(
         summary | {key: metrics[key] for key in ("precision", "recall", "f1")},
         "\n".join(lines),
         *table,
-        vqa=scores | {"question_only": {name: one["overall"] for name, one in (baselines or {}).items()}},
-        baselines={name: one["accuracy"] for name, one in (baselines or {}).items()},
+        vqa=scores | {"question_only": {name: one["overall"] for name, one in baselines.items()}},
+        baselines={name: one["accuracy"] for name, one in baselines.items()},
         answer_histogram=Counter(truth).most_common(),
         mistakes=examples(wrong[np.argsort(-found.probabilities[wrong, 0], kind="stable")][:SHOWN]),
         unsure=examples(np.argsort(gap, kind="stable")[:SHOWN]),
@@ -192,14 +177,6 @@ def evaluation(
         results=said,
         part=name,
     )
-
-
-def readable(part: VQAPart, picture: int) -> Image.Image | None:
-    """The picture for the report, None where it cannot be opened."""
-    try:
-        return part.pictures.load(picture)
-    except UserError:
-        return None
 
 
 def zero_shot(config: Config, options: Any, device: torch.device) -> str:

@@ -8,7 +8,8 @@ t_k is the accuracy that answer k would get.
 In a batch every picture and every text is encoded once, however many questions share it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minilora.data.questions.vqa2 import VQAPart
+from minilora.data.questions.vqa2 import Question, VQAPart
 from minilora.data.questions.vqa_batches import (
     Texts,
     VQADataset,
@@ -28,43 +29,47 @@ from minilora.data.questions.vqa_batches import (
 from minilora.data.shards.questions import check_shards
 from minilora.data.unlabelled import add_unlabelled, joined
 from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
-from minilora.report.vqa_metric import score_vqa
+from minilora.report.vqa_metric import ANSWERS, leave_one_out, score_vqa
 from minilora.settings.flags import Config
-from minilora.tasks.clip import check_tokenizer
+from minilora.tasks import towers
 from minilora.tasks.method import make_trainable, resolve
 from minilora.tasks.predictor import Predictor
-from minilora.tasks.task import DataTask
+from minilora.tasks.task import Task
 from minilora.tasks.teacher import teacher_names
-from minilora.tasks.towers import DEFAULT_MODEL, load_towers, open_tokenizer, text_limit, tower_weights
 from minilora.tasks.vqa.features import FeatureCache
-from minilora.tasks.vqa.targets import SoftTargets
+from minilora.tasks.weights import load_base, picture_flags
 from minilora.training.device import to_device
-from reference_models.fusion import TwoTower
+from reference_models.load import config_of
 from reference_models.text.tokenizers import Tokenizer
 
 TOP = 5  # answers that are kept for each question
-
-
-def build(config: Config, device: str | torch.device = "cpu") -> "VQA":
-    """The task that `config` describes. The data come first: a wrong folder is reported at once."""
-    resolve(config, DEFAULT_MODEL)
-    splits = open_data(config)
-    add_unlabelled(splits, config.distill_unlabelled, config.bad_data)
-    answers = choose_answers(splits.train.questions, config.num_answers)
-    if names := teacher_names(config, answers.keys):
-        answers = Answers(names["labels"], names["keys"])
-    weights = tower_weights(config)
-    model, record = load_towers(config, len(answers.labels), weights)
-    tokenizer = open_tokenizer(config, weights, splits.stored and config.data_dir)
-    model.labels = answers.labels
-    make_trainable(model, config, model.head_modules)
-    return VQA(config, model, record, splits, answers, tokenizer, torch.device(device))
 
 
 def open_data(config: Config, require_train: bool = True) -> VQASplits:
     """The questions of --data-dir, or generated ones."""
     cut = config.val_split, config.subset, config.seed, config.split_by
     return load_vqa(config.data_dir, config.data_format, *cut, config.bad_data, require_train)
+
+
+def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
+    """What shards hold: (splits, preprocess, tokenizer, longest text, part -> token ids)."""
+    resolve(config, towers.DEFAULT_MODEL)
+    splits = open_data(config)
+    weights = towers.tower_weights(config)
+    names, settings = towers.tower_names(config)
+    sizes = (None, config.image_size, picture_flags(config))
+    whole, _ = load_base(names["vision"], weights["vision"], config.seed, *sizes, **settings)
+    tokenizer = towers.open_tokenizer(config, weights)
+    text = config_of(names["text"])
+    text = getattr(text, "text", text)
+    longest, tokenizer.fill = towers.positions(text), getattr(text, "fill", None)
+    limit = min(config.max_length or tokenizer.max_length, longest or tokenizer.max_length)
+
+    def tokens(part):
+        texts = Texts(part.questions, tokenizer, limit)
+        return [texts.ids[row] for row in texts.row]
+
+    return splits, towers.tower_of(whole, "vision").preprocess, tokenizer, limit, tokens
 
 
 class BestAnswers(NamedTuple):
@@ -98,6 +103,40 @@ def row_losses(logits: Tensor, batch: dict, smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits, batch["label"], ignore_index=-1, label_smoothing=smoothing, reduction="none")
 
 
+class SoftTargets:
+    """--soft-targets: learn from all ten people, each answer as the accuracy that it would get.
+
+    Targets (B, K): 0, .3, .6, .9, 1 for k of ten equal answers; 1 where a question has one.
+    """
+
+    def __init__(self, answers: Answers):
+        self.answers = answers
+
+    def any(self, question: Question) -> bool:
+        """Whether one of the question's answers is a class."""
+        return any(self.answers.of(answer) >= 0 for answer in set(question.answers))
+
+    def of(self, question: Question) -> dict[int, float]:
+        """{class: target} of one question; spellings of one answer count together."""
+        counts = Counter(self.answers.of(answer) for answer in question.answers)
+        if len(question.answers) < ANSWERS:
+            return {self.answers.of(question.answer): 1.0} if question.answer else {}
+        return {k: leave_one_out(n, len(question.answers)) for k, n in counts.items()}
+
+    def added(self, batches: Iterable[dict], questions: Sequence[Question]) -> Iterator[dict]:
+        """The batches with `target` (B, K) float32."""
+        for batch in batches:
+            yield batch | {"target": self.target([questions[i] for i in batch["index"].tolist()])}
+
+    def target(self, questions: Sequence[Question]) -> Tensor:
+        target = torch.zeros(len(questions), len(self.answers.labels))
+        for row, question in enumerate(questions):
+            for k, value in self.of(question).items():
+                if k >= 0:
+                    target[row, k] = value
+        return target
+
+
 class VQAPredictor(Predictor):
     """The best answers of K to each question; `soft`: each answer is right or wrong for itself."""
 
@@ -115,6 +154,11 @@ class VQAPredictor(Predictor):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.float().sigmoid() if self.soft else logits.float().softmax(-1)
 
+    def loss(self, logits: Tensor, batch: dict, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        counts = batch["valid"] & ((batch["label"] >= 0) | ("target" in batch))
+        rows = row_losses(logits, batch, smoothing).where(counts, 0.0)
+        return rows.sum(), ((logits.argmax(-1) == batch["label"]) & counts).sum(), counts
+
     def columns(self, logits: Tensor, batch: dict) -> tuple[np.ndarray, ...]:
         best = self.probabilities(logits).topk(min(TOP, logits.shape[-1]))
         batch = to_device({key: batch[key] for key in ("label", "target") if key in batch}, logits.device)
@@ -123,38 +167,39 @@ class VQAPredictor(Predictor):
         return tuple(x.cpu().numpy() for x in (best.indices, best.values, losses))
 
 
-class VQA(DataTask):
-    """The task that the Trainer trains; task.Task says what each method is for."""
+class VQA(Task):
+    """Open-ended questions, see Task."""
 
     unit = "questions"
 
-    def __init__(
-        self,
-        config: Config,
-        model: TwoTower,
-        record: dict,
-        splits: VQASplits,
-        answers: Answers,
-        tokenizer: Tokenizer,
-        device: torch.device,
-    ):
-        super().__init__(config, model, record, splits, device, VQAPredictor(device, config.soft_targets))
+    def __init__(self, config: Config, device: str | torch.device = "cpu"):
+        """The data come first: a wrong folder is reported at once."""
+        resolve(config, towers.DEFAULT_MODEL)
+        splits = open_data(config)
+        add_unlabelled(splits, config.distill_unlabelled, config.bad_data)
+        answers = choose_answers(splits.train.questions, config.num_answers)
+        if names := teacher_names(config, answers.keys):
+            answers = Answers(names["labels"], names["keys"])
+        weights = towers.tower_weights(config)
+        model, record = towers.load_towers(config, len(answers.labels), weights)
+        tokenizer = towers.open_tokenizer(config, weights, splits.stored and config.data_dir)
+        model.labels = answers.labels
+        make_trainable(model, config, model.head_modules)
+        super().__init__(config, model, record, splits, VQAPredictor(device, config.soft_targets))
         self.answers, self.tokenizer, self.labels, self.keys = answers, tokenizer, answers.labels, answers.keys
-        check_tokenizer(model, tokenizer)
-        self.limit = text_limit(model, tokenizer, config.max_length)
+        towers.check_tokenizer(model, tokenizer)
+        self.limit = towers.text_limit(model, tokenizer, config.max_length)
         if splits.stored:
             check_shards(splits.stored, self.preprocess, self.limit, config.data_dir)
         self.asked = len(splits.train.questions)
         self.soft = SoftTargets(answers) if config.soft_targets else None
-        splits.train = splits.train.only(lambda i, question: self.learnable(question))
+        # with soft targets one of a question's answers is enough
+        learnable = self.soft.any if self.soft else (lambda question: answers.of(question.answer) >= 0)
+        splits.train = splits.train.only(lambda i, question: learnable(question))
         parts = splits.parts | {"train": joined(splits)}
         self.unlabelled = len(splits.unlabelled.questions) if splits.unlabelled else 0
         self.data = {name: self.dataset(part, name) for name, part in parts.items()}
         self.cache = FeatureCache(self) if config.cache_features else None
-
-    def learnable(self, question) -> bool:
-        """Whether a training question's answer (with soft targets: one of them) is a class."""
-        return self.soft.any(question) if self.soft else self.answers.of(question.answer) >= 0
 
     def dataset(self, part: VQAPart, name: str) -> VQADataset:
         config = self.config
@@ -182,23 +227,11 @@ class VQA(DataTask):
             rows = vqa_loader(data, batches, epoch, self.workers)
         return self.soft.added(rows, data.part.questions) if self.soft else rows
 
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.predictor.logits(model, batch).float()  # (B, K)
-        counts = batch["valid"] & ((batch["label"] >= 0) | ("target" in batch))
-        rows = row_losses(logits, batch, self.config.smoothing).where(counts, 0.0)
-        count = counts.sum()
-        correct = ((logits.argmax(-1) == batch["label"]) & counts).sum()
-        mean = rows.sum() / count.clamp(min=1)
-        if self.teacher:
-            mean = self.teacher.added(mean, logits, batch, counts)
-        return mean, {"correct": correct, "count": count}
-
     def answered(self, part: str) -> bool:
         return self.data[part].part.answered
 
     def scores(self, found: BestAnswers, part: str) -> dict[str, float]:
-        """{"loss", "accuracy"}: accuracy by the official rules or exact match, over all
-        questions of the part."""
+        """{"loss", "accuracy"}: by the official rules or exact match, over all questions."""
         said = found.answers(self.data[part].part, self.labels)
         return {"loss": found.mean_loss(), "accuracy": score(said, self.data[part].part)["accuracy"]}
 
@@ -236,3 +269,6 @@ class VQA(DataTask):
             f"{name}: {outside:,} of {len(part.questions):,} answers are out of the vocabulary and count as wrong; "
             f"baseline guessed from the question alone, the most frequent in training: {guess['overall']:.2f} %"
         )
+
+
+build = VQA
