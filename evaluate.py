@@ -75,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in runs:
         run.amp = options.amp or run.amp
     if len({run.task for run in runs}) > 1:
-        raise UserError(
-            f"the runs are of different tasks ({', '.join(f'{r.name} {r.task}' for r in runs)}); compare those of one"
-        )
+        tasks = ", ".join(f"{run.name} {run.task}" for run in runs)
+        raise UserError(f"the runs are of different tasks ({tasks}); compare those of one")
     for run in runs if options.classes else ():
         run.name_classes(options.classes)
     for run in (run for run in runs if not ended(run.config, run.summary)):
@@ -201,10 +200,8 @@ def updates(run: Run, options: EvalConfig):
 def check_export(run: Run, options: EvalConfig) -> None:
     """UserError, before anything is computed, for what cannot be written in --layout."""
     if options.export_adapter:
-        if run.config.mode != "lora":
-            raise UserError(
-                f"--export-adapter: {run.name} is of mode {run.config.mode}; it has no adapter, use --merge-to"
-            )
+        if (mode := run.config.mode) != "lora":
+            raise UserError(f"--export-adapter: {run.name} is of mode {mode}; it has no adapter, use --merge-to")
         layout_table(run.model, options.layout)
     if options.merge_to:
         config = run.model.config

@@ -1,6 +1,5 @@
 """The flags of evaluate.py, as flags.py has those of train.py; which of them go together, and
-whether what they name can be written.
-"""
+whether what they name can be written."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -78,9 +77,8 @@ ZERO_SHOT = BASE_MODEL | MACHINE | {"classes", "weights", "data_dir", "data_form
 # what `--image` is answered with
 PICTURES = MACHINE | {"image", "question", "choices", "classes", "weights"}
 OF_ONE_RUN = ("image", "predictions", "submission", "merge_to", "export_adapter")
-NEEDS = {"question": ("image",), "choices": ("image",), "per_head": ("attention",)}
-NEEDS |= {"classes": ("image", "data_dir")}
-NEEDS |= {"layout": ("merge_to", "export_adapter")}
+NEEDS = {"question": ("image",), "choices": ("image",), "classes": ("image", "data_dir")}
+NEEDS |= {"per_head": ("attention",), "layout": ("merge_to", "export_adapter")}
 
 
 def check(options: EvalConfig, typed: Collection[str], paths: Sequence[str]) -> None:

@@ -99,8 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, argparse.Name
 
 
 def given(config: Config) -> frozenset[str]:
-    """The flags that were given, whatever their value; of a Config made in a program, those that
-    differ from their defaults."""
+    """The flags that were given; of a Config made in a program, those that differ from defaults."""
     if config.given is not None:
         return config.given
     return frozenset(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default)

@@ -40,7 +40,9 @@ def convert(name: str, rule: Rule, value: Any, where: str = "") -> Any:
             raise UserError(f"{label} must be true or false, got {value!r}")
         return value
     if name in VERBATIM:
-        words = tuple(_texts(label, value))
+        words = tuple(_words(label, value))
+        if not words or not all(word.strip() for word in words):
+            raise UserError(f"{label} needs a value, got an empty text (a variable that is not set?)")
         return words[0] if name == "prompt" and len(words) == 1 else words
     if rule.many and rule.kind is not str:
         return _several(label, rule, value)
@@ -77,14 +79,6 @@ def _words(label: str, value: Any) -> list[str]:
     if any(isinstance(word, (bool, dict, list, float)) for word in words):
         raise UserError(f"{label} takes names, got {value!r}")
     return [str(word) for word in words]
-
-
-def _texts(label: str, value: Any) -> list[str]:
-    """Texts as they are, none of them empty."""
-    words = _words(label, value)
-    if not words or not all(word.strip() for word in words):
-        raise UserError(f"{label} needs a value, got an empty text (a variable that is not set?)")
-    return words
 
 
 def _names(label: str, value: Any) -> tuple[str, ...] | str:

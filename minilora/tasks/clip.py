@@ -84,15 +84,14 @@ def find_tokenizer(config: Config) -> Tokenizer:
         return load_tokenizer(config.tokenizer)
     name = one_value(config, "model")
     source = origin(name, one_value(config, "weights"))
-    folder = tokenizer_beside(source)
-    if folder is None:
-        # nobody should look for the tokenizer of a model that reads no texts
-        if not os.path.isdir(name) and config_for(name).family not in ("clip", "dual"):
-            raise UserError(NO_CLIP.format(name, NEEDS[config.task]))
-        where = f"beside {source}" if source else f"bundled for {name}"
-        other = ", or take --head linear" * (config.task == "classify")
-        raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder{other}")
-    return load_tokenizer(folder)
+    if (folder := tokenizer_beside(source)) is not None:
+        return load_tokenizer(folder)
+    # nobody should look for the tokenizer of a model that reads no texts
+    if not os.path.isdir(name) and config_for(name).family not in ("clip", "dual"):
+        raise UserError(NO_CLIP.format(name, NEEDS[config.task]))
+    where = f"beside {source}" if source else f"bundled for {name}"
+    other = ", or take --head linear" * (config.task == "classify")
+    raise UserError(f"--tokenizer is missing, and there is none {where}: name its file or folder{other}")
 
 
 def text_sizes(name: str, weights: str | None, tokenizer: Tokenizer) -> dict[str, int]:

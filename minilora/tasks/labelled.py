@@ -150,8 +150,7 @@ class Labelled(Task):
 
     @torch.no_grad()
     def encode(self, part: str) -> dict[str, Tensor]:
-        """Every row of a part through the encoders, once: features (N, ...) float32,
-        label, index, valid."""
+        """A part through the encoders, once: features (N, ...) float32, label, index, valid."""
         training, rows = self.model.training, []
         self.model.to(self.device).eval()
         batches = self.eval_batches(part)

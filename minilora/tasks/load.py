@@ -8,14 +8,13 @@ A task NAME is two modules, imported when they are needed:
 """
 
 import importlib
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from minilora.errors import UserError
-from minilora.settings.flags import Config
+from minilora.settings.flags import TASKS, Config
 from minilora.settings.parse import read_run_config
 from minilora.tasks.run import WEIGHT_FILES, Run
 from minilora.tasks.runfiles import check_weight_file, read_summary
@@ -25,7 +24,7 @@ from minilora.tasks.teacher import Teacher
 
 def task_module(task: str, name: str) -> ModuleType:
     """The module NAME of a task: "task" or "run"."""
-    if importlib.util.find_spec(f"minilora.tasks.{task}") is None:
+    if task not in TASKS:
         raise UserError(f"--task {task} is not part of this version of minilora")
     return importlib.import_module(f"minilora.tasks.{task}.{name}")
 

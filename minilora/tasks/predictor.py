@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.training.device import to_device
+from minilora import ticker
+from minilora.training.device import autocast, to_device
 
 
 class Predictor(ABC):
@@ -47,3 +48,8 @@ class Predictor(ABC):
                 logits = self.logits(model, to_device(batch, self.device)).float()
                 parts.append(self.columns(logits, batch))
         return self.kind(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def answers(self, model: nn.Module, loader: Iterable[dict], amp: str, total: int) -> NamedTuple:
+        """The same in precision `amp`, for a person who waits for `total` batches."""
+        with autocast(self.device, amp):
+            return self.predict(model, ticker.through(loader, "evaluation, batches", total))

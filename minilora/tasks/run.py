@@ -6,18 +6,17 @@ run.predict(["dog.jpg"])        # [[("beagle", 0.93), ("Border_terrier", 0.04), 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minilora import ticker
 from minilora.adapter import load_adapter
 from minilora.data.pictures.images import open_image
 from minilora.errors import UserError
@@ -168,11 +167,6 @@ class Run(ABC):
         """The model's answer to such a batch, (n, K)."""
         return self.predictor.logits(self.model, batch)
 
-    def answers(self, loader: Iterable[dict], amp: str, total: int) -> NamedTuple:
-        """The model's answers to all rows of `loader`, which has `total` batches."""
-        with autocast(self.device, amp):
-            return self.predictor.predict(self.model, ticker.through(loader, "evaluation, batches", total))
-
     def settled(self, options: Any) -> Any:
         """The flags of evaluate.py, with --amp and --batch-size of validation where they are left
         open: the same batches in the same precision have the same bits."""
@@ -207,9 +201,9 @@ def opened(picture: Picture) -> Image.Image:
     return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
 
 
-def choose_part(parts: Mapping[str, Any], name: str | None) -> tuple[str, Any]:
+def choose_part(splits: Any, name: str | None) -> tuple[str, Any]:
     """(name, data) of the part that --split names, or the first there is of val, test, train."""
-    there = {part: data for part, data in parts.items() if data}
+    there = {part: data for part in ("train", "val", "test") if (data := getattr(splits, part))}
     name = name or next(part for part in ("val", "test", "train") if part in there)
     if name not in there:
         raise UserError(f"--split {name}: the data have no such part; they have {', '.join(there)}")

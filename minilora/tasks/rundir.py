@@ -26,10 +26,8 @@ from minilora.training.checkpoint import step_of
 
 ROOT = Path("runs")
 # may differ on resume
-FREE = {
-    *(*NOT_SAVED, "recipe", "workers", "device", "log_interval", "log_to", "save_every", "time_limit"),
-    *("keep_checkpoints", "compile", "threads", "deterministic"),
-}
+FREE = {*NOT_SAVED, "recipe", "workers", "device", "log_interval", "log_to", "save_every", "time_limit"}
+FREE |= {"keep_checkpoints", "compile", "threads", "deterministic"}
 LIMITS = ("epochs", "max_steps")  # may grow with --resume RUN
 # what belongs to a model, and is taken over with --adapter RUN
 OF_MODEL = ("model", "weights", "tokenizer", "image_size", *PICTURE_FLAGS, "head", "fusion", "text_pooling", "prompt")

@@ -119,8 +119,7 @@ class Task(ABC):
         return self.scores(self.predictions(model, "val"), "val")
 
     def test(self, model: nn.Module, best: dict | None = None) -> dict[str, float] | None:
-        """The same on the test data; None where there are none. best: the best epoch's own result,
-        as `evaluate` gave it."""
+        """The same on the test data, or None; best: what `evaluate` said of the best epoch."""
         if "test" not in self.data or not self.answered("test"):
             return None
         self.best = best or {}

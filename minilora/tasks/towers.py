@@ -1,6 +1,5 @@
 """A picture tower and a text tower: which models, from which weights, and the tokenizer of the
-text tower. A question answerer has them, and a CLIP that is made of two encoders.
-"""
+text tower. A question answerer has them, and a CLIP that is made of two encoders."""
 
 import os
 from typing import Any
@@ -136,8 +135,7 @@ def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str |
     student = is_student(config)
     name = STUDENTS_TEXT if student else tower_names(config)[0]["text"]
     source = origin(name, named(weights["text"]) or (config.teacher if student else None))
-    folder = tokenizer_beside(source)
-    if folder is None:
+    if (folder := tokenizer_beside(source)) is None:
         where = f"beside {source}" if source else f"for {name}"
         raise UserError(f"--tokenizer is missing: no vocabulary {where}; give vocab.txt or tokenizer.json")
     return load_tokenizer(folder)

@@ -71,15 +71,15 @@ class ChoiceRun(Run):
         dataset = ChoiceDataset(split, prompt.of_split(split), self.preprocess, bad_data=options.bad_data)
         batches = in_order(len(split), options.batch_size)
         loader = make_loader(dataset, batches, options.workers, choice_collate(self.tokenizer.pad_id))
-        return evaluation(self.answers(loader, options.amp, len(batches)), split, source, name, prompt.note())
+        found = self.predictor.answers(self.model, loader, options.amp, len(batches))
+        return evaluation(found, split, source, name, prompt.note())
 
     def split(self, options: Any) -> tuple[str, ChoiceSplit, str]:
         """(name, questions, their format); without --split all of a --data-dir without parts."""
         splits = open_data(self.data_config(options), require_train=False)
         if options.split is None and options.data_dir is not None and splits.whole is not None:
             return "all", splits.whole, splits.source
-        parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-        return *choose_part(parts, options.split), splits.source
+        return *choose_part(splits, options.split), splits.source
 
     def batch(self, n: int, options: Any) -> dict:
         _, split, _ = self.split(options)

@@ -59,7 +59,8 @@ class ChoicePrompt:
         while max(map(len, tried)) > self.limit and words:
             words = words[: -max(1, (max(map(len, tried)) - self.limit) // 4)]
             tried = self._rows(" ".join(words), choices)
-        return [self._fit(row) for row in tried]
+        # a choice that is too long by itself is cut before the end token
+        return [row if len(row) <= self.limit else [*row[: self.limit - 1], row[-1]] for row in tried]
 
     def of_split(self, split: ChoiceSplit) -> Tokens:
         """All texts of a split."""
@@ -76,10 +77,6 @@ class ChoicePrompt:
     def _rows(self, question: str, choices: Sequence[str]) -> list[list[int]]:
         filled = self.prompt.replace("{question}", question)
         return [self.tokenizer.encode(filled.replace("{choice}", choice)) for choice in choices]
-
-    def _fit(self, row: list[int]) -> list[int]:
-        """A choice that is too long by itself is cut before the end token."""
-        return row if len(row) <= self.limit else [*row[: self.limit - 1], row[-1]]
 
 
 class ChoicePredictor(LabelledPredictor):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora import ticker
 from minilora.data.pictures.folder import Sample, Split, Splits
 from minilora.data.pictures.loader import PictureDataset, in_order, make_loader
 from minilora.data.pictures.parts import entries, is_folder
@@ -84,8 +83,7 @@ class ClassifyRun(Run):
         self, pictures: Sequence[Picture], top_k: int = 5, batch_size: int = 32, classes: Sequence[str] = ()
     ) -> list:
         """The top_k (label, probability) of each picture, most probable first; of several labels
-        those above the threshold. Raises BadImage for a broken file. classes: other names than the
-        run's, for this call."""
+        those above the threshold. BadImage for a broken file. classes: other names, for once."""
         if classes:
             named = copy.copy(self)
             named.name_classes(classes)
@@ -175,7 +173,7 @@ def scored_split(splits: Splits, part: str | None, data_dir: str | None) -> tupl
     if part is None and whole and splits.train is not None:
         samples = sorted([*splits.train, *(splits.val or ())], key=lambda sample: (sample.label, sample.path))
         return "all", Split((Sample(*sample) for sample in samples), splits.train.root)
-    return choose_part({"train": splits.train, "val": splits.val, "test": splits.test}, part)
+    return choose_part(splits, part)
 
 
 def predict_split(
@@ -184,9 +182,7 @@ def predict_split(
     """The model's answers to a split, in its order."""
     dataset = PictureDataset(split, preprocess, bad_data=options.bad_data)
     batches = in_order(len(split), options.batch_size)
-    loader = ticker.through(make_loader(dataset, batches, options.workers), "evaluation, batches", len(batches))
-    with autocast(predictor.device, options.amp):
-        return predictor.predict(model, loader)
+    return predictor.answers(model, make_loader(dataset, batches, options.workers), options.amp, len(batches))
 
 
 def evaluation(found: Predictions, split: Split, labels: Sequence[str], part: str, notes: Sequence[str]) -> Evaluation:

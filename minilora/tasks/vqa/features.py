@@ -16,10 +16,8 @@ from minilora.training.device import autocast, to_device
 
 
 class FeatureCache:
-    """Features of the frozen towers of a task, made for a part when its first batch is asked for.
-
-    Raises UserError where no tower is frozen. The features are those of eval mode, in float32.
-    """
+    """Features of a task's frozen towers, in eval mode and float32, made for a part when its first
+    batch is asked for. UserError where no tower is frozen."""
 
     def __init__(self, task):
         self.task, self.towers = task, [tower for tower in TOWERS if frozen(getattr(task.model, tower))]
@@ -66,16 +64,15 @@ class FeatureCache:
         task = self.task
         first = np.unique(data.picture, return_index=True)[1]
         batches = [first[rows].tolist() for rows in in_order(len(first), 2 * task.config.batch_size)]
-        place, parts, valid = [], [], []
+        parts = []
         loader = vqa_loader(data, batches, None, task.workers)
         for batch in ticker.through(loader, "encoding pictures, batches", len(batches)):
-            parts.append(task.model.encode_image(batch["image"].to(task.device)).float().cpu())
-            place.append(batch["picture"])
-            valid.append(batch["valid"])
-        features = torch.zeros(int(data.picture.max()) + 1, parts[0].shape[1])
-        features[torch.cat(place)] = torch.cat(parts)
+            vision = task.model.encode_image(batch["image"].to(task.device)).float().cpu()
+            parts.append((batch["picture"], vision, batch["valid"]))
+        place, vision, valid = map(torch.cat, zip(*parts, strict=True))
+        features = torch.zeros(int(data.picture.max()) + 1, vision.shape[1])
         readable = torch.zeros(len(features), dtype=torch.bool)
-        readable[torch.cat(place)] = torch.cat(valid)
+        features[place], readable[place] = vision, valid
         return {"vision": features, "valid": readable}
 
     def texts(self, data: VQADataset) -> Tensor:

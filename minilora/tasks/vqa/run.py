@@ -73,7 +73,7 @@ class VQARun(Run):
     def evaluate(self, options: Any) -> Evaluation:
         options = self.settled(options)
         splits = self.splits(options)
-        name, part = choose_part(splits.parts, options.split)
+        name, part = choose_part(splits, options.split)
         data = self.dataset(part, options.bad_data)
         batches = grouped_batches(data.picture, options.batch_size)
         loader = vqa_loader(data, batches, None, options.workers)
@@ -88,7 +88,7 @@ class VQARun(Run):
 
     def in_order(self, loader: Iterable[dict], batches: list[list[int]], amp: str) -> BestAnswers:
         """The answers in the order of the questions."""
-        return BestAnswers(*in_item_order(batches, self.answers(loader, amp, len(batches))))
+        return BestAnswers(*in_item_order(batches, self.predictor.answers(self.model, loader, amp, len(batches))))
 
     def dataset(self, part: VQAPart, bad_data: str) -> VQADataset:
         texts = Texts(part.questions, self.tokenizer, self.limit)
@@ -99,7 +99,7 @@ class VQARun(Run):
         return open_data(self.data_config(options, val_split=0.0), require_train=False)
 
     def batch(self, n: int, options: Any) -> dict[str, Tensor]:
-        _, part = choose_part(self.splits(options).parts, options.split)
+        _, part = choose_part(self.splits(options), options.split)
         data = self.dataset(part, options.bad_data)
         first = np.unique(data.picture, return_index=True)[1]  # one question for each picture
         numbers = [int(first[i % len(first)]) for i in range(n)]
