@@ -43,11 +43,10 @@ class _Wrong(Exception):
 
 @dataclass(frozen=True)
 class Declared:
-    """What the server says of a file. digest: 64 hex digits are a sha256, 40 the
-    sha1 of a git blob."""
+    """What the server says of a file."""
 
     size: int | None
-    digest: str | None
+    digest: str | None  # 64 hex digits are a sha256, 40 the sha1 of a git blob
     tag: str  # names the content in the part file, so that only the same content is resumed
     commit: str | None
 
@@ -113,37 +112,33 @@ def _attempt(url: str, target: Path, token: str | None, limit: int | None) -> tu
 
 def _receive(response, part: Path, start: int, declared: Declared, limit: int) -> None:
     """Append (or begin) the part file; what arrived before a break stays."""
+    received, began = start, time.monotonic()
     try:
-        file = open(part, "ab" if start else "wb")
-    except OSError as error:
-        raise ModelError(f"{part}: cannot be written ({error.strerror})") from None
-    with file:
-        received, began = start, time.monotonic()
-        while True:
-            try:
-                block = response.read1(BLOCK)  # read() would wait for a whole block
-            except (OSError, http.client.HTTPException) as error:
-                raise _Broken(str(error) or type(error).__name__) from None
-            if not block:
-                break
-            received += len(block)
-            if declared.size is not None and received > declared.size:
-                raise _Wrong(f"wrong size: more than the {declared.size} bytes declared")
-            if received > limit:
-                part.unlink(missing_ok=True)
-                raise ModelError(f"{part.name}: more than {limit:,} bytes; no such file is that long, or no disk here")
-            passed = time.monotonic() - began
-            if passed > 2 * TIMEOUT and received - start < SLOW * passed:
-                raise ModelError(f"{part.name}: given up, only {received - start} bytes came in {passed:.0f} seconds")
-            try:
+        with open(part, "ab" if start else "wb") as file:
+            while block := _read(response):
+                received += len(block)
+                if declared.size is not None and received > declared.size:
+                    raise _Wrong(f"wrong size: more than the {declared.size} bytes declared")
+                if received > limit:
+                    part.unlink(missing_ok=True)
+                    reason = "no such file is that long, or no disk here"
+                    raise ModelError(f"{part.name}: more than {limit:,} bytes; {reason}")
+                passed = time.monotonic() - began
+                if passed > 2 * TIMEOUT and received - start < SLOW * passed:
+                    came = f"only {received - start} bytes came in {passed:.0f} seconds"
+                    raise ModelError(f"{part.name}: given up, {came}")
                 file.write(block)
-            except OSError as error:
-                raise ModelError(f"{part}: cannot be written ({error.strerror})") from None
-        try:
             file.flush()
             os.fsync(file.fileno())
-        except OSError as error:
-            raise ModelError(f"{part}: cannot be written ({error.strerror})") from None
+    except OSError as error:
+        raise ModelError(f"{part}: cannot be written ({error.strerror})") from None
+
+
+def _read(response) -> bytes:
+    try:
+        return response.read1(BLOCK)  # read() would wait for a whole block
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(str(error) or type(error).__name__) from None
 
 
 def _verify(part: Path, declared: Declared) -> None:
@@ -156,8 +151,7 @@ def _verify(part: Path, declared: Declared) -> None:
     if name == "git sha1":
         digest.update(f"blob {size}\0".encode())
     with open(part, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        hashlib.file_digest(file, lambda: digest)
     if digest.hexdigest() != declared.digest:
         raise _Wrong(f"wrong bytes: {name} {digest.hexdigest()}, declared {declared.digest}")
 
