@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from reference_models.errors import ModelError
 from reference_models.files.download import Declared, NotFound, download, shown
-from reference_models.files.safetensors import read_header
+from reference_models.files.safetensors import NAMES, read_header
 from reference_models.text.textfiles import read_json, write_atomic
 
 LOG = logging.getLogger("reference_models")  # silent in a library; programs show it on stderr
@@ -32,14 +32,7 @@ EXTRAS = (
     *("special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "1_Pooling/config.json"),
     *("modules.json", "sentence_bert_config.json"),
 )
-# In this order, the first that exists; an index brings its shards. Pickles only where there
-# is no safetensors.
-WEIGHTS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-OPEN_CLIP = tuple(name for name in WEIGHTS if name.startswith("open_clip"))
+OPEN_CLIP = tuple(name for name in NAMES if name.startswith("open_clip"))
 
 
 def resolve(spec: str | Path, texts: bool = False) -> Path:
@@ -70,11 +63,8 @@ def resolve(spec: str | Path, texts: bool = False) -> Path:
 
 def cache_folder() -> Path:
     """Where downloads are kept."""
-    home = os.environ.get("HF_HOME")
-    if home:
-        return Path(home).expanduser() / "minilora"
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "huggingface" / "minilora"
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "minilora"
 
 
 def _parse(spec: str) -> tuple[str, str]:
@@ -151,11 +141,11 @@ class _Snapshot:
             )
         for name in EXTRAS:
             self.optional(name)
-        weights = next((name for name in WEIGHTS if self.optional(name)), None)
+        weights = next((name for name in NAMES if self.optional(name)), None)
         if weights is None:
-            raise ModelError(f"hf:{self.name}: has no weights that can be read; looked for {', '.join(WEIGHTS)}")
+            raise ModelError(f"hf:{self.name}: has no weights that can be read; looked for {', '.join(NAMES)}")
         if texts and _no_texts(self.folder, self.files):
-            next((name for name in OPEN_CLIP if self.optional(name)), None)
+            any(self.optional(name) for name in OPEN_CLIP)  # up to the first that exists
         if weights.endswith(".index.json"):
             for shard in shard_names(self.folder / weights):
                 self.fetch(shard)
@@ -194,8 +184,7 @@ class _Snapshot:
         self.write_manifest(complete=False)
 
     def pin(self, declared: Declared) -> None:
-        """Ask for the commit of the first answer from here on: a branch
-        may move between two files."""
+        """Ask for the commit of the first answer from here on, as a branch may move."""
         if self.commit is None and declared.commit and re.fullmatch(r"[0-9a-f]{40}", declared.commit):
             self.commit = self.pinned = declared.commit
 
@@ -205,8 +194,7 @@ class _Snapshot:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names; each must be a plain weight file beside it,
-    whatever the index says."""
+    """The files that an index names; each must be a plain weight file beside it."""
     weight_map = read_json(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}, key weight_map: expected an object of tensor: file")

@@ -1,5 +1,4 @@
-"""Read and write the files of a checkpoint: safetensors (sharded or not),
-pytorch_model.bin, json."""
+"""Read and write the files of a checkpoint: safetensors, sharded or not, torch.save's, json."""
 
 import json
 from collections.abc import Callable
@@ -17,13 +16,14 @@ from reference_models.text.textfiles import read_json, replace_file, write_atomi
 
 FORMATS = "another format; read are safetensors and torch.save's .bin, .pt, .pth, .ckpt"
 READ = "Read are safetensors files and what torch.save made of a dictionary of tensors (.bin, .pt, .pth, .ckpt)"
+# the first that exists is meant; an index brings its shards, pickles only without safetensors
 NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
-    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 
@@ -34,11 +34,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     file = path if path.is_file() else next(iter(weight_files(path)), None)
     if file is None:
         raise ModelError(f"{path}: no weights here; expected model.safetensors, its index.json or pytorch_model.bin")
-    files = [file]
-    if file.name.endswith(".index.json"):
-        files = _shards(file)
     state: dict[str, Tensor] = {}
-    for one in files:
+    for one in _shards(file) if file.name.endswith(".index.json") else [file]:
         read = _read_bin(one) if _is_pickle(one) else read_safetensors(one)
         for key, tensor in read.items():
             if tensor.is_floating_point():
@@ -107,8 +104,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 
 
 def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: str, model: nn.Module) -> Path:
-    """model.safetensors, config.json and preprocessor_config.json, each under a
-    temporary name first."""
+    """Weights, config.json and preprocessor_config.json, each under a temporary name first."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     labels = getattr(model, "labels", None)
@@ -131,7 +127,6 @@ def write_model_files(directory, state: dict[str, Tensor], data: dict, layout: s
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors that share no memory, in the safetensors format
-    (https://github.com/huggingface/safetensors)."""
+    """Tensors that share no memory; format: https://github.com/huggingface/safetensors."""
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     replace_file(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
