@@ -1,5 +1,4 @@
-"""Rename an adapter between the module names of transformers 4 and 5, which
-PEFT itself refuses to load.
+"""Rename an adapter between the module names of transformers 4 and 5, which PEFT does not load.
 
     python -m minilora.commands.rename_adapter SRC DST --layout transformers5
 
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reference_models.errors import ModelError
-from reference_models.files import beit, bert, clip, swin, swinv2, vit, vit_variants
-from reference_models.files.names import Entry, under
+from reference_models.files import beit, bert, clip, clip_text, dual, swin, swinv2, vit, vit_variants
 from reference_models.files.safetensors import read_safetensors, write_safetensors
-from reference_models.files.towers import text_rows, vision_rows
 from reference_models.text.textfiles import read_json, write_atomic
 
 LAYOUTS = ("transformers4", "transformers5")
@@ -30,41 +27,28 @@ PREFIX = "base_model.model."
 # adapted layer where that is trained
 ADDED = re.compile(r"^(?P<module>.*?)(?P<added>\.(?:lora_|base_layer\.).*)$")
 
-
-def _model(module, prefix: str, name: str | None = None) -> tuple[Callable, str]:
-    return functools.partial(module.key_table, module.config_for(name or module.names()[0])), prefix
-
-
-def _tower(rows: Callable, level: str, kind: str) -> tuple[Callable, None]:
-    return lambda layout: rows(1, level if layout == "transformers4" else "", kind), None
-
-
-def _siglip(layout: str) -> list[Entry]:
-    text = under("text.", "", text_rows(1, "text_model.", "clip"))
-    return text + under("vision.", "", vision_rows(1, "vision_model.", "siglip"))
-
-
-# (layout -> rows of the key table, the prefix that names may lack or have another one in place of;
-# None where the names begin at once)
-FAMILIES: dict[str, tuple[Callable[[str], list[Entry]], str | None]] = {
-    "vit": _model(vit, "vit."),
-    "beit": _model(beit, "beit."),
-    "swin": _model(swin, "swin."),
-    "swinv2": _model(swinv2, "swinv2."),
-    "dinov2": _model(vit_variants, "dinov2.", "dinov2-small"),
-    "dinov2_with_registers": _model(vit_variants, "dinov2_with_registers.", "dinov2-registers-small"),
-    "bert": _model(bert, ""),
-    "clip": _model(clip, ""),
-    "siglip": (_siglip, ""),
-    "clip_vision": _tower(vision_rows, "vision_model.", "siglip"),  # CLIP's names and a head more
-    "clip_text": _tower(text_rows, "text_model.", "clip"),
+SIGLIP = dual.config_for("siglip-base-patch16-224")
+REGISTERS = vit_variants.config_for("dinov2-registers-small")
+# (its module, a configuration, the prefix that names may lack or have another one in place of; None
+# where the names begin at once)
+FAMILIES = {
+    "vit": (vit, vit.config_for("vit-nano-patch8-48"), "vit."),
+    "beit": (beit, beit.config_for("beit-nano-patch8-48"), "beit."),
+    "swin": (swin, swin.config_for("swin-nano-patch4-window6-48"), "swin."),
+    "swinv2": (swinv2, swinv2.config_for("swinv2-nano-patch4-window6-48"), "swinv2."),
+    "dinov2": (vit_variants, vit_variants.config_for("dinov2-small"), "dinov2."),
+    "dinov2_with_registers": (vit_variants, REGISTERS, "dinov2_with_registers."),
+    "bert": (bert, bert.config_for("bert-nano"), ""),
+    "clip": (clip, clip.config_for("clip-nano"), ""),
+    "siglip": (dual, SIGLIP, ""),
+    "clip_vision": (vit_variants, SIGLIP.vision, None),  # CLIP's names and a head more
+    "clip_text": (clip_text, clip_text.config_for("clip-text-nano"), None),
 }
 ALONE = {"CLIPVisionModel": "clip_vision", "SiglipVisionModel": "clip_vision", "CLIPTextModel": "clip_text"}
 
 
 class Rule(NamedTuple):
-    """Names that match `source` become `target`, its "{}" filled with the
-    layers' numbers in order."""
+    """Names that match `source` become `target`, its "{}" the layers' numbers in order."""
 
     source: re.Pattern
     target: str
@@ -72,24 +56,22 @@ class Rule(NamedTuple):
 
 @functools.cache
 def rules_for(family: str, source: str, target: str) -> list[Rule]:
-    """One rule for every module and parameter of a family, for any number of layers, without the
-    family's prefix."""
-    rows, prefix = FAMILIES[family]
-    new = {entry.ours: entry.theirs for entry in rows(target)}
+    """A rule for every module and parameter of a family, without its prefix, for any depth."""
+    module, config, prefix = FAMILIES[family]
+    new = {entry.ours: entry.theirs for entry in module.key_table(config, target)}
     pairs = {}
-    for entry in rows(source):
-        if entry.ours in new:
-            names = [name.removeprefix(prefix or "") for name in (entry.theirs, new[entry.ours])]
-            pairs[tuple(_folded(name) for name in names)] = None
+    for entry in module.key_table(config, source):
+        # a tower by itself has no classifier
+        if entry.ours in new and not (prefix is None and entry.ours[0].startswith("head.")):
+            names = [_folded(name.removeprefix(prefix or "")) for name in (entry.theirs, new[entry.ours])]
             owners = [name.rpartition(".")[0] for name in names]
-            pairs[tuple(_folded(name) for name in owners)] = None
-    rules = []
-    for old, fresh in pairs:
-        if old and fresh:
-            core = re.escape(old).replace("<>", r"(\d+)")
-            lead = "" if prefix is None else r"(?:.*\.)?"
-            rules.append(Rule(re.compile(rf"(?P<lead>{lead}){core}"), fresh.replace("<>", "{}")))
-    return rules
+            pairs |= dict.fromkeys((tuple(names), tuple(owners)))
+    lead = "" if prefix is None else r"(?:.*\.)?"
+    return [
+        Rule(re.compile(f"(?P<lead>{lead})" + re.escape(old).replace("<>", r"(\d+)")), fresh.replace("<>", "{}"))
+        for old, fresh in pairs
+        if old and fresh
+    ]
 
 
 def _folded(name: str) -> str:
@@ -97,8 +79,7 @@ def _folded(name: str) -> str:
 
 
 def renamer(family: str, source: str, target: str) -> Callable[[str], str | None]:
-    """A function from a module's or tensor's name to its new name, or None where the
-    family has no such name."""
+    """A function from a module's or tensor's name to its new one, None where the family has none."""
     rules = rules_for(family, source, target)
 
     def rename(name: str) -> str | None:
@@ -114,8 +95,7 @@ def renamer(family: str, source: str, target: str) -> Callable[[str], str | None
 
 
 def find_names(tensors: list[str], config: dict, layout: str, family: str | None = None) -> dict[str, str]:
-    """{old name: new name} for the tensors of an adapter. ModelError where no family
-    fits, or several differ."""
+    """{old name: new name} of an adapter; ModelError where no family fits, or several differ."""
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
     hint, family = kind.lower(), family or ALONE.get(kind)
@@ -140,11 +120,9 @@ def find_names(tensors: list[str], config: dict, layout: str, family: str | None
 
 
 def convert(source: str | Path, target: str | Path, layout: str, family: str | None = None) -> int:
-    """Write the adapter of `source` under the names of `layout` to `target`; how
-    many tensors were renamed.
-
-    layout: "transformers4" or "transformers5". Raises ModelError for other layouts, unreadable
-    files and names that belong to no family.
+    """Write the adapter of `source` under the names of `layout` ("transformers4" or
+    "transformers5") to `target`; how many tensors were renamed. Raises ModelError for other
+    layouts, unreadable files and names that belong to no family.
     """
     if layout not in LAYOUTS:
         raise ModelError(
@@ -167,12 +145,9 @@ def convert(source: str | Path, target: str | Path, layout: str, family: str | N
 
 
 def _renamed_config(config: dict, names: dict[str, str]) -> dict:
-    """adapter_config.json for the new names. Layers are named in full, which every
-    rule of PEFT understands."""
-    modules = {}  # adapted layers, old name: new name
-    for old, new in names.items():
-        if ".lora_" in old:
-            modules[ADDED.match(old)["module"]] = ADDED.match(new)["module"]
+    """adapter_config.json for the new names, in full, which every rule of PEFT understands."""
+    adapted = ((ADDED.match(old), ADDED.match(new)) for old, new in names.items() if ".lora_" in old)
+    modules = {old["module"]: new["module"] for old, new in adapted}
     if all(old == new for old, new in names.items()):
         return config
     result = {**config, "target_modules": list(modules.values())}
