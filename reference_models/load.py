@@ -8,14 +8,15 @@ and labels here. What the files look like its module in files/ says (files/vit.p
 says nothing files/defaults.py:
   build(config)                 the model; config is a frozen dataclass with `name`, `num_classes`,
                                 `family`; for a two-tower model build(config, vision, text)
-  names(), config_for(name)     the names that it knows and their configuration
+  names, config_for(name)       the names that it knows; the configuration of one of them or of the
+                                same pattern, else None
   layouts                       {layout of weight files: prefixes that the names may carry}
   adapter_layouts               layouts in which the other library can load an adapter
   key_table(config, layout)     rows of names.Entry; only where there are layouts
-  fit_config(config, shapes)    what a file's shapes say of the configuration
+  fit_config(config, shapes)    the configuration with what a file's names and shapes (ours) tell
   adapt(state, old, new)        interpolation of positions between picture sizes, in place
   config_from_json(data)        a configuration from another library's config.json; else None
-  config_to_json(config, layout)
+  config_to_json(config, layout)   the other way; labels and preprocessing are added here
   preprocess                    mean, std, interpolation, resize where the checkpoint says nothing
   layout_settings               {layout: fields of the configuration} of a file without config.json
   lone_file(config, keys, file_name, layout)   such fields that keys and name tell, and notes on
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from reference_models.errors import ModelError
 from reference_models.files.checkpoint import FAMILIES, Checkpoint, described, family_module, find_checkpoint
 from reference_models.files.config_check import readable
-from reference_models.files.names import file_layout, prefixed, strip_wrappers, to_ours, to_theirs
+from reference_models.files.names import file_layout, prefixed, rename, strip_wrappers, to_ours, to_theirs
 from reference_models.files.pooling import with_pooling
 from reference_models.files.preprocess import assumed_settings, assumption, preprocess_for
 from reference_models.files.refused import instead
@@ -48,7 +49,7 @@ WEIGHTS = Path(__file__).parent / "weights"  # the bundled nano models
 
 def list_models() -> list[str]:
     """Every name that `create_model` is sure to know; other sizes of the same pattern work too."""
-    return [name for family in FAMILIES for name in family_module(family).names()]
+    return [name for family in FAMILIES for name in family_module(family).names]
 
 
 def config_for(name: str):
@@ -143,33 +144,31 @@ def load_pretrained(
         return _build(config, _preprocess(config), checkpoint.pictures, pictures or {})
     family = family_module(config.family)
     state, files = read_weights(checkpoint.path)
+    file_name = Path(files).name
     with readable(files):
         tensors, layout = _translate(strip_wrappers(state), config, family, files)
         if not checkpoint.data:
             config = replace(config, **family.layout_settings.get(layout, {}))
-            told, open_points = family.lone_file(config, state.keys(), Path(files).name, layout)
+            told, open_points = family.lone_file(config, state.keys(), file_name, layout)
             config, notes = replace(config, **told), notes + open_points
         found = family.fit_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         config = _final(found, wanted, num_classes, image_size, overrides)
         before = {key: tensor.shape for key, tensor in tensors.items()}
         family.adapt(tensors, found, config)
-        if any(tensors[key].shape != shape for key, shape in before.items() if key in tensors):
+        if any(tensors[key].shape != shape for key, shape in before.items()):
             here, there = (getattr(getattr(one, "vision", one), "image_size", None) for one in (found, config))
-            notes = [*notes, f"{Path(files).name}: positions for {here} pixels are interpolated to {there}"]
+            notes = [*notes, f"{file_name}: positions for {here} pixels are interpolated to {there}"]
     tensors = _fitting(config, tensors, found, family, files, layout)
-    assumed = assumed_settings(_preprocess(config), layout, Path(files).name, getattr(config, "distilled", False))
+    assumed = assumed_settings(_preprocess(config), layout, file_name, getattr(config, "distilled", False))
     with readable(checkpoint.settings):
         model = _build(config, assumed, checkpoint.pictures, pictures or {})
     model.source = checkpoint.path
     model.notes = [*notes, *_other_sizes(wanted, found), *_head_notes(model, checkpoint, found, num_classes)]
     model.notes += family.notes(config, layout)
     if model.preprocess:
-        model.notes += [
-            *checkpoint.notes,
-            *assumption(model.preprocess, checkpoint.pictures, pictures or {}, Path(files).name),
-        ]
-    own = model.state_dict()
-    model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
+        said = checkpoint.pictures.keys() | (pictures or {}).keys()
+        model.notes += [*checkpoint.notes, *assumption(model.preprocess, said, file_name)]
+    model.load_state_dict(tensors, strict=False)  # `_fitting` was strict
     return model
 
 
@@ -244,7 +243,8 @@ def _preprocess(config) -> dict:
 
 
 def _make(config) -> nn.Module:
-    towers = [_make(getattr(config, tower)) for tower in ("vision", "text") if hasattr(config, tower)]
+    made = {tower: _make(getattr(config, tower)) for tower in ("vision", "text") if hasattr(config, tower)}
+    towers = [getattr(model, tower, model) for tower, model in made.items()]  # of CLIP the one that is meant
     try:
         return family_module(config.family).build(config, *towers)
     except ValueError as error:  # sizes that do not go together
@@ -256,15 +256,11 @@ def _translate(state: dict[str, Tensor], config, family, files: str):
     state = {key: tensor for key, tensor in state.items() if not re.search(family.ignored, key)}
     best: tuple = (0, "", {}, [])
     for layout, prefixes in {"minilora": family.own_prefixes, **family.layouts}.items():
-        table = None if layout == "minilora" else family.key_table(config, layout)
+        own = layout == "minilora"
+        table = [rename(key, key) for key in _build_shapes(config)] if own else family.key_table(config, layout)
         for names in prefixed(state, prefixes):
             renamed = {key: state[theirs] for key, theirs in names.items()}
-            if table is None:
-                ours = set(_build_shapes(config))
-                tensors = {k: v for k, v in renamed.items() if k in ours}
-                unknown = [k for k in renamed if k not in ours]
-            else:
-                tensors, unknown = to_ours(renamed, table)
+            tensors, unknown = to_ours(renamed, table)
             if len(renamed) - len(unknown) > best[0]:
                 best = (len(renamed) - len(unknown), layout, tensors, [names[key] for key in unknown])
     known, layout, tensors, unknown = best
@@ -343,7 +339,7 @@ def _fitting(config, tensors: dict[str, Tensor], found, family, files: str, layo
 def _looks_like(tensors: dict[str, Tensor], family) -> str:
     """Which name of the family has just these blocks, if one has."""
     there = {(key, tuple(tensor.shape)) for key, tensor in tensors.items() if re.search(r"\.\d+\.", key)}
-    for name in family.names() if there else ():
+    for name in family.names if there else ():
         shapes = _build_shapes(family.config_for(name))
         if there == {(key, shape) for key, shape in shapes.items() if re.search(r"\.\d+\.", key)}:
             return f" (it looks like --model {name})"

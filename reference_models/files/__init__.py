@@ -1,3 +1,1 @@
-"""The files of checkpoints: names, one key table per family, config.json, downloads. No model
-is written here.
-"""
+"""The files of checkpoints: names, one key table per family, config.json, downloads."""

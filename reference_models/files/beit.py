@@ -1,6 +1,4 @@
-"""The files of BEiT checkpoints: names, key tables, config.json, preprocessing. See load.py
-for the protocol.
-"""
+"""The files of BEiT checkpoints. See load.py for the protocol."""
 
 import math
 import re
@@ -11,27 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_models.beit import Beit, BeitConfig
-from reference_models.files.names import Entry, linear, rename
-from reference_models.files.shared import (
-    BLOCK,
-    ENCODER_ARGUMENTS,
-    ENCODER_FIELDS,
-    NO_DROPOUT,
-    PACKED,
-    adapt_positions,
-    blocks,
-    patches,
-    read_fields,
-    timm_name,
-    to_timm,
-    with_timm_arguments,
-    write_fields,
-)
+from reference_models.files.fields import ENCODER_FIELDS, NO_DROPOUT, read_fields, size_name, write_fields
+from reference_models.files.names import BLOCK, OUTSIDE, PACKED, Entry, blocks, linear, rename, rows
+from reference_models.files.shapes import adapt_positions, classes_in, fit_positions
+from reference_models.files.timm import ENCODER_ARGUMENTS, timm_name, to_timm, with_timm_arguments
 
 build = Beit
+# no adapter in timm's: its BEiT reads qkv.weight instead of calling qkv
 layouts = {"transformers4": ("beit.",), "transformers5": ("beit.",), "timm": ("",)}
-# timm's BEiT reads qkv.weight instead of calling qkv: an adapter would do nothing there
-adapter_layouts = ("transformers5", "transformers4")
 # the index is computed from the picture's size; the rest belongs to masked-image pretraining
 ignored = r"relative_position_index|mask_token$|^lm_head\."
 optional = r"^head"
@@ -40,6 +25,7 @@ preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "
 
 #             width depth heads hidden first gamma
 SIZES = {"nano": (128, 4, 4, 512, 0.1), "base": (768, 12, 12, 3072, 0.1), "large": (1024, 24, 16, 4096, 1e-5)}
+names = ["beit-nano-patch8-48", *(f"beit-{size}-patch16-{side}" for size in ("base", "large") for side in (224, 384))]
 
 TABLES = {  # of a block's relative positions
     "transformers4": "attention.attention.relative_position_bias.relative_position_bias_table",
@@ -62,63 +48,52 @@ TIMM_ARGUMENTS = ENCODER_ARGUMENTS | {
 
 
 def config_for(name: str) -> BeitConfig | None:
-    """beit-{size}-patch{p}-{side}, such as "beit-large-patch16-384". None where the name is
-    of another family."""
+    """beit-{size}-patch{p}-{side}, such as "beit-large-patch16-384"."""
     match = re.fullmatch(rf"beit-({'|'.join(SIZES)})-patch(\d+)-(\d+)", name)
     if not match:
         return None
-    dim, depth, heads, hidden, gamma = SIZES[match[1]]
-    sizes = {"dim": dim, "depth": depth, "heads": heads, "hidden": hidden, "layer_scale": gamma}
-    return BeitConfig(name=name, patch_size=int(match[2]), image_size=int(match[3]), **sizes)
-
-
-def names() -> list[str]:
-    large = [f"beit-{size}-patch16-{side}" for size in ("base", "large") for side in (224, 384)]
-    return ["beit-nano-patch8-48", *large]
+    *sizes, gamma = SIZES[match[1]]
+    return BeitConfig(name, int(match[3]), int(match[2]), *sizes, layer_scale=gamma)
 
 
 def key_table(config: BeitConfig, layout: str) -> list[Entry]:
-    """Our names beside those of transformers 4 and 5 and timm; rows of parts that a configuration
-    lacks do no harm."""
-    timm = layout == "timm"
-    outside, gamma = ("", "gamma") if timm else ("beit.embeddings.", "lambda")
-    table = patches("patch_embed.proj" if timm else "beit.embeddings.patch_embeddings.projection")
-    table += [rename("cls_token", f"{outside}cls_token")]
-    table += [rename("pos_embed", "pos_embed" if timm else f"{outside}position_embeddings")]
-    table += linear("norm", "norm" if timm else "beit.layernorm")
-    table += linear("fc_norm", "fc_norm" if timm else "beit.pooler.layernorm")
-    table += linear("head", "head" if timm else "classifier")
+    """Our names beside transformers' 4 and 5 and timm's; rows of parts that it lacks do no harm."""
+    if layout == "timm":
+        same = ("patch_embed.proj", "cls_token", "pos_embed", "norm", "fc_norm", "head")
+        table = rows("", "", {name: name for name in same})
+        single = {f"attn.{n}_proj.bias": f"attn.{n}_bias" for n in "qv"} | {f"gamma_{n}": f"gamma_{n}" for n in (1, 2)}
+    else:
+        table = rows("", "beit.", OUTSIDE | {"fc_norm": "pooler.layernorm"}) + linear("head", "classifier")
+        single = {f"gamma_{n}": f"lambda_{n}" for n in (1, 2)}
     shared, place = {
         "transformers4": ("beit.encoder.relative_position_bias", "beit.encoder.layer."),
         "transformers5": ("beit.shared_position_bias", "beit.layers."),
         "timm": ("rel_pos_bias", "blocks."),
     }[layout]
     table += [rename("rel_pos_bias.table", f"{shared}.relative_position_bias_table")]
-    single = {"rel_pos_bias.table": TABLES[layout], "gamma_1": f"{gamma}_1", "gamma_2": f"{gamma}_2"}
-    single |= {f"attn.{n}_proj.bias": f"attn.{n}_bias" for n in "qv" if timm}
-    return table + blocks(config.depth, place, BLOCK[layout], PACKED.get(layout), single)
+    parts = BLOCK[layout] | single | {"rel_pos_bias.table": TABLES[layout]}
+    return table + blocks(config.depth, place, parts, PACKED.get(layout))
 
 
 def fit_config(config: BeitConfig, shapes: dict[str, tuple]) -> BeitConfig:
-    """The configuration with what a file's names and shapes (ours) say of it: classes, kinds
-    of position, size."""
+    """With its classes, kinds of position, and size."""
     first = [shapes[key] for key in ("rel_pos_bias.table", "blocks.0.rel_pos_bias.table") if key in shapes]
     config = replace(
         config,
-        num_classes=shapes["head.weight"][0] if "head.weight" in shapes else 0,
+        num_classes=classes_in(shapes),
         relative_bias="blocks.0.rel_pos_bias.table" in shapes,
         shared_relative_bias="rel_pos_bias.table" in shapes,
         absolute_positions="pos_embed" in shapes,
         mean_pooling="fc_norm.weight" in shapes or "norm.weight" not in shapes,
         layer_scale=(config.layer_scale or 0.1) if "blocks.0.gamma_1" in shapes else 0.0,
     )
-    rows, cols = config.grid
-    side = None
-    if first and first[0][0] != (2 * rows - 1) * (2 * cols - 1) + 3:
-        side = (math.isqrt(first[0][0] - 3) + 1) // 2
-    elif not first and "pos_embed" in shapes and shapes["pos_embed"][1] != 1 + rows * cols:
-        side = math.isqrt(shapes["pos_embed"][1] - 1)
-    return config if side is None else replace(config, image_size=side * config.patch_size)
+    if not first:
+        return fit_positions(config, shapes, prefix=1)
+    (offsets, _), (height, width) = first[0], config.grid
+    if offsets != (2 * height - 1) * (2 * width - 1) + 3:
+        side = (math.isqrt(offsets - 3) + 1) // 2
+        config = replace(config, image_size=side * config.patch_size)
+    return config
 
 
 def adapt(state: dict[str, Tensor], old: BeitConfig, new: BeitConfig) -> None:
@@ -126,7 +101,7 @@ def adapt(state: dict[str, Tensor], old: BeitConfig, new: BeitConfig) -> None:
     for key in state:
         if key.endswith("rel_pos_bias.table") and old.grid != new.grid:
             state[key] = resize_bias_table(state[key], old.grid, new.grid)
-    adapt_positions(state, old, new, prefix=1)
+    adapt_positions(state, old, new)
 
 
 def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -140,20 +115,16 @@ def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int])
 
 
 def config_from_json(data: dict) -> BeitConfig | None:
-    """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
         config = config_for(re.sub("^beitv2-", "beit-", timm_name(data)))
         return with_timm_arguments(config, data, TIMM_ARGUMENTS, (("global_pool", "avg"), ("global_pool", "token")))
     if data["model_type"] != "beit":
         return None
     values = read_fields(data, FIELDS)
-    name = f"beit-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
-    return BeitConfig(name=name, **values)
+    return BeitConfig(size_name("beit", values), **values)
 
 
 def config_to_json(config: BeitConfig, layout: str) -> dict:
-    """config.json as transformers or timm read it; labels and preprocessing are
-    added by the caller."""
     if layout == "timm":
         size = "large" if "large" in config.name else "base"
         architecture = f"beit_{size}_patch16_{384 if config.image_size == 384 else 224}"

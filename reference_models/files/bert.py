@@ -1,26 +1,25 @@
-"""The files of BERT checkpoints: names, key table, config.json. See load.py for the protocol."""
+"""The files of BERT checkpoints. See load.py for the protocol."""
 
 from dataclasses import replace
 
 from reference_models.bert import Bert, BertConfig
 from reference_models.errors import ModelError
-from reference_models.files.names import Entry, linear, rename
-from reference_models.files.shared import read_fields
+from reference_models.files.fields import ENCODER_FIELDS, read_fields
+from reference_models.files.names import Entry, blocks, rows
 
 build = Bert
 layouts = {"transformers4": ("", "bert."), "transformers5": ("", "bert.")}
-adapter_layouts = ("transformers5", "transformers4")
 # heads of the pre-training and fine-tuned models; a buffer
 ignored = r"^(cls|classifier|qa_outputs)\.|position_ids$"
 optional = r"^pooler"
-preprocess = {}
 
-#             vocabulary positions width depth heads hidden
-SIZES = {
-    "bert-nano": (4000, 128, 128, 3, 4, 512),
-    "bert-tiny": (30522, 512, 128, 2, 2, 512),
-    "bert-base": (30522, 512, 768, 12, 12, 3072),
+#                                 vocabulary positions width depth heads hidden
+MODELS = {
+    "bert-nano": BertConfig("bert-nano", 4000, 128, 128, 3, 4, 512),
+    "bert-tiny": BertConfig("bert-tiny", 30522, 512, 128, 2, 2, 512),
+    "bert-base": BertConfig("bert-base", 30522, 512, 768, 12, 12, 3072),
 }
+names, config_for = list(MODELS), MODELS.get
 
 PARTS = {
     "attn.q_proj": "attention.self.query",
@@ -36,40 +35,16 @@ PARTS = {
 FIELDS = {  # ours: (transformers' name in config.json, its default)
     "vocab_size": ("vocab_size", 30522),
     "max_positions": ("max_position_embeddings", 512),
-    "dim": ("hidden_size", 768),
-    "depth": ("num_hidden_layers", 12),
-    "heads": ("num_attention_heads", 12),
-    "hidden": ("intermediate_size", 3072),
     "type_vocab": ("type_vocab_size", 2),
-    "eps": ("layer_norm_eps", 1e-12),
-    "act": ("hidden_act", "gelu"),
+    **{key: ENCODER_FIELDS[key] for key in ("dim", "depth", "heads", "hidden", "eps", "act")},
 }
-
-
-def names() -> list[str]:
-    return list(SIZES)
-
-
-def config_for(name: str) -> BertConfig | None:
-    """bert-nano, bert-tiny or bert-base; None where the name is of another family."""
-    if name not in SIZES:
-        return None
-    vocabulary, positions, dim, depth, heads, hidden = SIZES[name]
-    return BertConfig(name, vocabulary, positions, dim, depth, heads, hidden)
 
 
 def key_table(config: BertConfig, layout: str, parts: dict[str, str] = PARTS) -> list[Entry]:
     """Our names beside those of transformers' BertModel, versions 4 and 5 alike."""
-    table = [
-        rename(f"embeddings.{ours}.weight", f"embeddings.{ours}_embeddings.weight")
-        for ours in ("word", "position", "token_type")
-    ]
-    table += linear("embeddings.norm", "embeddings.LayerNorm")
-    table += linear("pooler.dense", "pooler.dense")
-    for i in range(config.depth):
-        for ours, theirs in parts.items():
-            table += linear(f"blocks.{i}.{ours}", f"encoder.layer.{i}.{theirs}")
-    return table
+    outside = {f"{kind}.weight": f"{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
+    table = rows("embeddings.", "embeddings.", outside | {"norm": "LayerNorm"})
+    return table + rows("", "", {"pooler.dense": "pooler.dense"}) + blocks(config.depth, "encoder.layer.", parts)
 
 
 def fit_config(config: BertConfig, shapes: dict[str, tuple]) -> BertConfig:
@@ -78,7 +53,6 @@ def fit_config(config: BertConfig, shapes: dict[str, tuple]) -> BertConfig:
 
 
 def config_from_json(data: dict) -> BertConfig | None:
-    """Read transformers' config.json; None where it is of another family."""
     if data.get("model_type") != "bert":
         return None
     check_encoder(data)
@@ -97,7 +71,6 @@ def check_encoder(data: dict) -> None:
 
 
 def config_to_json(config: BertConfig, layout: str) -> dict:
-    """config.json as transformers reads it."""
     values = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()}
     fixed = {"architectures": ["BertModel"], "model_type": "bert", "pad_token_id": 0}
     return {**fixed, "position_embedding_type": "absolute", **values}

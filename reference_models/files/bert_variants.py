@@ -5,16 +5,15 @@ from dataclasses import replace
 from reference_models.bert_variants import BertVariant, BertVariantConfig
 from reference_models.errors import ModelError
 from reference_models.files import bert
+from reference_models.files.fields import read_fields
 from reference_models.files.names import Entry, rename
-from reference_models.files.shared import read_fields
 
 build = BertVariant
 PREFIXES = ("", "roberta.", "distilbert.", "mpnet.")
 layouts = {"transformers4": PREFIXES, "transformers5": PREFIXES}
-adapter_layouts = ("transformers5", "transformers4")
 # heads of the pre-training and fine-tuned models; a buffer
 ignored = r"^(lm_head|classifier|qa_outputs|pre_classifier|vocab_(transform|layer_norm|projector))\.|position_ids$"
-optional, preprocess, fit_config = bert.optional, bert.preprocess, bert.fit_config
+optional, fit_config = bert.optional, bert.fit_config
 
 #             kind, vocabulary, sizes (d, depth, heads, hidden)
 BASE, LARGE, HALF = (768, 12, 12, 3072), (1024, 24, 16, 4096), (768, 6, 12, 3072)
@@ -28,6 +27,7 @@ SIZES = {
     "mpnet-base": ("mpnet", 30527, BASE),
 }
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert", "mpnet": "MPNet"}
+OWN = {"eps": 1e-5, "type_vocab": 1}
 # what config.json does not say: that class has it written in
 FIXED = {
     "distilbert": {"counted": False, "type_vocab": 0, "pad_id": 0, "eps": 1e-12, "pooler": False},
@@ -53,17 +53,11 @@ PARTS = {  # of one block, where they are not BERT's
 }
 
 
-def names() -> list[str]:
-    return list(SIZES)
-
-
-def config_for(name: str) -> BertVariantConfig | None:
-    """One of `names()`, None where the name is of another family."""
-    if name not in SIZES:
-        return None
-    kind, vocabulary, sizes = SIZES[name]
-    values = dict(zip(("dim", "depth", "heads", "hidden"), sizes, strict=True)) | {"eps": 1e-5, "type_vocab": 1}
-    return BertVariantConfig(name=name, kind=kind, vocab_size=vocabulary, **values | FIXED.get(kind, {}))
+MODELS = {
+    name: BertVariantConfig(name, vocabulary, 512, *sizes, kind=kind, **OWN | FIXED.get(kind, {}))
+    for name, (kind, vocabulary, sizes) in SIZES.items()
+}
+names, config_for = list(MODELS), MODELS.get
 
 
 def key_table(config: BertVariantConfig, layout: str) -> list[Entry]:
@@ -75,7 +69,6 @@ def key_table(config: BertVariantConfig, layout: str) -> list[Entry]:
 
 
 def config_from_json(data: dict) -> BertVariantConfig | None:
-    """Read transformers' config.json; None where it is of another family."""
     kind = data.get("model_type")
     if kind not in CLASSES:
         return None
@@ -90,7 +83,6 @@ def config_from_json(data: dict) -> BertVariantConfig | None:
 
 
 def config_to_json(config: BertVariantConfig, layout: str) -> dict:
-    """config.json as transformers reads it."""
     data = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS[config.kind].items()}
     data["max_position_embeddings"] += config.first_position
     if config.kind == "mpnet":

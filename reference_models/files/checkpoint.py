@@ -129,7 +129,7 @@ def saved_config(saved: dict, file: Path | str, base=None):
     if family not in FAMILIES:
         raise ModelError(f"{file}: minilora.family is {family!r}, not one of {', '.join(FAMILIES)}")
     module = family_module(family)
-    config = base or type(module.config_for(module.names()[0]))(name=saved.get("name", family))
+    config = base or type(module.config_for(module.names[0]))(name=saved.get("name", family))
     known = {field.name for field in fields(config)}
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in known}
     towers = {key: saved_config(v, file) for key, v in values.items() if isinstance(v, dict)}

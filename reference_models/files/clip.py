@@ -1,25 +1,22 @@
 """The files of CLIP checkpoints, of transformers and of open_clip. See load.py for the protocol."""
 
-import math
 import re
-from dataclasses import replace
-
-from torch import Tensor
+from functools import partial
 
 from reference_models.clip import CLIP, CLIPConfig
 from reference_models.errors import ModelError
 from reference_models.files.names import Entry, rename, under
 from reference_models.files.preprocess import OPENAI
-from reference_models.files.shared import adapt_positions
+from reference_models.files.shapes import adapt_positions, fit_positions
 from reference_models.files.towers import text_rows, vision_rows
 
 build = CLIP
+# no adapter in open_clip's, which reads the weights of its projections and never calls them
 layouts = {"transformers4": ("",), "transformers5": ("",), "open_clip": ("",)}
-# open_clip reads the weights of its projections and never calls them
-adapter_layouts = ("transformers5", "transformers4")
 # position_ids: a buffer of old transformers; the three numbers: OpenAI's own files
 ignored = r"position_ids$|^(input_resolution|context_length|vocab_size)$"
 preprocess = {**OPENAI, "interpolation": "bicubic", "resize": "shortest"}
+adapt = partial(adapt_positions, key="vision.pos_embed")
 
 #        e, patch, vision (d, depth, heads, hidden), text (d, depth, heads, hidden)
 SIZES = {
@@ -30,15 +27,11 @@ SIZES = {
 }
 TOWER = ("dim", "depth", "heads", "hidden")
 NANO = {"image_size": 48, "vocab_size": 4000}
-
-
-def names() -> list[str]:
-    return list(SIZES)
+names = list(SIZES)
 
 
 def config_for(name: str) -> CLIPConfig | None:
-    """One of `names()`; with "-quickgelu" behind it OpenAI's activation, as open_clip calls them.
-    config.json wins."""
+    """With "-quickgelu" behind the name OpenAI's activation, as open_clip calls it."""
     base = name.removesuffix("-quickgelu")
     if base not in SIZES:
         return None
@@ -79,17 +72,7 @@ def lone_file(config: CLIPConfig, keys, file_name: str, layout: str) -> tuple[di
 
 
 def fit_config(config: CLIPConfig, shapes: dict[str, tuple]) -> CLIPConfig:
-    """The picture size from the number of positions."""
-    patches = shapes.get("vision.pos_embed", (1, 0))[1] - 1
-    if patches > 0 and patches != math.prod(config.grid):
-        config = replace(config, image_size=math.isqrt(patches) * config.patch_size)
-    return config
-
-
-def adapt(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> None:
-    """Interpolate the vision tower's positions from the old picture size
-    to the new one, in place."""
-    adapt_positions(state, old, new, prefix=1, key="vision.pos_embed")
+    return fit_positions(config, shapes, prefix=1, key="vision.pos_embed")
 
 
 # ours: (transformers' name in vision_config or text_config, default of vision, default of text)
@@ -104,16 +87,14 @@ FIELDS = {
 
 
 def config_from_json(data: dict) -> CLIPConfig | None:
-    """Read transformers' config.json or open_clip_config.json; None where
-    it is of another family."""
+    """Of transformers, or of open_clip where both towers are CLIP's own."""
     if isinstance(data.get("model_cfg"), dict):
         data = data["model_cfg"]
         other = unknown_keys(data) or not isinstance((data.get("vision_cfg") or {}).get("layers", 12), int)
         return None if other else read_sizes(data)  # files/open_clip.py reads the others
     if data.get("model_type") != "clip":
         return None
-    # where files of 2022 have the table under a second name too, that one counts, its
-    # gaps the defaults
+    # files of 2022 have the tables under a second name too, which counts, its gaps the defaults
     vision, text = (
         data.get(f"{tower}_config_dict") or data.get(f"{tower}_config") or {} for tower in ("vision", "text")
     )
@@ -135,6 +116,22 @@ def config_from_json(data: dict) -> CLIPConfig | None:
     )
 
 
+# ours: (open_clip's name, its default)
+OPEN_CLIP = {
+    "vision_cfg": {
+        "image_size": ("image_size", 224),
+        "vision_depth": ("layers", 12),
+        "vision_dim": ("width", 768),
+        "patch_size": ("patch_size", 16),
+    },
+    "text_cfg": {
+        "context": ("context_length", 77),
+        "vocab_size": ("vocab_size", 49408),
+        "text_dim": ("width", 512),
+        "text_heads": ("heads", 8),
+        "text_depth": ("layers", 12),
+    },
+}
 # what an open_clip_config.json may set that makes no other model than this one, beside sizes
 SIZED = {"layers", "width", "mlp_ratio"}
 KNOWN = {
@@ -158,27 +155,23 @@ def unknown_keys(data: dict, known: dict[str, set[str]] = KNOWN) -> list[str]:
 
 def read_sizes(data: dict) -> CLIPConfig:
     """The configuration of open_clip's model_cfg, if both towers are CLIP's own."""
-    vision, text = data.get("vision_cfg") or {}, data.get("text_cfg") or {}
+    vision, text = (data.get(table) or {} for table in OPEN_CLIP)
+    sizes = {
+        ours: (data.get(table) or {}).get(theirs, default)
+        for table, known in OPEN_CLIP.items()
+        for ours, (theirs, default) in known.items()
+    }
     act = "quick_gelu" if data.get("quick_gelu") else "gelu"
     pool = text.get("pool_type", "argmax")
     eos = 2 if pool == "argmax" else text.get("eos_id", 2)
-    width, text_width = vision.get("width", 768), text.get("width", 512)
     return CLIPConfig(
-        name=f"clip-vit-{width}-{vision.get('patch_size', 16)}",
+        name=f"clip-vit-{sizes['vision_dim']}-{sizes['patch_size']}",
+        **sizes,
         embed_dim=data.get("embed_dim", 512),
-        image_size=vision.get("image_size", 224),
-        patch_size=vision.get("patch_size", 16),
-        vision_dim=width,
-        vision_depth=vision.get("layers", 12),
-        vision_heads=width // vision.get("head_width", 64),
-        vision_hidden=int(width * vision.get("mlp_ratio", 4.0)),
+        vision_heads=sizes["vision_dim"] // vision.get("head_width", 64),
+        vision_hidden=int(sizes["vision_dim"] * vision.get("mlp_ratio", 4.0)),
         vision_act=act,
-        vocab_size=text.get("vocab_size", 49408),
-        context=text.get("context_length", 77),
-        text_dim=text_width,
-        text_depth=text.get("layers", 12),
-        text_heads=text.get("heads", 8),
-        text_hidden=int(text_width * text.get("mlp_ratio", 4.0)),
+        text_hidden=int(sizes["text_dim"] * text.get("mlp_ratio", 4.0)),
         text_act=act,
         eos_token_id=eos,
         text_pool="" if pool == ("argmax" if eos == 2 else "eos") else pool,
@@ -187,7 +180,6 @@ def read_sizes(data: dict) -> CLIPConfig:
 
 
 def config_to_json(config: CLIPConfig, layout: str) -> dict:
-    """config.json as transformers reads it, or open_clip_config.json."""
     if layout == "open_clip":
         return {"model_cfg": _to_open_clip(config)}
     eos = 2 if config.pooled_at == "argmax" else config.eos_token_id
@@ -211,25 +203,15 @@ def config_to_json(config: CLIPConfig, layout: str) -> dict:
 
 
 def _to_open_clip(config: CLIPConfig) -> dict:
-    text = {
-        "context_length": config.context,
-        "vocab_size": config.vocab_size,
-        "width": config.text_dim,
-        "heads": config.text_heads,
-        "layers": config.text_depth,
-        "mlp_ratio": config.text_hidden / config.text_dim,
-    }
+    vision, text = (
+        {theirs: getattr(config, ours) for ours, (theirs, _) in known.items()} for known in OPEN_CLIP.values()
+    )
+    vision |= {"head_width": config.vision_dim // config.vision_heads}
+    vision |= {"mlp_ratio": config.vision_hidden / config.vision_dim}
+    text |= {"mlp_ratio": config.text_hidden / config.text_dim}
     # the last id is also the largest one
     if config.pooled_at != "argmax" and (config.pooled_at, config.eos_token_id) != ("eos", config.vocab_size - 1):
         text |= {"pool_type": config.pooled_at, "eos_id": config.eos_token_id}
     text |= {} if config.text_causal else {"no_causal_mask": True}
-    vision = {
-        "image_size": config.image_size,
-        "layers": config.vision_depth,
-        "width": config.vision_dim,
-        "head_width": config.vision_dim // config.vision_heads,
-        "patch_size": config.patch_size,
-        "mlp_ratio": config.vision_hidden / config.vision_dim,
-    }
     result = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     return {**result, "quick_gelu": True} if config.vision_act == "quick_gelu" else result

@@ -9,28 +9,18 @@ from reference_models.files.towers import text_rows
 
 build = TextTower
 layouts = {"transformers4": ("text_model.",), "transformers5": ("", "text_model.")}
-adapter_layouts = ("transformers5", "transformers4")
 ignored = r"position_ids$|^text_projection\."  # the projection stands behind what a tower returns
-preprocess: dict = {}
-
-
-def names() -> list[str]:
-    return ["clip-text-nano"]
-
-
-def config_for(name: str) -> CLIPConfig | None:
-    """clip-text-nano; the other sizes come with the whole CLIP or as a folder."""
-    return replace(clip.config_for("clip-nano"), name=name, family="clip_text") if name in names() else None
+# the other sizes come with the whole CLIP or as a folder
+MODELS = {"clip-text-nano": replace(clip.config_for("clip-nano"), name="clip-text-nano", family="clip_text")}
+names, config_for = list(MODELS), MODELS.get
 
 
 def key_table(config: CLIPConfig, layout: str) -> list[Entry]:
-    """Our names beside open_clip's, or transformers', whose version 5 has no level above it."""
-    kind = "open_clip" if layout == "open_clip" else "clip"
-    return text_rows(config.text_depth, "text_model." if layout == "transformers4" else "", kind)
+    """Our names beside transformers', whose version 5 has no level above them."""
+    return text_rows(config.text_depth, "text_model." if layout == "transformers4" else "", "clip")
 
 
 def config_from_json(data: dict) -> CLIPConfig | None:
-    """Read the config.json of transformers' CLIPTextModel; None where it is of another family."""
     if data.get("model_type") != "clip_text_model":
         return None
     config = clip.config_from_json({"model_type": "clip", "text_config": data})
@@ -38,5 +28,4 @@ def config_from_json(data: dict) -> CLIPConfig | None:
 
 
 def config_to_json(config: CLIPConfig, layout: str) -> dict:
-    """config.json as transformers reads it."""
     return {"architectures": ["CLIPTextModel"], **clip.config_to_json(config, layout)["text_config"]}

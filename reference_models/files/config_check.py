@@ -1,7 +1,5 @@
-"""config.json comes from strangers: every value must be of the kind and
-size that a model can have."""
+"""config.json comes from strangers: every value must be one that a model can have."""
 
-import math
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,8 +16,7 @@ MAY_BE_ZERO += ("registers", "prefix_positions", "distilled_classes", "pad_id", 
 
 @contextmanager
 def readable(file: Path | str):
-    """Inside, what Python says of values that do not go together becomes one ModelError
-    that names the file."""
+    """Inside, what Python says of values that do not fit becomes a ModelError with the file."""
     try:
         yield
     except ModelError:
@@ -43,14 +40,13 @@ def check_config(config, file: Path | str) -> None:
 
 
 def _possible(name: str, value, default) -> bool:
-    """Whether a value is of its default's kind. Sizes may be one number or one for
-    each side or stage."""
+    """Whether a value is of its default's kind; a size may be one for each side or stage."""
     if default is None or name in MAY_BE_NONE:  # fusion too has numbers that may be left out
-        return value is None or _number(value)
+        return value is None or is_number(value)
     if isinstance(default, (bool, str)):
         return isinstance(value, type(default))
     if isinstance(default, float):
-        return _number(value)
+        return is_number(value)
     sizes = value if isinstance(value, tuple) else (value,)
     several = isinstance(default, tuple) or name in ("image_size", "window")
     if not sizes or (isinstance(value, tuple) and not several) or len(sizes) > 16:
@@ -60,5 +56,5 @@ def _possible(name: str, value, default) -> bool:
     return all(isinstance(n, int) and not isinstance(n, bool) and low <= n <= limit for n in sizes)
 
 
-def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)
+def is_number(value, limit: float = 1e9) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < limit

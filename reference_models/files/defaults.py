@@ -1,11 +1,12 @@
 """What holds for a family whose module leaves it out. See load.py for the protocol."""
 
 layouts = {}
-adapter_layouts = ()
+adapter_layouts = ("transformers5", "transformers4")
 ignored = r"^$"
 optional = r"^$"
 own_prefixes = ("",)
 layout_settings = {}
+preprocess = {}
 
 
 def fit_config(config, shapes: dict[str, tuple]):

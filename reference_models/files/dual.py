@@ -17,38 +17,26 @@ from reference_models.dual import DualConfig, DualEncoder
 from reference_models.errors import ModelError
 from reference_models.files import bert, bert_variants, clip, open_clip, vit, vit_variants
 from reference_models.files.names import Entry, linear, rename, under
+from reference_models.files.open_clip import TEXTS
 from reference_models.files.timm_vit import SIZES
 from reference_models.files.towers import text_rows, vision_rows
 from reference_models.vit import ViTConfig
 
 layouts = {"transformers4": ("",), "transformers5": ("",), "open_clip": ("", "text.")}
-adapter_layouts = ("transformers5", "transformers4")
 ignored = r"position_ids$|\.mask_token$|^vision_model\.classifier\.|^(text\.)?attn_mask$"
-TEXTS = {"bert": bert, "bert_variants": bert_variants}
-
-SAME = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
-DINO = {  # the projections of Dinov2Model's attention
-    "transformers4": ("attention.query", "attention.key", "attention.value", "output.dense"),
-    "transformers5": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
-
-
-def build(config: DualConfig, vision: nn.Module, text: nn.Module) -> DualEncoder:
-    """The towers, of CLIP the one that is meant, and what joins them."""
-    return DualEncoder(config, getattr(vision, "vision", vision), getattr(text, "text", text))
+build, adapter_layouts = DualEncoder, ("transformers5", "transformers4")
+SIGLIPS = ("base-patch16-224", "large-patch16-256", "so400m-patch14-384")
+names = ["dual-nano", *(f"{kind}-{size}" for kind in ("siglip", "siglip2") for size in SIGLIPS)]
 
 
 def join(vision: nn.Module, text: nn.Module, embed_dim: int = DualConfig.embed_dim) -> DualEncoder:
-    """A dual encoder of two loaded models with new projections; the first one's preprocessing."""
-    model = build(DualConfig("dual", vision.config, text.config, embed_dim), vision, text)
+    """A dual encoder of two loaded models, of CLIP the tower that is meant, with new projections;
+    the first one's preprocessing."""
+    config = DualConfig("dual", vision.config, text.config, embed_dim)
+    model = DualEncoder(config, getattr(vision, "vision", vision), getattr(text, "text", text))
     model.layouts, model.key_table = adapter_layouts, partial(key_table, model.config)
     model.preprocess, model.labels, model.notes = model.vision.preprocess, None, []
     return model
-
-
-def names() -> list[str]:
-    sizes = ("base-patch16-224", "large-patch16-256", "so400m-patch14-384")
-    return ["dual-nano", *(f"{kind}-{size}" for kind in ("siglip", "siglip2") for size in sizes)]
 
 
 def config_for(name: str) -> DualConfig | None:
@@ -77,36 +65,26 @@ def key_table(config: DualConfig, layout: str) -> list[Entry]:
         return table + linear("text_projection", "text_model.head")
     table = [rename(name, name) for name in ("visual_projection.weight", "text_projection.weight", "logit_scale")]
     if config.vision.family == "vit":
-        own = vit.key_table(config.vision, layout) if config.vision.pooler else dino_table(config.vision, layout)
+        own = vit.key_table(config.vision, layout) if config.vision.pooler else _dinov2_rows(config.vision, layout)
         table += under("vision.", "vision_model.", own, "vit.")
     if config.text.family in TEXTS:
         table += under("text.", "text_model.", TEXTS[config.text.family].key_table(config.text, layout))
     return table
 
 
-def dino_table(config: ViTConfig, layout: str) -> list[Entry]:
-    """Our ViT beside Dinov2Model."""
-    patch = "embeddings.patch_embeddings.projection"
-    table = [
-        rename("patch_embed.proj.weight", f"{patch}.weight", "kernel"),
-        rename("patch_embed.proj.bias", f"{patch}.bias"),
-        rename("cls_token", "embeddings.cls_token"),
-        rename("pos_embed", "embeddings.position_embeddings"),
-        *linear("norm", "layernorm"),
+def _dinov2_rows(config: ViTConfig, layout: str) -> list[Entry]:
+    """Our ViT beside Dinov2Model, whose layer scales must be ones."""
+    return [
+        rename(re.sub(r"gamma_(\d)$", r"norm\1.weight", row.ours[0]), row.theirs, "ones")
+        if ".gamma_" in row.ours[0]
+        else row
+        for row in vit_variants.dinov2_rows(config, "", layout)
     ]
-    for i in range(config.depth):
-        for k in (1, 2):
-            table.append(rename(f"blocks.{i}.norm{k}.weight", f"encoder.layer.{i}.layer_scale{k}.lambda1", "ones"))
-        for name in SAME:
-            table += linear(f"blocks.{i}.{name}", f"encoder.layer.{i}.{name}")
-        for ours, theirs in zip(("q_proj", "k_proj", "v_proj", "out_proj"), DINO[layout], strict=True):
-            table += linear(f"blocks.{i}.attn.{ours}", f"encoder.layer.{i}.attention.{theirs}")
-    return table
 
 
 def fit_config(config: DualConfig, shapes: dict[str, tuple]) -> DualConfig:
-    """What the shapes say of the towers: poolers, and of a picture tower of another library its
-    options and how many blocks it has."""
+    """With what the shapes say of the towers: poolers, and of a picture tower of another library
+    its options and how many blocks it has."""
     vision = {key.removeprefix("vision."): shape for key, shape in shapes.items() if key.startswith("vision.")}
     if config.vision.family == "vit_variants" or config.trunk:
         tower = open_clip.PICTURES[config.vision.family].fit_config(config.vision, vision)
@@ -119,7 +97,6 @@ def fit_config(config: DualConfig, shapes: dict[str, tuple]) -> DualConfig:
 
 
 def config_from_json(data: dict) -> DualConfig | None:
-    """Read transformers' config.json or open_clip's; None where it is of another family."""
     if isinstance(data.get("model_cfg"), dict):
         return open_clip.read(data["model_cfg"])
     if data.get("model_type") == "siglip":
@@ -154,7 +131,7 @@ def _read_siglip(data: dict) -> DualConfig:
 
 
 def config_to_json(config: DualConfig, layout: str) -> dict:
-    """config.json as transformers reads it; ModelError for towers that it does not know so."""
+    """ModelError for towers that transformers does not know so."""
     if layout == "open_clip":
         raise ModelError(
             f"{config.name}: open_clip's files of such a model are read, not written; use layout 'minilora'"
@@ -173,9 +150,8 @@ def config_to_json(config: DualConfig, layout: str) -> dict:
     vision = vit.config_to_json(config.vision, layout)
     if not config.vision.pooler:
         vision |= {"architectures": ["Dinov2Model"], "model_type": "dinov2", "layerscale_value": 1.0}
-        vision |= {"mlp_ratio": config.vision.hidden / config.vision.dim, "use_mask_token": False}
-        if config.vision.hidden % config.vision.dim == 0:
-            vision["mlp_ratio"] = config.vision.hidden // config.vision.dim
+        whole, rest = divmod(config.vision.hidden, config.vision.dim)
+        vision |= {"mlp_ratio": config.vision.hidden / config.vision.dim if rest else whole, "use_mask_token": False}
     return {
         "architectures": ["VisionTextDualEncoderModel"],
         "model_type": "vision-text-dual-encoder",

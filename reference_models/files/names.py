@@ -2,10 +2,10 @@
 
 A table is a list of `Entry(ours, theirs, form)`. Most entries rename one tensor. "cat" joins
 several of ours (q, k, v) into one of theirs along dimension 0; the other forms reshape or
-transpose. Tables work in both
-directions: `to_ours` reads a downloaded file, `to_theirs` writes one that the other library loads.
+transpose. `to_ours` reads a downloaded file, `to_theirs` writes one that the other library loads.
 """
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,8 +16,7 @@ from reference_models.errors import ModelError
 
 
 class Entry(NamedTuple):
-    """One row: our parameter names (several only for "cat"), their name, and how the
-    values correspond."""
+    """One row: our names (several only for "cat"), theirs, and how the values correspond."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -52,22 +51,99 @@ def rename(ours: str, theirs: str, form: str = "same") -> Entry:
     return Entry((ours,), theirs, form)
 
 
-def linear(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
+def linear(ours: str, theirs: str) -> list[Entry]:
     """Weight and bias of a Linear or a norm layer."""
-    return [rename(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")[: 1 + bias]]
+    return [rename(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
 
 
 def fused(ours: Iterable[str], theirs_weight: str, theirs_bias: str | None = None) -> list[Entry]:
-    """Several Linears of ours stored as one of theirs: qkv of timm, in_proj of
-    nn.MultiheadAttention."""
+    """Several Linears of ours stored as one of theirs, such as timm's qkv."""
     ours = tuple(ours)
     entries = [Entry(tuple(f"{name}.weight" for name in ours), theirs_weight, "cat")]
     return entries + [Entry(tuple(f"{name}.bias" for name in ours), theirs_bias, "cat")] * bool(theirs_bias)
 
 
+# ours: theirs, of one block with separate projections; "clip" is transformers', 4 and 5 alike
+BLOCK = {
+    "transformers4": {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.q_proj": "attention.attention.query",
+        "attn.k_proj": "attention.attention.key",
+        "attn.v_proj": "attention.attention.value",
+        "attn.out_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    },
+    "transformers5": {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.q_proj": "attention.q_proj",
+        "attn.k_proj": "attention.k_proj",
+        "attn.v_proj": "attention.v_proj",
+        "attn.out_proj": "attention.o_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    "timm": {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.out_proj": "attn.proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    "clip": {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    | {f"attn.{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+    "open_clip": {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    },
+}
+QKV = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
+# beside these, what a library stores as one: {its name up to "weight" or "bias": ours}
+PACKED = {"timm": {"attn.qkv.": QKV}, "open_clip": {"attn.in_proj_": QKV}}
+
+# outside the blocks, of ViT, DeiT, DINOv2 and BEiT in transformers
+OUTSIDE = {
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "norm": "layernorm",
+}
+# our names of single parameters; the others are layers
+PARAMETER = re.compile(r"(token|pos_embed|probe|table|scale|weight|bias|gamma_\d)$")
+
+
+def rows(ours: str, theirs: str, parts: dict[str, str], packed: dict | None = None) -> list[Entry]:
+    """Rows of parts {ours: theirs}, weight and bias of a layer or a single parameter, and of what
+    is `packed` (see PACKED); `ours` and `theirs` stand before all names."""
+    table = []
+    for name, part in parts.items():
+        if PARAMETER.search(name):
+            table.append(rename(ours + name, theirs + part))
+        else:
+            table += patches(theirs + part) if name == "patch_embed.proj" else linear(ours + name, theirs + part)
+    for part, names in (packed or {}).items():
+        table += fused([ours + name for name in names], f"{theirs}{part}weight", f"{theirs}{part}bias")
+    return table
+
+
+def blocks(depth: int, theirs: str, parts: dict[str, str], packed: dict | None = None) -> list[Entry]:
+    """The rows of all blocks, in their files `theirs` and a number."""
+    return [row for i in range(depth) for row in rows(f"blocks.{i}.", f"{theirs}{i}.", parts, packed)]
+
+
+def patches(theirs: str, bias: bool = True) -> list[Entry]:
+    """Rows of the projection of patches, which in their files is a convolution."""
+    kernel = rename("patch_embed.proj.weight", f"{theirs}.weight", "kernel")
+    return [kernel, rename("patch_embed.proj.bias", f"{theirs}.bias")][: 1 + bias]
+
+
 def under(ours: str, theirs: str, table: list[Entry], base: str = "") -> list[Entry]:
-    """The rows of a tower's own table, its names below `ours` and `theirs`, there without
-    the prefix `base`."""
+    """A tower's own table below `ours` and `theirs`, there without the prefix `base`."""
     return [
         Entry(tuple(ours + name for name in row.ours), theirs + row.theirs.removeprefix(base), row.form)
         for row in table
@@ -75,8 +151,7 @@ def under(ours: str, theirs: str, table: list[Entry], base: str = "") -> list[En
 
 
 def to_ours(state: dict[str, Tensor], table: list[Entry]) -> tuple[dict[str, Tensor], list[str]]:
-    """Translate `state` into our names. Returns (tensors, keys of `state` that the
-    table does not know)."""
+    """(tensors of `state` by our names, its keys that the table does not know)."""
     known = {entry.theirs: entry for entry in table}
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -108,8 +183,7 @@ def _join(entry: Entry, parts: list[Tensor]) -> Tensor:
 
 
 def to_theirs(state: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]:
-    """Translate `state` (our names) into theirs; entries whose tensors the model does not
-    have are left out."""
+    """Translate `state` (our names) into theirs; rows that the model lacks are left out."""
     result, used = {}, set()
     for entry in table:
         parts = [state[name] for name in entry.ours if name in state]
@@ -122,8 +196,7 @@ def to_theirs(state: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]
 
 
 def is_head(key: str) -> bool:
-    """True for the classifier of another library's model, which stands outside the
-    encoder's prefix."""
+    """Whether it is another library's classifier, which stands outside the encoder's prefix."""
     return key.startswith(("classifier.", "head.", "heads.", "cls."))
 
 
@@ -144,14 +217,14 @@ def _renamed(key: str, prefix: str, wanted: str) -> str:
 
 
 WRAPPERS = ("module.", "model.", "backbone.", "student.", "teacher.", "auto_model.", "0.")
+# of torch.compile, and of BERT's first files
+RENAMED = {"_orig_mod.": "", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop what wrappers put before the names: DistributedDataParallel, torch.compile, a `model.`
     or `student.backbone.` around it, on most of the keys and in any order."""
-    state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
-    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        # BERT's first files
+    for old, new in RENAMED.items():
         state = {key.replace(old, new): tensor for key, tensor in state.items()}
     for wrapper in WRAPPERS:
         inner = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}

@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 from reference_models.errors import ModelError
+from reference_models.files.config_check import is_number
 from reference_models.text.textfiles import read_json
 
 # PIL's numbers are the positions
@@ -36,6 +37,7 @@ PROCESSOR_OF = {"deit": "DeiT", "beit": "Beit", "clip": "CLIP"}  # by model_type
 # checkpoints whose file names alone tell that they were trained with ImageNet's statistics
 IMAGENET_NAMES = r"deit|dino|beit_?v2|(^|[_.-])(mae|moco|msn|ibot)([_.-]|$)"
 CHOICES = {"squash": "squash", "crop": "shortest"}  # --resize
+LARGEST = 1e6  # of sizes and statistics
 FLAGS = "--mean --std --interpolation --resize --crop-pct, or load_pretrained(pictures={...}), change it"
 
 
@@ -161,7 +163,8 @@ def preprocess_for(side, assumed: dict, said: dict, chosen: dict) -> dict:
     inner, outer = result.pop("scale", (side, side))
     result |= {key: chosen[key] for key in ("mean", "std", "interpolation") if key in chosen}
     if "crop_pct" in chosen or "resize" in chosen:
-        if chosen.get("resize", "crop") not in CHOICES or not _number(share := chosen.get("crop_pct", 1.0)):
+        share = chosen.get("crop_pct", 1.0)
+        if chosen.get("resize", "crop") not in CHOICES or not is_number(share, LARGEST):
             raise ModelError("pictures: resize is squash or crop, crop_pct a share above 0 and at most 1")
         if not 0 < share <= 1:
             raise ModelError(f"pictures: crop_pct is above 0 and at most 1, not {share!r}")
@@ -170,15 +173,11 @@ def preprocess_for(side, assumed: dict, said: dict, chosen: dict) -> dict:
     return _checked(result, side, inner, outer)
 
 
-def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
-
-
 def _checked(result: dict, side, inner, outer) -> dict:
     """With resize_to in proportion to the size at which the model runs, and every value one that
     pictures can have."""
     if isinstance(side, int):
-        if not all(_number(one) and one > 0 for one in (inner, outer)):
+        if not all(is_number(one, LARGEST) and one > 0 for one in (inner, outer)):
             raise ModelError(f"the checkpoint's preprocessing: {inner!r} and {outer!r} are no picture sizes")
         outer = round(outer * side / inner)
     elif result["resize"] == "squash":
@@ -187,7 +186,8 @@ def _checked(result: dict, side, inner, outer) -> dict:
     if outer == side and result["resize"] == "squash" or crop == "even" and result["resize"] != "squash":
         crop = None
     mean, std = list(result["mean"]), list(result["std"])
-    if not all(len(three) == 3 and all(map(_number, three)) for three in (mean, std)) or not all(std):
+    numbers = all(is_number(one, LARGEST) for one in (*mean, *std))
+    if (len(mean), len(std)) != (3, 3) or not numbers or not all(std):
         raise ModelError(f"the checkpoint's preprocessing: mean {mean} and std {std} must be three numbers each")
     if result["interpolation"] not in PIL_MODES:
         raise ModelError(f"interpolation {result['interpolation']!r} is not one of {', '.join(PIL_MODES)}")
@@ -207,18 +207,16 @@ def describe_pictures(preprocess: dict, keys=("resize", "interpolation", "mean",
     return ", ".join(words[key] for key in keys)
 
 
-def assumption(preprocess: dict, said: dict, chosen: dict, name: str) -> list[str]:
-    """One note on what of a model's `preprocess` nobody has said, [] where all was said."""
-    known = said.keys() | chosen.keys() | ({"resize"} if "crop_pct" in chosen else set())
+def assumption(preprocess: dict, said: set[str], name: str) -> list[str]:
+    """One note on what of a model's `preprocess` is not among the keys said, [] where all is."""
+    known = {"resize", *said} if "crop_pct" in said else said
     unsaid = [key for key in ("resize", "interpolation", "mean", "std") if key not in known]
-    if not preprocess or not unsaid:
-        return []
-    return [f"pictures: {describe_pictures(preprocess, unsaid)}: assumed, {name} does not say; {FLAGS}"]
+    note = f"pictures: {describe_pictures(preprocess, unsaid)}: assumed, {name} does not say; {FLAGS}"
+    return [note] if unsaid else []
 
 
 def preprocess_to_json(preprocess: dict, layout: str, data: dict) -> dict[str, dict]:
-    """{file name: content}: config.json, and where the layout has one a file of
-    preprocessing settings."""
+    """{file name: content} of config.json and the layout's own file of these settings."""
     if not preprocess:
         return {"config.json": data}
     side, outer = preprocess["image_size"], preprocess["resize_to"]

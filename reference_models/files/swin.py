@@ -1,6 +1,4 @@
-"""The files of Swin checkpoints: names, key tables, config.json, preprocessing. See load.py
-for the protocol.
-"""
+"""The files of Swin checkpoints. See load.py for the protocol."""
 
 import math
 import re
@@ -10,19 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_models.errors import ModelError
-from reference_models.files.names import Entry, fused, linear, rename
+from reference_models.files.fields import NO_DROPOUT, read_fields, write_fields
+from reference_models.files.names import BLOCK, PACKED, Entry, rows
 from reference_models.files.preprocess import IMAGENET
-from reference_models.files.shared import (
-    BLOCK,
-    NO_DROPOUT,
-    adapt_positions,
-    patches,
-    read_fields,
-    timm_name,
-    to_timm,
-    with_timm_arguments,
-    write_fields,
-)
+from reference_models.files.shapes import adapt_positions, classes_in
+from reference_models.files.timm import timm_name, to_timm, with_timm_arguments
 from reference_models.swin import SwinConfig, SwinTransformer
 
 build = SwinTransformer
@@ -48,7 +38,7 @@ SIZES = {
 S3 = {"tiny": (6, (7, 7, 14, 7)), "small": (18, (14, 14, 14, 7)), "base": (30, (7, 7, 14, 7))}
 
 TABLE = "attn.relative_position_bias_table"
-PARTS = {  # of a block; the three libraries with one qkv have it in `key_table`
+PARTS = {  # of a block
     "transformers4": {
         **BLOCK["transformers4"],
         **{f"attn.{name[0]}_proj": f"attention.self.{name}" for name in ("query", "key", "value")},
@@ -75,38 +65,28 @@ FIELDS = {  # that Swin and Swin V2 share; ours: (transformers' name, its defaul
 }
 TIMM_ARGUMENTS = {"img_size": "image_size", "embed_dim": "dim", "num_heads": "heads", "window_size": "window"}
 TIMM_ARGUMENTS |= {name: name for name in ("patch_size", "depths", "mlp_ratio", "qkv_bias")}
+names = ["swin-nano-patch4-window6-48", *(f"swin-{size}-patch4-window7-224" for size in [*SIZES][1:])]
+names += [f"swin-{size}-patch4-window12-384" for size in ("base", "large")]
 
 
 def config_for(name: str) -> SwinConfig | None:
     """swin-{size}-patch{p}-window{w}-{side}, such as "swin-base-patch4-window7-224", or
-    swin-s3-{size}-{side}; None for other families."""
+    swin-s3-{size}-{side}."""
     if match := re.fullmatch(rf"swin-s3-({'|'.join(S3)})-(\d+)", name):
         depth, windows = S3[match[1]]
         return SwinConfig(name, int(match[2]), depths=(2, 2, depth, 2), window=windows)
     match = re.fullmatch(rf"swin-({'|'.join(SIZES)})-patch(\d+)-window(\d+)-(\d+)", name)
     if not match:
         return None
-    dim, depths, heads = SIZES[match[1]]
     patch, window, side = (int(match[i]) for i in (2, 3, 4))
-    sizes = {"dim": dim, "depths": depths, "heads": heads, "patch_size": patch, "window": window}
-    return SwinConfig(name=name, image_size=side, **sizes)
-
-
-def names() -> list[str]:
-    sizes = [size for size in SIZES if size != "nano"]
-    large = [f"swin-{size}-patch4-window12-384" for size in ("base", "large")]
-    return ["swin-nano-patch4-window6-48", *(f"swin-{size}-patch4-window7-224" for size in sizes), *large]
+    return SwinConfig(name, side, patch, *SIZES[match[1]], window=window)
 
 
 def key_table(config: SwinConfig, layout: str) -> list[Entry]:
-    """Our names beside those of transformers 4 and 5, timm, torchvision and the
-    original repository."""
-    table = stem(config, layout, "swin.")
+    """Our names beside transformers', timm's, torchvision's and the original repository's."""
+    table, packed = stem(config, layout, "swin."), {} if layout.startswith("transformers") else PACKED["timm"]
     for ours, theirs in block_names(config, layout, "swin."):
-        table += block(ours, theirs, PARTS[layout])
-        if layout not in ("transformers4", "transformers5"):
-            qkv = [f"{ours}.attn.{name}_proj" for name in "qkv"]
-            table += fused(qkv, f"{theirs}.attn.qkv.weight", f"{theirs}.attn.qkv.bias")
+        table += rows(ours, theirs, PARTS[layout], packed)
     return table
 
 
@@ -120,18 +100,17 @@ def stem(config: SwinConfig, layout: str, base: str) -> list[Entry]:
         layout,
         (f"{base}embeddings.patch_embeddings.projection", f"{base}embeddings.norm", f"{base}layernorm", "classifier"),
     )
-    table = [*patches(patch), *linear("patch_norm", patch_norm)]
+    table = rows("", "", {"patch_embed.proj": patch, "patch_norm": patch_norm, "norm": norm, "head": head})
     if layout.startswith("transformers"):
-        table += [rename("pos_embed", f"{base}embeddings.position_embeddings")]
-    table += [*linear("norm", norm), *linear("head", head)]
+        table += rows("", base, {"pos_embed": "embeddings.position_embeddings"})
+    same = {name: name for name in ("norm", "reduction.weight")}
     for stage in range(len(config.depths) - 1):
         merging = {
             "timm": f"layers.{stage + 1}.downsample",
             "original": f"layers.{stage}.downsample",
             "torchvision": f"features.{2 * stage + 2}",
         }.get(layout, f"{base}encoder.layers.{stage}.downsample")
-        table += linear(f"downsample.{stage}.norm", f"{merging}.norm")
-        table += linear(f"downsample.{stage}.reduction", f"{merging}.reduction", bias=False)
+        table += rows(f"downsample.{stage}.", f"{merging}.", same)
     return table
 
 
@@ -140,24 +119,12 @@ def block_names(config: SwinConfig, layout: str, base: str):
     place = {"torchvision": "features.{1}.{2}"} | dict.fromkeys(("timm", "original"), "layers.{0}.blocks.{2}")
     place = place.get(layout, base + "encoder.layers.{0}.blocks.{2}")
     pairs = ((stage, i) for stage, depth in enumerate(config.depths) for i in range(depth))
-    return ((f"blocks.{n}", place.format(stage, 2 * stage + 1, i)) for n, (stage, i) in enumerate(pairs))
-
-
-def block(ours: str, theirs: str, parts: dict[str, str]) -> list[Entry]:
-    """Rows of one block; a name in `parts` that ends in "table" or "scale" is a parameter, the
-    others are layers."""
-    table = []
-    for part, name in parts.items():
-        alone, names = part.endswith(("table", "scale")), (f"{ours}.{part}", f"{theirs}.{name}")
-        table += [rename(*names)] if alone else linear(*names)
-    return table
+    return ((f"blocks.{n}.", place.format(stage, 2 * stage + 1, i) + ".") for n, (stage, i) in enumerate(pairs))
 
 
 def fit_config(config: SwinConfig, shapes: dict[str, tuple]) -> SwinConfig:
-    """The configuration with what a file's shapes (our names) say of it: classes, windows,
-    absolute positions."""
-    classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
-    config = replace(config, num_classes=classes, absolute_positions="pos_embed" in shapes)
+    """With its classes, windows and kind of positions."""
+    config = replace(config, num_classes=classes_in(shapes), absolute_positions="pos_embed" in shapes)
     first = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
     tables = [f"blocks.{i}.{TABLE}" for i in first]
     if not all(key in shapes for key in tables):
@@ -169,9 +136,8 @@ def fit_config(config: SwinConfig, shapes: dict[str, tuple]) -> SwinConfig:
 
 
 def adapt(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig) -> None:
-    """Interpolate bias tables and positions in `state` to other windows or another
-    picture size, in place."""
-    adapt_positions(state, old, new, prefix=0)
+    """Interpolate bias tables and positions in `state` to other windows or sizes, in place."""
+    adapt_positions(state, old, new)
     stages = [stage for stage, depth in enumerate(new.depths) for _ in range(depth)]
     for i, stage in enumerate(stages):
         key, window = f"blocks.{i}.{TABLE}", new.window_of(stage)
@@ -184,25 +150,23 @@ def notes(config: SwinConfig, layout: str) -> list[str]:
     if layout not in ("timm", "torchvision", "original"):
         return []
     for stage in range(len(config.depths)):
-        (rows, cols), w = (-(-side // 2**stage) for side in config.grid), config.window_of(stage)
-        if rows % w or cols % w:
+        (height, width), w = (-(-side // 2**stage) for side in config.grid), config.window_of(stage)
+        if height % w or width % w:
             return [
-                f"windows: {w} x {w} do not divide the {rows} x {cols} patches of stage {stage + 1}; padded as "
+                f"windows: {w} x {w} do not divide the {height} x {width} patches of stage {stage + 1}; padded as "
                 f"transformers does it, not quite as {'timm' if layout == 'original' else layout} does"
             ]
     return []
 
 
 def resize_window_table(table: Tensor, old: int, new: int) -> Tensor:
-    """Bicubic interpolation of a bias table to another window, ((2 w - 1)^2, h), as the Swin
-    repository does."""
+    """Bicubic interpolation of a bias table ((2 w - 1)^2, h), as the Swin repository does."""
     grid = table.T.reshape(1, -1, 2 * old - 1, 2 * old - 1).float()
     grid = F.interpolate(grid, size=(2 * new - 1, 2 * new - 1), mode="bicubic", align_corners=False)
     return grid.flatten(2)[0].T.to(table.dtype).contiguous()
 
 
 def config_from_json(data: dict) -> SwinConfig | None:
-    """Read transformers' or timm's config.json; None where it is of another family."""
     if "model_type" not in data:
         return with_timm_arguments(config_for(timm_name(data)), data, TIMM_ARGUMENTS, (("global_pool", "avg"),))
     return from_transformers(SwinConfig(), data) if data["model_type"] == "swin" else None
@@ -216,10 +180,8 @@ def from_transformers(config: SwinConfig, data: dict) -> SwinConfig:
 
 
 def config_to_json(config: SwinConfig, layout: str) -> dict:
-    """config.json as transformers or timm read it; labels and preprocessing are
-    added by the caller."""
     if layout == "timm":
-        known = config.name in names()[1:]
+        known = config.name in names[1:]
         name = config.name.replace("-", "_") if known else "swin_tiny_patch4_window7_224"
         return to_timm(config, name, TIMM_ARGUMENTS, last_width(config))
     return to_transformers(config, "Swin")

@@ -9,8 +9,8 @@ import re
 from dataclasses import fields
 
 from reference_models.errors import ModelError
-from reference_models.files.names import Entry, fused, linear, rename
-from reference_models.files.shared import BLOCK, ENCODER_ARGUMENTS, PACKED, blocks, check_arguments, patches, to_timm
+from reference_models.files.names import BLOCK, PACKED, Entry, blocks, linear, rows
+from reference_models.files.timm import ENCODER_ARGUMENTS, check_arguments, given, to_timm
 from reference_models.vit import ViTConfig
 from reference_models.vit_variants import VariantConfig
 
@@ -78,18 +78,15 @@ def read_timm(data: dict) -> ViTConfig | VariantConfig | None:
     said = _said_by_name(kind, size, words)
     arguments = data.get("model_args") or {}
     check_arguments(arguments, {*ENCODER_ARGUMENTS, *ARGUMENTS})
-    given = {ours: arguments[theirs] for theirs, ours in ENCODER_ARGUMENTS.items() if theirs in arguments}
-    values |= {ours: tuple(value) if isinstance(value, list) else value for ours, value in given.items()}
+    values |= given(arguments, ENCODER_ARGUMENTS)
     values["act"] = arguments.get("act_layer") or values["act"]
     ratio = arguments.get("mlp_ratio", (1 + said["swiglu"]) * values["hidden"] / SIZES[size][0])
     values["hidden"] = int(values["dim"] * ratio + 1e-6) // (1 + said["swiglu"])
     said |= _said_by_arguments(said, arguments, data.get("global_pool"))
     name = architecture.replace("_", "-")
     variant = VariantConfig(name=name, **values, **said)
-    options = [field for field in fields(VariantConfig) if field.name in said]
-    if words - {"miil"} or kind not in ("vit", "deit") or arguments.get("init_values"):
-        return variant
-    if any(said[option.name] != option.default for option in options):
+    plain = all(said.get(field.name, field.default) == field.default for field in fields(VariantConfig))
+    if not plain or words - {"miil"} or kind not in ("vit", "deit") or arguments.get("init_values"):
         return variant
     return ViTConfig(name=re.sub("^deit-", "vit-", name), **values)
 
@@ -112,12 +109,8 @@ def _said_by_name(kind: str, size: str, words: set[str]) -> dict:
 
 def _said_by_arguments(said: dict, arguments: dict, pool: str | None) -> dict:
     """The options that config.json gives explicitly; the rest stays as in `said`."""
-    changed = {
-        ours: arguments[theirs]
-        for theirs, ours in (("class_token", "class_token"), ("reg_tokens", "registers"), ("pre_norm", "pre_norm"))
-        if theirs in arguments
-    }
-    changed = said | changed
+    known = {"class_token": "class_token", "reg_tokens": "registers", "pre_norm": "pre_norm"}
+    changed = said | given(arguments, known)
     if pool := arguments.get("global_pool", pool):
         if pool not in POOLS:
             raise ModelError(f"config.json: global_pool {pool!r} is not known; known are {', '.join(POOLS)}")
@@ -137,18 +130,13 @@ def _said_by_arguments(said: dict, arguments: dict, pool: str | None) -> dict:
 
 def timm_rows(config: VariantConfig) -> list[Entry]:
     """Our names of a variant beside timm's."""
-    table = [*patches("patch_embed.proj"), *linear("norm_pre", "norm_pre")]
-    table += [rename(name, name) for name in ("cls_token", "dist_token", "reg_token", "pos_embed")]
-    table += [*linear("norm", "norm"), *linear("fc_norm", "fc_norm"), *head_rows(config, "head", "head_dist")]
-    pool = "attn_pool"
-    table += [rename(f"{pool}.probe", f"{pool}.latent"), *linear(f"{pool}.q_proj", f"{pool}.q")]
-    table += fused([f"{pool}.{n}_proj" for n in "kv"], f"{pool}.kv.weight", f"{pool}.kv.bias")
-    for ours, theirs in (("out_proj", "proj"), ("norm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
-        table += linear(f"{pool}.{ours}", f"{pool}.{theirs}")
-    scales = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
-    return table + blocks(
-        config.depth, "blocks.", *with_swiglu(config, BLOCK["timm"], "mlp.fc1.", PACKED["timm"]), scales
-    )
+    same = ("patch_embed.proj", "norm_pre", "cls_token", "dist_token", "reg_token", "pos_embed", "norm", "fc_norm")
+    table = rows("", "", {name: name for name in same}) + head_rows(config, "head", "head_dist")
+    pool = {"probe": "latent", "q_proj": "q", "out_proj": "proj"}
+    pool |= {name: name for name in ("norm", "mlp.fc1", "mlp.fc2")}
+    table += rows("attn_pool.", "attn_pool.", pool, {"kv.": ("k_proj", "v_proj")})
+    parts = BLOCK["timm"] | {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    return table + blocks(config.depth, "blocks.", *with_swiglu(config, parts, "mlp.fc1.", PACKED["timm"]))
 
 
 def head_rows(config: VariantConfig, token: str, dist: str) -> list[Entry]:

@@ -2,26 +2,24 @@
 variants. See load.py for the protocol.
 """
 
-import math
 import re
 from dataclasses import replace
-
-from torch import Tensor
 
 from reference_models.clip import CLIPConfig
 from reference_models.errors import ModelError
 from reference_models.files import clip, vit
-from reference_models.files.names import Entry, linear, rename
+from reference_models.files.fields import ENCODER_FIELDS as FIELDS
+from reference_models.files.fields import NO_DROPOUT, read_fields, size_name, write_fields
+from reference_models.files.names import BLOCK, OUTSIDE, Entry, blocks, linear, rows
 from reference_models.files.preprocess import HALF, IMAGENET
-from reference_models.files.shared import BLOCK, NO_DROPOUT, adapt_positions, blocks, patches, read_fields, write_fields
-from reference_models.files.shared import ENCODER_FIELDS as FIELDS
+from reference_models.files.shapes import adapt_positions, fit_positions
 from reference_models.files.timm_vit import SIZES, head_rows, timm_json, timm_rows, with_swiglu
 from reference_models.files.towers import vision_rows
+from reference_models.vit import ViTConfig
 from reference_models.vit_variants import VariantConfig, VariantViT
 
-build = VariantViT
-TOWER = ("vision_model.",)
-PREFIXES = ("dinov2.", "dinov2_with_registers.", "deit.", *TOWER)
+build, adapt = VariantViT, adapt_positions
+PREFIXES = ("dinov2.", "dinov2_with_registers.", "deit.", "vision_model.")
 layouts = {"transformers4": PREFIXES, "transformers5": (*PREFIXES, ""), "timm": ("",), "open_clip": ("",)}
 own_prefixes = ("", "vision.")  # of our own CLIP files
 adapter_layouts = ("transformers5", "transformers4", "timm")
@@ -40,10 +38,7 @@ SIGLIP = {"pool": "norm map", "head_pool": "norm avg", "class_token": False, "pr
 DEIT = {"distilled": True, "prefix_positions": 2, "num_classes": 1, "distilled_classes": 1}
 CLIP_DEFAULTS = {"patch_size": 32, "act": "quick_gelu", "eps": 1e-5}
 SIGLIP_DEFAULTS = {"act": "gelu_pytorch_tanh", "eps": 1e-6}
-
-
-def names() -> list[str]:
-    return [f"dinov2{kind}-{size}" for kind in ("", "-registers") for size in ("small", "base", "large", "giant")]
+names = [f"dinov2{kind}-{size}" for kind in ("", "-registers") for size in ("small", "base", "large", "giant")]
 
 
 def config_for(name: str) -> VariantConfig | None:
@@ -101,45 +96,40 @@ def kind_of(config: VariantConfig) -> str | None:
 
 
 def key_table(config: VariantConfig, layout: str) -> list[Entry]:
-    """Our names beside those of transformers 4 and 5, timm and open_clip; no rows where the library
-    has no such model."""
+    """No rows where the library has no such model."""
     if layout == "timm":
         return timm_rows(config)
     kind = kind_of(config)
     if layout == "open_clip":
-        norm, scales = (
-            "norm" if config.steps[0] == "norm" else "fc_norm",
-            {f"gamma_{n}": f"ls_{n}.gamma" for n in (1, 2)},
-        )
-        return vision_rows(config.depth, "visual.", layout, norm, scales)
+        norm = "norm" if config.steps[0] == "norm" else "fc_norm"
+        return vision_rows(config.depth, "visual.", layout, norm, {f"gamma_{n}": f"ls_{n}.gamma" for n in (1, 2)})
     if kind in ("clip", "siglip"):
         # without a head transformers 5 has no level above the tower
         base = "vision_model." if config.num_classes or layout == "transformers4" else ""
         return vision_rows(config.depth, base, kind) + linear("head", "classifier")
     if kind == "deit":
         return vit.key_table(config, layout) + head_rows(config, "cls_classifier", "distillation_classifier")
-    return _dinov2(config, f"{kind}.", layout) if kind else []
+    if kind is None:
+        return []
+    table = dinov2_rows(config, f"{kind}.", layout, config.swiglu) + linear("head", "classifier")
+    return table + rows("", f"{kind}.", {"reg_token": "embeddings.register_tokens"})
 
 
-def _dinov2(config: VariantConfig, base: str, layout: str) -> list[Entry]:
-    outside = f"{base}embeddings."
-    table = [*patches(f"{outside}patch_embeddings.projection"), *linear("norm", f"{base}layernorm")]
-    table += [rename("cls_token", f"{outside}cls_token"), rename("reg_token", f"{outside}register_tokens")]
-    table += [rename("pos_embed", f"{outside}position_embeddings"), *linear("head", "classifier")]
+def dinov2_rows(config: ViTConfig, base: str, layout: str, swiglu: bool = False) -> list[Entry]:
+    """Our names beside those of transformers' Dinov2Model."""
     parts = {name: theirs for name, theirs in BLOCK[layout].items() if name.startswith("attn.")}
     parts |= {name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
     packed: dict = {}
-    if config.swiglu and layout == "transformers4":
+    if swiglu and layout == "transformers4":
         parts, packed = with_swiglu(config, parts | {"mlp.fc2": "mlp.weights_out"}, "mlp.weights_in.")
-    elif config.swiglu:
+    elif swiglu:
         parts |= {"mlp.gate_proj": "mlp.gate_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
-    scales = {"gamma_1": "layer_scale1.lambda1", "gamma_2": "layer_scale2.lambda1"}
-    return table + blocks(config.depth, f"{base}encoder.layer.", parts, packed, scales)
+    parts |= {"gamma_1": "layer_scale1.lambda1", "gamma_2": "layer_scale2.lambda1"}
+    return rows("", base, OUTSIDE) + blocks(config.depth, f"{base}encoder.layer.", parts, packed)
 
 
 def fit_config(config: VariantConfig, shapes: dict[str, tuple]) -> VariantConfig:
-    """The configuration with what a file's names and shapes (ours) say of it: classes, layer scale,
-    biases, the place of the final norm, picture size."""
+    """With its classes, layer scale, biases, place of the final norm, and picture size."""
     heads = [shapes[key][0] for key in ("head.weight", "head.token.weight") if key in shapes]
     scale = (config.layer_scale or 1e-5) if "blocks.0.gamma_1" in shapes else 0.0
     config = replace(config, num_classes=heads[0] if heads else 0, layer_scale=scale)
@@ -147,16 +137,7 @@ def fit_config(config: VariantConfig, shapes: dict[str, tuple]) -> VariantConfig
     config = replace(config, qkv_bias="blocks.0.attn.q_proj.bias" in shapes)
     if "fc_norm.weight" in shapes and config.pool.startswith("norm "):
         config = replace(config, pool=" ".join(reversed(config.pool.split())))
-    rows = shapes.get("pos_embed", (1, 0))[1] - config.prefix_positions
-    if rows > 0 and rows != math.prod(config.grid):
-        config = replace(config, image_size=math.isqrt(rows) * config.patch_size)
-    return config
-
-
-def adapt(state: dict[str, Tensor], old: VariantConfig, new: VariantConfig) -> None:
-    """Interpolate the position embeddings in `state` from the old picture size to the
-    new one, in place."""
-    adapt_positions(state, old, new, prefix=new.prefix_positions)
+    return fit_positions(config, shapes, config.prefix_positions)
 
 
 def config_from_json(data: dict) -> VariantConfig | None:
@@ -168,15 +149,11 @@ def config_from_json(data: dict) -> VariantConfig | None:
         return _read_dinov2(data, classes)
     if kind == "deit" and "DeiTForImageClassificationWithTeacher" in architectures:
         values = read_fields(data, FIELDS)
-        return VariantConfig(_name("deit", values), **values, **DEIT)
+        return VariantConfig(size_name("deit", values), **values, **DEIT)
     if kind in ("clip_vision_model", "siglip_vision_model") or (kind in ("clip", "siglip") and classes):
         tower = data.get("vision_config_dict") or data.get("vision_config") or {} if classes else data
         return read_tower(tower, "clip" if kind.startswith("clip") else "siglip", classes)
     return None
-
-
-def _name(kind: str, values: dict) -> str:
-    return f"{kind}-{values['dim']}-patch{values['patch_size']}-{values['image_size']}"
 
 
 def read_tower(data: dict, kind: str, classes: int) -> VariantConfig:
@@ -184,7 +161,7 @@ def read_tower(data: dict, kind: str, classes: int) -> VariantConfig:
     values = read_fields(data, {ours: (name, defaults.get(ours, default)) for ours, (name, default) in FIELDS.items()})
     if data.get("vision_use_head") is False:
         options = options | {"pool": "norm avg"}
-    return VariantConfig(_name(kind, values), num_classes=classes, **values, **options)
+    return VariantConfig(size_name(kind, values), num_classes=classes, **values, **options)
 
 
 def _hidden(dim: int, ratio: float, swiglu: bool) -> int:
@@ -198,12 +175,11 @@ def _read_dinov2(data: dict, classes: int) -> VariantConfig:
     values["hidden"] = _hidden(values["dim"], data.get("mlp_ratio", 4), swiglu)
     registers = data.get("num_register_tokens", 4) if data["model_type"].endswith("registers") else 0
     options = {**DINOV2, "registers": registers, "swiglu": swiglu, "layer_scale": data.get("layerscale_value", 1.0)}
-    return VariantConfig(_name("dinov2", values), num_classes=classes, **values, **options)
+    return VariantConfig(size_name("dinov2", values), num_classes=classes, **values, **options)
 
 
 def config_to_json(config: VariantConfig, layout: str) -> dict:
-    """config.json as transformers or timm read it; labels and preprocessing are added by the
-    caller. ModelError where the library has no such model."""
+    """ModelError where the library has no such model."""
     if layout == "timm":
         return timm_json(config)
     kind, head = kind_of(config), "ForImageClassification" if config.num_classes else "Model"

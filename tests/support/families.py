@@ -24,7 +24,7 @@ SEES = [family for family in FAMILIES if family not in READ]
 
 def small_model(family: str, **sizes) -> nn.Module:
     """The first model that a family names, in SIZES."""
-    name = family_module(family).names()[0]
+    name = family_module(family).names[0]
     classes = {"num_classes": 7} if hasattr(config_for(name), "num_classes") else {}
     return create_model(name, **SIZES.get(family, {}) | classes | sizes)
 
