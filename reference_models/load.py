@@ -244,7 +244,8 @@ def _preprocess(config) -> dict:
 
 def _make(config) -> nn.Module:
     made = {tower: _make(getattr(config, tower)) for tower in ("vision", "text") if hasattr(config, tower)}
-    towers = [getattr(model, tower, model) for tower, model in made.items()]  # of CLIP the one that is meant
+    # of CLIP the one that is meant
+    towers = [getattr(model, tower, model) for tower, model in made.items()]
     try:
         return family_module(config.family).build(config, *towers)
     except ValueError as error:  # sizes that do not go together

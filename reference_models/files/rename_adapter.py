@@ -79,7 +79,7 @@ def _folded(name: str) -> str:
 
 
 def renamer(family: str, source: str, target: str) -> Callable[[str], str | None]:
-    """A function from a module's or tensor's name to its new one, None where the family has none."""
+    """A function from a module's or tensor's name to its new one, None where there is none."""
     rules = rules_for(family, source, target)
 
     def rename(name: str) -> str | None:

@@ -22,7 +22,7 @@ def fit_positions(config, shapes: dict[str, tuple], prefix: int, key: str = "pos
 
 
 def adapt_positions(state: dict[str, Tensor], old, new, key: str = "pos_embed") -> None:
-    """Interpolate positions in `state` to another patch grid, in place; other tokens keep theirs."""
+    """Interpolate the positions of patches in `state` to another grid, in place."""
     if key in state and old.grid != new.grid:
         prefix = state[key].shape[1] - math.prod(old.grid)
         state[key] = resize_positions(state[key], new.grid, prefix, old.grid)

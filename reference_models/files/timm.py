@@ -39,8 +39,7 @@ def check_arguments(arguments: dict, known) -> None:
 def with_timm_arguments(config, data: dict, known: dict[str, str], seen: tuple = ()):
     """The configuration of an architecture, None where that is of another family, with the
     arguments of timm's config.json. seen: arguments of which the file's tensors tell, or pairs of
-    an argument and its one value. Where ours counts hidden units, timm has their ratio to the width.
-    """
+    an argument and its one value. Where ours counts hidden units, timm has their ratio to dim."""
     if config is None:
         return None
     arguments = data.get("model_args") or {}
