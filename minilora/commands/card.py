@@ -1,8 +1,11 @@
 """README.md of a run directory, a model card: what was trained on what, how well, and how to load
 it with minilora, PEFT and transformers. Everything in it can be typed as it stands.
+
+card.md beside this file is the card, with the names of what is filled in.
 """
 
 import json
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +15,9 @@ from minilora.settings.flags import Config
 from minilora.settings.parse import NOT_SAVED
 from minilora.settings.values import option
 from minilora.textfiles import printable
+
+# everywhere; merged in transformers; an adapter of PEFT
+CARD, MERGED, PEFT = re.split("<!-- .* -->\n", Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
 
 CLASSES = {"classify": "AutoModelForImageClassification", "choice": "AutoModel"}  # of transformers
 PREDICT = {
@@ -34,59 +40,6 @@ def command(config: Config) -> str:
     return shlex.join(words)
 
 
-def loading(path: Path, config: Config, base: dict, layouts: tuple[str, ...], classes: int) -> str:
-    """How to load the run: with minilora, merged in transformers, as an adapter with PEFT."""
-    text = f"""## Load it
-
-With minilora, from this folder alone and the base weights that `config.toml` names:
-
-```python
-from minilora.tasks import load_run
-
-run = load_run({json.dumps(str(path))})
-print({PREDICT[config.task]})
-```
-"""
-    kind = "choice" if config.head == "names" else config.task  # both are a CLIP
-    if "transformers5" not in layouts or kind not in CLASSES or isinstance(config.model, dict):
-        return text
-    model_class, folder = CLASSES[kind], printable(shlex.quote(str(path)))
-    text += f"""
-In transformers, merged to one model:
-
-```sh
-python evaluate.py {folder} --merge-to merged --layout transformers
-```
-```python
-from transformers import {model_class}
-
-model = {model_class}.from_pretrained("merged")
-```
-"""
-    if config.mode != "lora":
-        return text
-    weights = {"none": '"none"', "bundled": "None"}.get(base["weights"], json.dumps(base["weights"]))
-    sizes = f", num_classes={classes}" * (kind == "classify")
-    text += f"""
-With PEFT, as an adapter beside the base model in transformers' layout:
-
-```sh
-python evaluate.py {folder} --export-adapter adapter --layout transformers5
-```
-```python
-from peft import PeftModel
-from transformers import {model_class}
-
-from reference_models import load_pretrained, save_pretrained
-
-base = load_pretrained({json.dumps(config.model)}, {weights}{sizes})
-save_pretrained(base, "base", layout="transformers")
-model = PeftModel.from_pretrained({model_class}.from_pretrained("base"), "adapter")
-```
-"""
-    return text
-
-
 def model_card(
     path: Path, config: Config, base: dict, labels: list[str], summary: dict, lines: list[str], layouts: tuple[str, ...]
 ) -> str:
@@ -100,23 +53,32 @@ def model_card(
     some = printable(", ".join(labels[:20])).replace("|", "\\|") + f" and {len(labels) - 20} more" * (len(labels) > 20)
     model, both = config.model_name, (base["weights"], base.get("sha256"))
     weights, sha256 = (" + ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in both)
-    return f"""# {printable(path.name)}
-
-{config.mode} fine-tuning of {model} for {config.task}, made with minilora {summary["versions"].get("minilora", "")}.
-
-| | |
-|---|---|
-| base | {model}, weights {printable(weights)}, sha256 {sha256[:16]}... |
-| {" | ".join(lines[0].split(": ", 1)) if lines and ": " in lines[0] else "data | " + "; ".join(lines)} |
-| {"answers" if config.task == "vqa" else "classes"} | {len(labels)}: {some} |
-| trained | {counts["trainable"]:,} of {counts["total"]:,} parameters |
-| {NAMES.get(metric, metric)} | {scored}, best epoch {best["epoch"]} of {config.epochs} |
-| time, memory | {summary["seconds"]:.1f} s of training, peak {summary["peak_memory_mb"]:.0f} MiB, {summary["device"]} |
-
-The weights kept are those of the best epoch by {NAMES.get(metric, metric)} on the validation data. Made by
-
-```sh
-{printable(command(config))}
-```
-
-{loading(path, config, base, layouts, len(labels))}"""
+    kind = "choice" if config.head == "names" else config.task  # both are a CLIP
+    text = CARD
+    if "transformers5" in layouts and kind in CLASSES and isinstance(config.model, str):
+        text += MERGED + PEFT * (config.mode == "lora")
+    place = {"none": '"none"', "bundled": "None"}.get(weights, json.dumps(weights))
+    return text.format(
+        name=printable(path.name),
+        mode=config.mode,
+        model=model,
+        task=config.task,
+        version=summary["versions"].get("minilora", ""),
+        weights=printable(weights),
+        sha256=sha256[:16],
+        data=" | ".join(lines[0].split(": ", 1)) if lines and ": " in lines[0] else "data | " + "; ".join(lines),
+        kind="answers" if config.task == "vqa" else "classes",
+        labels=f"{len(labels)}: {some}",
+        metric=NAMES.get(metric, metric),
+        scored=scored,
+        epoch=best["epoch"],
+        epochs=config.epochs,
+        command=printable(command(config)),
+        path=json.dumps(str(path)),
+        predict=PREDICT[config.task],
+        folder=printable(shlex.quote(str(path))),
+        model_class=CLASSES.get(kind),
+        base=f"{json.dumps(config.model)}, {place}" + f", num_classes={len(labels)}" * (kind == "classify"),
+        **counts,
+        **{key: summary[key] for key in ("seconds", "peak_memory_mb", "device")},
+    )
