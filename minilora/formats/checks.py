@@ -43,10 +43,16 @@ def has_place(model: nn.Module, name: str, tensor: Tensor) -> bool:
 
 def check_fit(model: nn.Module, config: LoRAConfig, tensors: dict, directory: Path) -> None:
     """UserError where the file's tensors are not those that the model trains, or would train."""
-    has_lora = any(True for _ in lora_layers(model))
-    if has_lora:
-        _check_scaling(model, config, tensors, directory)
-    trained = model if has_lora else _injected_without_memory(model, config)
+    adapted = dict(lora_layers(model))
+    for name, layer in adapted.items():
+        options = config.layer_options(name)
+        wanted = options["lora_alpha"] / (options["r"] ** 0.5 if config.use_rslora else options["r"])
+        if name + ".lora_A.weight" in tensors and abs(wanted - layer.scaling) > 1e-6 * abs(wanted):
+            raise UserError(
+                f"{directory}: scaling of {name} is {wanted:g} in the file, {layer.scaling:g} in the model; "
+                "inject with the file's lora_alpha"
+            )
+    trained = model if adapted else _injected_without_memory(model, config)
     own = {name: tuple(tensor.shape) for name, tensor in lora_state_dict(trained).items()}
     file = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = {
@@ -57,18 +63,6 @@ def check_fit(model: nn.Module, config: LoRAConfig, tensors: dict, directory: Pa
     if any(problems.values()):
         found = [f"{what} {len(names)}: {', '.join(names[:5])}" for what, names in problems.items() if names]
         raise UserError(f"{directory}: the adapter does not fit this model; {'; '.join(found)}")
-
-
-def _check_scaling(model: nn.Module, config: LoRAConfig, tensors: dict, directory: Path) -> None:
-    """UserError where a layer that has LoRA has another scaling than the file was trained with."""
-    for name, layer in lora_layers(model):
-        options = config.layer_options(name)
-        wanted = options["lora_alpha"] / (options["r"] ** 0.5 if config.use_rslora else options["r"])
-        if name + ".lora_A.weight" in tensors and abs(wanted - layer.scaling) > 1e-6 * abs(wanted):
-            raise UserError(
-                f"{directory}: scaling of {name} is {wanted:g} in the file, {layer.scaling:g} in the model; "
-                "inject with the file's lora_alpha"
-            )
 
 
 def _injected_without_memory(model: nn.Module, config: LoRAConfig) -> nn.Module:

@@ -194,14 +194,12 @@ def adapter_to_ours(
             f"{where}: the adapter fits {towers} alike; write the one that is meant before the names of its tensors, "
             f'as in "{PREFIX}{first}"'
         )
-    other = "belongs to another model" if len(nearest) == len(tensors) else "does not fit this model"
-    counted = f"{len(nearest)} of its {len(tensors)} tensors"
+    problem = "belongs to another model" if len(nearest) == len(tensors) else "does not fit this model"
     if {*nearest.values()} == {NO_PLACE}:
-        raise UserError(
-            f"{where}: the adapter {other}: {counted} have no place here, such as {', '.join([*nearest][:3])}"
-        )
-    listed = ", ".join(f"{name} ({reason})" for name, reason in list(nearest.items())[:5])
-    raise UserError(f"{where}: the adapter {other}: {counted} do not belong here: {listed}")
+        listed = "have no place here, such as " + ", ".join([*nearest][:3])
+    else:
+        listed = "do not belong here: " + ", ".join(f"{name} ({why})" for name, why in [*nearest.items()][:5])
+    raise UserError(f"{where}: the adapter {problem}: {len(nearest)} of its {len(tensors)} tensors {listed}")
 
 
 NO_PLACE = "no place here"
