@@ -46,12 +46,11 @@ def model_card(
     """The card as Markdown. base: weights and sha256 of the base; lines: the run's data lines;
     layouts: those that the model can be written in."""
     lines = [printable(line).replace("|", "\\|") for line in lines]
-    counts, best, test = summary["parameters"], summary["best"], summary.get("test") or {}
-    metric = summary["metric"]
+    metric, best, test = summary["metric"], summary["best"], summary.get("test") or {}
     scores = {"validation": best.get("val_loss" if metric == "loss" else metric), "test": test.get(metric)}
     scored = ", ".join(f"{part} {shown(metric, value)}" for part, value in scores.items() if value is not None)
     some = printable(", ".join(labels[:20])).replace("|", "\\|") + f" and {len(labels) - 20} more" * (len(labels) > 20)
-    model, both = config.model_name, (base["weights"], base.get("sha256"))
+    both = base["weights"], base.get("sha256")
     weights, sha256 = (" + ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in both)
     kind = "choice" if config.head == "names" else config.task  # both are a CLIP
     text = CARD
@@ -60,9 +59,8 @@ def model_card(
     place = {"none": '"none"', "bundled": "None"}.get(weights, json.dumps(weights))
     return text.format(
         name=printable(path.name),
-        mode=config.mode,
-        model=model,
-        task=config.task,
+        config=config,
+        summary=summary,
         version=summary["versions"].get("minilora", ""),
         weights=printable(weights),
         sha256=sha256[:16],
@@ -71,14 +69,10 @@ def model_card(
         labels=f"{len(labels)}: {some}",
         metric=NAMES.get(metric, metric),
         scored=scored,
-        epoch=best["epoch"],
-        epochs=config.epochs,
         command=printable(command(config)),
         path=json.dumps(str(path)),
         predict=PREDICT[config.task],
         folder=printable(shlex.quote(str(path))),
         model_class=CLASSES.get(kind),
         base=f"{json.dumps(config.model)}, {place}" + f", num_classes={len(labels)}" * (kind == "classify"),
-        **counts,
-        **{key: summary[key] for key in ("seconds", "peak_memory_mb", "device")},
     )
