@@ -57,28 +57,26 @@ def report_data(
     the scores}; figures: pictures of all.
     """
     names, tables = names_of(runs), tables or {}
-    curves = {name: run.path / "metrics.jsonl" for name, run in zip(names, runs, strict=True)}
-    best = {name: epoch for name, run in zip(names, runs, strict=True) if (epoch := best_epoch(run))}
+    triples = list(zip(names, runs, evaluations, strict=True))
+    curves = {name: run.path / "metrics.jsonl" for name, run, _ in triples}
+    best = {name: epoch for name, run, _ in triples if (epoch := best_epoch(run))}
     shared = {"curves": curves, "best": best, "figures": [*attention_figures(runs, options), *figures]}
-    parts = [
-        one_run(run, name, evaluation, options, tables.get(name, ()))
-        for run, name, evaluation in zip(runs, names, evaluations, strict=True)
-    ]
+    parts = [one_run(run, name, found, options, tables.get(name, ())) for name, run, found in triples]
     if len(runs) == 1:
         return replace(parts[0], **shared, tables=[*parts[0].tables, *tables.get("", ())])
     settings, versions = [part.configuration for part in parts], parts[0].versions
     seen: set[str] = set()
-    for part, run, evaluation in zip(parts, runs, evaluations, strict=True):
+    for part, (_, run, found) in zip(parts, triples, strict=True):
         part.configuration = {}
         part.versions = {} if part.versions == versions else part.versions
-        if (on := scored_on(run, evaluation, options)) in seen:
+        if (on := scored_on(run, found, options)) in seen:
             part.samples = {}  # those of an earlier run
         seen.add(on)
     same = {key: value for key, value in settings[0].items() if all(one.get(key) == value for one in settings)}
     other = [[key, *(value_text(one.get(key)) for one in settings)] for key in settings[0] if key not in same]
     differing = Table("Configuration: what differs", ["flag", *names], other)
     facts = {"runs": str(len(runs)), "data sets": str(len(seen))}
-    scored = [(e.scores[main_score(e.scores)], name) for e, name in zip(evaluations, names, strict=True) if e.scores]
+    scored = [(found.scores[main_score(found.scores)], name) for name, _, found in triples if found.scores]
     if scored and len(seen) == 1:
         facts |= {f"best accuracy, {max(scored)[1]}": f"{100 * max(scored)[0]:.2f} %"}
     return ReportData(

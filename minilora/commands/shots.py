@@ -53,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells: Cells = {}
 
     def finish(path: Path, config: Config) -> None:
-        add_run(cells, config, read_summary(path))
+        summary, row = read_summary(path), cells.setdefault(config.head, {})
+        tested, untrained = summary.get("test"), summary.get("zero_shot")
+        row.setdefault(config.shots, []).append((tested or summary["best"])["accuracy"])
+        if untrained:
+            row.setdefault(ZERO_SHOT, []).append(untrained["test_accuracy" if tested else "accuracy"])
         atomic_write(output / "table.md", markdown_table(*table(cells)) + "\n")
 
     failed = run_plan(plan, output, finish)
@@ -77,15 +81,6 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Pat
     plan = make_plan(shared, runs, "name every K, head and seed once")
     open_data(max(plan.values(), key=lambda config: config.shots))
     return plan, make_folder(output)
-
-
-def add_run(cells: Cells, config: Config, summary: dict[str, Any]) -> None:
-    """The accuracy of a finished run, and what its model knew before."""
-    tested, before = summary.get("test"), summary.get("zero_shot")
-    row = cells.setdefault(config.head, {})
-    row.setdefault(config.shots, []).append((tested or summary["best"])["accuracy"])
-    if before:
-        row.setdefault(ZERO_SHOT, []).append(before["test_accuracy" if tested else "accuracy"])
 
 
 def table(cells: Cells) -> tuple[list[str], list[list[str]]]:

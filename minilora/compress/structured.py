@@ -38,13 +38,12 @@ def remove_mlp_units(model: nn.Module, sparsity: float, run: Callable[[], object
     """
     check_units(model, sparsity)
     mlps = mlp_layers(merge_lora(model))
-    configured = [module for module in model.modules() if is_dataclass(getattr(module, "config", None))]
-    configs = {module: smaller_config(module.config, sparsity) for module in configured}
     activity = measure_units(mlps, run) if run is not None else {}
     for name, mlp in mlps.items():
         shrink_mlp(mlp, units_kept(mlp.fc1.out_features, sparsity), *activity.get(name, ()))
-    for module, config in configs.items():
-        module.config = config
+    for module in model.modules():  # the model and its towers
+        if is_dataclass(getattr(module, "config", None)):
+            module.config = smaller_config(module.config, sparsity)
     return model
 
 
