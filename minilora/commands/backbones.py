@@ -91,10 +91,8 @@ def run_plan(plan: dict[str, Config], output: Path, finish: Callable[[Path, Conf
 
 
 def read_plan(argv: Sequence[str] | None = None) -> tuple[dict[str, Config], Path]:
-    """({name of a run: its whole configuration}, the folder for all of them).
-
-    Raises UserError for what can be known before the first run: flags, models, weights, data.
-    """
+    """({name of a run: its whole configuration}, the folder for all of them). Raises UserError for
+    what can be known before the first run: flags, models, weights, data."""
     usage, title = "--models NAME ... --output DIR [flags of train.py]", __doc__.partition("\n")[0]
     parser = Parser(Sweep, "python -m minilora.commands.backbones", usage, title)
     shared, lists, output = read_table(parser, argv)

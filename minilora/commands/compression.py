@@ -1,5 +1,4 @@
-"""evaluate.py RUN --prune S --prune-scope P: a run's model made smaller, and all sizes side by
-side; and --latency.
+"""evaluate.py RUN --prune S --prune-scope P: a model made smaller, all sizes; and --latency.
 
 Scopes of single weights (conv, backbone, all) leave a model that only a compressed file shows to be
 smaller; the scope units removes whole MLP units and leaves a model that is smaller and faster. With

@@ -86,9 +86,7 @@ SETS = {
 
 def fetch(name: str, directory: str | os.PathLike, mirror: str | None = None) -> Path:
     """Download and unpack the data set `name` below `directory`; returns the folder for --data-dir.
-
-    Raises UserError for an unknown name, RunError for what network, archive or disk do.
-    """
+    Raises UserError for an unknown name, RunError for what network, archive or disk do."""
     if name not in SETS:
         raise UserError(f"data set {name!r} is unknown; choose from {', '.join(SETS)}")
     wanted, root = SETS[name], Path(directory)

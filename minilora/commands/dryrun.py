@@ -1,6 +1,4 @@
-"""--dry-run: what would be trained, on how much, for how long, and in how much memory.
-Nothing is trained.
-"""
+"""--dry-run, which trains nothing: what would be trained, on how much, how long, in what memory."""
 
 from collections import Counter
 

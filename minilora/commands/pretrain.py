@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from minilora.atomic import write_json
 from minilora.data.generated.captions import Captions, caption_vocabulary
 from minilora.data.generated.sentences import Sentences, vocabulary_texts
 from minilora.data.generated.shapes import ShapesSplit, task_classes
-from minilora.data.pictures.loader import collate, in_order, mix, seeded_cpu
+from minilora.data.pictures.loader import in_order, mix, seeded_cpu
 from minilora.data.pictures.transforms import Normalise
 from minilora.training.optim import schedule_factor
 from reference_models import create_model, load_pretrained, save_pretrained
@@ -50,9 +51,7 @@ def fit(model: nn.Module, loss_of: Callable[[range], Tensor], plan: Plan) -> Non
     """Train all of `model`. `loss_of(numbers)` is the loss of these samples; none comes twice."""
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
     warm = max(1, round(plan.warmup * plan.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule_factor("cosine", step, plan.steps, warm)
-    )
+    schedule = LambdaLR(optimizer, lambda step: schedule_factor("cosine", step, plan.steps, warm))
     model.train()
     start, recent = time.time(), None
     for step in range(plan.steps):
@@ -71,9 +70,8 @@ def fit(model: nn.Module, loss_of: Callable[[range], Tensor], plan: Plan) -> Non
 
 def batch_of(split: ShapesSplit, normalise: Normalise, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
     """(B, 3, S, S) float32 pictures and (B,) labels of the shapes with these numbers."""
-    items = [{"image": torch.from_numpy(split.pixels(i)), "label": split[i].label} for i in indices]
-    batch = collate(items)
-    return normalise(batch["image"].permute(0, 3, 1, 2)), batch["label"]
+    pixels = torch.stack([torch.from_numpy(split.pixels(i)) for i in indices])
+    return normalise(pixels.permute(0, 3, 1, 2)), torch.tensor([split[i].label for i in indices])
 
 
 @torch.no_grad()
@@ -212,8 +210,8 @@ RECIPES: dict[str, tuple[Callable[[Plan], tuple[nn.Module, dict]], Plan, str]] =
 }
 
 
-def pretrain(name: str, output: Path | None = None, steps: int | None = None) -> dict:
-    """Train the nano model `name` and write it to `output`; returns the record."""
+def pretrain(name: str, output: Path | None = None, steps: int | None = None) -> None:
+    """Train the nano model `name` and write it to `output`, with a record of the training."""
     recipe, plan, folder = RECIPES[name]
     plan = replace(plan, steps=steps or plan.steps)
     output = output or WEIGHTS / folder
@@ -227,7 +225,6 @@ def pretrain(name: str, output: Path | None = None, steps: int | None = None) ->
     config = json.loads((output / "config.json").read_text())
     write_json(output / "config.json", config | {"pretraining": record})
     print(f"{name}: {json.dumps(record)} -> {output}")
-    return record
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,4 @@
-"""The results of a run: the lines that say how it went, and summary.json, curves.png, attention.png
-report.html and README.md.
-"""
+"""The results of a run: the lines that say how it went, and the files that it leaves."""
 
 import math
 import shlex
