@@ -1,5 +1,4 @@
-"""Encoders written out by hand, with separate q, k, v and out projections, loaded from the files
-that people have.
+"""Encoders written by hand, with separate q, k, v and out projections, loaded from people's files.
 
 One file for each family holds the model and nothing else, a chapter to read; what they share is in
 layers.py. Nothing here knows of LoRA: minilora adapts any of these models by its layers' names.

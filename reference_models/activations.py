@@ -14,7 +14,7 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
-# names that files have for one function; "gelu" is the exact one, with erf
+# by the names that files have; "gelu" is the exact one, with erf
 TANH_GELU = dict.fromkeys(
     ("gelu_tanh", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), partial(nn.GELU, "tanh")
 )

@@ -20,8 +20,7 @@ from reference_models.layers import Block, Classifier, PatchEmbed, PatchGrid, in
 
 @dataclass(frozen=True)
 class BeitConfig(PatchGrid):
-    """Sizes of a BEiT. image_size is a side in pixels, or (height, width); layer_scale is the first
-    value of gamma, 0 for none."""
+    """Sizes of a BEiT. image_size is a side in pixels, or (height, width)."""
 
     name: str = "beit-base-patch16-224"
     image_size: int | tuple[int, int] = 224
@@ -37,7 +36,7 @@ class BeitConfig(PatchGrid):
     relative_bias: bool = True  # a table in each layer
     shared_relative_bias: bool = False  # one table for all layers
     absolute_positions: bool = False
-    layer_scale: float = 0.1
+    layer_scale: float = 0.1  # the first value of gamma, 0 for none
     mean_pooling: bool = True  # False: the class token
     family: str = "beit"
 
@@ -131,8 +130,7 @@ class Beit(Classifier):
         return x if self.pos_embed is None else x + self.pos_embed
 
     def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
-        """All tokens, after the final norm where the class token is read: (B, T, d), or with
-        last_rows only that one, (B, 1, d)."""
+        """All tokens, normed where the class token is read: (B, T, d), or last_rows (B, 1, d)."""
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (1, h, T, T)
         checkpointing = self.grad_checkpointing
         x = run_blocks(self.blocks, self.embed(x), shared, checkpointing=checkpointing, last_rows=last_rows)

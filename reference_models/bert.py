@@ -137,14 +137,11 @@ class Bert(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """All three (B, T) -> hidden (B, T, d), pooled (B, d). ValueError for more tokens than the
-        model has positions."""
+        """All three (B, T) -> hidden (B, T, d), pooled (B, d); ValueError if T > max_positions."""
         x = self.forward_features(input_ids, attention_mask, token_type_ids)
         without = self.config.pooling == "pooler" and self.pooler is None
         return x, None if without else self.pool(x, attention_mask)
 
-    def attention_maps(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> list[Tensor]:
-        """One (B, heads, T, T) tensor for each layer; every row sums to 1."""
-        return collect_attention_maps(self, lambda: self.forward_features(input_ids, attention_mask, token_type_ids))
+    def attention_maps(self, *inputs: Tensor | None, **named: Tensor | None) -> list[Tensor]:
+        """Of inputs as in `forward` one (B, heads, T, T) for each layer; every row sums to 1."""
+        return collect_attention_maps(self, lambda: self.forward_features(*inputs, **named))

@@ -54,11 +54,9 @@ class VariantEmbeddings(Embeddings):
 
 
 class RelativeBias(nn.Module):
-    """table[bucket(key - query)], for T tokens (1, h, T, T).
-
-    Half of the n buckets are for keys before the query: distances 0 to n/4 - 1 have one each, those
-    up to 128 share the rest on a logarithmic scale, and what is farther away has the last.
-    """
+    """table[bucket(key - query)], for T tokens (1, h, T, T). Half of the n buckets are for keys
+    before the query: distances 0 to n/4 - 1 have one each, those up to 128 share the rest on a
+    logarithmic scale, and what is farther away has the last."""
 
     def __init__(self, buckets: int, heads: int):
         super().__init__()

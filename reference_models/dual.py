@@ -22,13 +22,11 @@ from reference_models.clip import CLIP
 
 @dataclass(frozen=True)
 class DualConfig:
-    """The configurations of both towers and the width e of the shared space.
-
-    logit_scale is where the scale's logarithm begins, logit_bias where SigLIP's bias does, None for
-    none. vision_proj and text_proj are the projections: "linear", "bias" for a linear layer with
-    one, "mlp", or "none" where the tower's vector is the answer. text_pad: the id that is padding
-    where no mask says so. trunk: the picture tower is timm's inside open_clip.
-    """
+    """The configurations of both towers and the width e of the shared space. logit_scale is where
+    the scale's logarithm begins, logit_bias where SigLIP's bias does, None for none. vision_proj
+    and text_proj are the projections: "linear", "bias" for a linear layer with one, "mlp", or
+    "none" where the tower's vector is the answer. text_pad: the id that is padding where no mask
+    says so. trunk: the picture tower is timm's inside open_clip."""
 
     name: str = "dual"
     vision: object = None

@@ -6,8 +6,7 @@
 
 fusion "concat": [image, text] -> Linear(128) -> Linear(classes).
 fusion "product": (ReLU(Linear(image)) * Linear(text), 256 wide) -> Linear(32) -> Linear(classes).
-fusion "concat-product": i, t = GELU(Linear(norm(image | text))), 512 wide; [i, t, i * t] ->
-Linear(classes).
+fusion "concat-product": i, t = GELU(Linear(norm(.))), 512 wide; [i, t, i * t] -> Linear(classes).
 Shapes: B questions, N <= B pictures, dv and dt the widths of the towers.
 """
 

@@ -1,9 +1,8 @@
 """The small student that a two-tower teacher is distilled into: convolutions and an LSTM.
 
 Convolutions 3 -> 16 (stride 2, LeakyReLU) and 16 -> 32 (stride 2), max-pooling, one linear layer;
-an embedding and an LSTM; product of both -> Linear(32) -> Linear(classes).
-LSTM: Hochreiter and Schmidhuber 1997.
-Shapes: B questions and pictures, T tokens, d width of both encoders.
+an embedding and an LSTM (Hochreiter and Schmidhuber 1997); product of both -> Linear(32) ->
+Linear(classes). Shapes: B questions and pictures, T tokens, d width of both encoders.
 """
 
 from dataclasses import dataclass

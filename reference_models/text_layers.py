@@ -1,7 +1,5 @@
 """Which token of a text may look at which: padding, what comes later, and several texts in a row.
-
-Shapes: B texts (or questions), T tokens, C texts for each question, L tokens of a packed row.
-"""
+Shapes: B texts (or questions), T tokens, C texts for each question, L tokens of a packed row."""
 
 from typing import NamedTuple
 

@@ -28,16 +28,13 @@ from reference_models.vit import ViTConfig
 
 @dataclass(frozen=True)
 class VariantConfig(ViTConfig):
-    """A ViT's sizes and its options.
-
-    layer_scale is the first value of gamma, 0 for none; registers how many; prefix_positions how
-    many of the tokens before the patches have a position. pool names the steps from the tokens to
-    one vector: "norm token" is the final norm, then the class token; "avg norm" the mean of the
-    patches, then the norm; "token+avg" both side by side, "pair" DeiT's two tokens, "map" attention
-    pooling. head_pool are the steps where there is a head, "" for the same. distilled_classes are
-    those of DeiT's two heads: another number of classes gets one new head. The patches have a bias
-    where there is no norm before the blocks, unless patch_bias is False.
-    """
+    """A ViT's sizes and its options. layer_scale is the first value of gamma, 0 for none; registers
+    how many; prefix_positions how many of the tokens before the patches have a position. pool names
+    the steps from the tokens to one vector: "norm token" is the final norm, then the class token;
+    "avg norm" the mean of the patches, then the norm; "token+avg" both side by side, "pair" DeiT's
+    two tokens, "map" attention pooling. head_pool are the steps where there is a head, "" for the
+    same. distilled_classes are those of DeiT's two heads: another number of classes gets one new
+    head. The patches have a bias without a norm before the blocks, unless patch_bias is False."""
 
     layer_scale: float = 0.0
     registers: int = 0
@@ -101,8 +98,7 @@ class AttentionPool(Attention):
 
 
 class TwoHeads(nn.Module):
-    """DeiT's two classifiers, of the class token and of the distillation token: the mean of both,
-    [class, distillation] (B, 2 d) -> (B, classes)."""
+    """The mean of DeiT's two classifiers, [class, distillation] token (B, 2 d) -> (B, classes)."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -170,14 +166,12 @@ class VariantViT(Classifier):
         return self.norm_pre(x)
 
     def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
-        """All tokens, after the final norm where pooling stands behind it: (B, T, d), or with
-        last_rows only that one, (B, 1, d)."""
+        """All tokens, normed where pooling does not do it: (B, T, d), or last_rows (B, 1, d)."""
         x = run_blocks(self.blocks, self.embed(x), checkpointing=self.grad_checkpointing, last_rows=last_rows)
         return self.norm(x) if self.config.steps[0] == "norm" else x
 
     def pooled(self, x: Tensor) -> Tensor:
-        """One vector for each picture, (B, num_features); of the last block only the class
-        token where no other is read."""
+        """One vector for each picture, (B, num_features); of the last block only what it reads."""
         alone = self.pooled_last_block and "token" in self.config.steps
         return self.pool(self.forward_features(x, last_rows=0 if alone else None))
 
