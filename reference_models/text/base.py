@@ -140,15 +140,11 @@ class Tokenizer(ABC):
         named = {token: Added(self.vocab[token]) for token in (*self.special, *self.optional) if token in self.vocab}
         self.added: dict[str, Added] = named | added
         self.tokens = sorted(self.vocab, key=self.vocab.__getitem__)
-        self.max_length = max_length
+        self.vocab_size, self.max_length = len(self.vocab), max_length
         self.truncated = 0
         self._cache: dict[str, tuple[int, ...]] = {}
         self._raw = _finder({t: a for t, a in self.added.items() if not a.normalized})
         self._normal = _finder({self._normalize(t): a for t, a in self.added.items() if a.normalized})
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.vocab)
 
     # ---- text -> ids
     def text_ids(self, text: str) -> list[int]:

@@ -53,13 +53,11 @@ def clip_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 class ClipTokenizer(Tokenizer):
     """CLIP's tokenizer: <|startoftext|> text <|endoftext|>, at most 77 tokens, the last kept.
-
     merges: pairs in order of priority. vocab: None = CLIP's own numbering. pad_id: 0 as in OpenAI's
     code and open_clip; transformers pads with <|endoftext|>. The text tower pools at the first
     <|endoftext|> and looks backward only, so both give the same features. clean_html=False is what
     transformers does; True first resolves entities ("&amp;amp;" -> "&"), as OpenAI's code and
-    open_clip do (their repair of mis-decoded text by the ftfy package is left out).
-    """
+    open_clip do (their repair of mis-decoded text by the ftfy package is left out)."""
 
     kind, separator = "clip", SPACES
     special = (START, END)
@@ -111,8 +109,7 @@ class ClipTokenizer(Tokenizer):
     def _saved(self) -> tuple[dict[str, bytes], dict]:
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks), ""]
         files = {"vocab.json": json.dumps(self.vocab, ensure_ascii=False).encode()}
-        # pad_token is for transformers, which would find a "!" (id 0) of the text and
-        # take it for padding.
+        # pad_token is for transformers, which would take a "!" (id 0) of the text for padding
         names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
         config = {"tokenizer_class": "CLIPTokenizer", **names, "pad_id": self.pad_id, "clean_html": self.clean_html}
         return files | {"merges.txt": "\n".join(lines).encode()}, config | self._added_config()
@@ -152,8 +149,7 @@ class BytePairs:
 
 
 def merge_ranks(merges: Iterable[tuple[str, str]], vocab: Mapping[str, int], where: str) -> dict[tuple[str, str], int]:
-    """Pair -> its place in the list of merges; ModelError for a token that is not in the
-    vocabulary or a pair that occurs twice."""
+    """Pair -> its place in the list; ModelError for an unknown token or a pair that comes twice."""
     ranks: dict[tuple[str, str], int] = {}
     for rank, pair in enumerate(merges):
         place, merge = f"{where}, merge {rank + 1}", " ".join(pair)

@@ -166,11 +166,9 @@ def frames(part: object, where: str) -> tuple[Frame, Frame]:
 
 
 class PipelineTokenizer(Tokenizer):
-    """The tokenizer of a tokenizer.json, `data`, or of other files put in its words.
-
-    clean: what is done to a text first. config: of tokenizer_config.json. files: what `save` writes
-    beside it, as it was read. Raises ModelError naming file and key of what is not known.
-    """
+    """The tokenizer of a tokenizer.json, `data`, or of other files put in its words. clean: what is
+    done to a text first. config: of tokenizer_config.json. files: what `save` writes beside it, as
+    it was read. Raises ModelError naming file and key of what is not known."""
 
     special = ()
 

@@ -19,7 +19,8 @@ def read_text(path: Path) -> str:
     """The UTF-8 text of a file, without a byte order mark. Raises ModelError naming the file (and
     the line of the first bad byte); for a pipe or a device too, and for one of over 256 MiB."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        # not waiting for the other end of a pipe
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
                 what = f"is longer than {LIMIT >> 20} MiB" if status.st_size > LIMIT else "is a pipe or a device"
@@ -27,10 +28,6 @@ def read_text(path: Path) -> str:
             return decode_utf8(file.read(), path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def decode_utf8(data: bytes, path: Path) -> str:
@@ -62,9 +59,8 @@ def read_json(path: Path, unique: bool = False, kind: type = dict) -> Any:
     except (RecursionError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, kind):
-        raise ModelError(
-            f"{path}: expected a JSON {'object' if kind is dict else 'list'}, found a {type(value).__name__}"
-        )
+        wanted = "object" if kind is dict else "list"
+        raise ModelError(f"{path}: expected a JSON {wanted}, found a {type(value).__name__}")
     return value
 
 

@@ -20,7 +20,7 @@ from reference_models.text.bpe import MERGES, START, WORD_END, BytePairs, ClipTo
 from reference_models.text.pipeline import CLEAN, PipelineTokenizer, flat, frames, named_token
 from reference_models.text.textfiles import decode_utf8, read_json, read_text
 from reference_models.text.unigram import Unigram
-from reference_models.text.wordpiece import CLS, PAD, SEP, UNK, WordPieceTokenizer, build_wordpiece_vocab
+from reference_models.text.wordpiece import SPECIAL_KEYS, SPECIALS, UNK, WordPieceTokenizer, build_wordpiece_vocab
 
 __all__ = ["ClipTokenizer", "Tokenizer", "WordPieceTokenizer", "build_wordpiece_vocab", "load_tokenizer"]
 
@@ -109,9 +109,8 @@ def _check_class(path: Path, config: dict, settings: Path) -> None:
 
 def _read_vocab(path: Path) -> list[str]:
     lines = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
-    for number, line in enumerate(lines, 1):
-        if not line:
-            raise ModelError(f"{path}, line {number}: empty; a vocabulary has one token on every line")
+    if "" in lines:
+        raise ModelError(f"{path}, line {lines.index('') + 1}: empty; a vocabulary has one token on every line")
     return lines
 
 
@@ -286,10 +285,9 @@ def _length(config: dict, settings: Path, default: int) -> int:
 
 def _wordpiece_options(vocab: list | dict, config: dict, settings: Path) -> dict:
     mpnet = "<s>" in vocab and "</s>" in vocab
-    usual = ("<pad>", UNK, "<s>", "</s>") if mpnet else (PAD, UNK, CLS, SEP)
-    names = ("pad_token", "unk_token", "cls_token", "sep_token")
+    usual = ("<pad>", UNK, "<s>", "</s>") if mpnet else SPECIALS
     return {
-        "special": [named_token(config, name) or token for name, token in zip(names, usual, strict=True)],
+        "special": [named_token(config, name) or token for name, token in zip(SPECIAL_KEYS, usual, strict=True)],
         "separators": 1 + mpnet,
         "lowercase": bool(config.get("do_lower_case", True)),
         "strip_accents": config.get("strip_accents"),

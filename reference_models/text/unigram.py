@@ -36,11 +36,9 @@ JOINS = Table(_joins)
 
 class Charsmap:
     """sentencepiece's `precompiled_charsmap`: replacements of byte strings, in a double-array trie.
-
     data: the trie's length in bytes, its units (all uint32, little-endian), then the replacements,
     each ended by a zero byte. The child of node n under byte b is unit n ^ b ^ offset, if its
-    lowest byte is b (Yata's darts-clone). ValueError for damaged data, ModelError if seen later.
-    """
+    lowest byte is b (Yata's darts-clone). ValueError for damaged data, ModelError if seen later."""
 
     def __init__(self, data: bytes, where: str):
         size = int.from_bytes(data[:4], "little")

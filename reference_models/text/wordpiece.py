@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from reference_models.errors import ModelError
 from reference_models.text.base import LOWER, Added, Tokenizer, normalized
 
-PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+SPECIAL_KEYS = ("pad_token", "unk_token", "cls_token", "sep_token")  # of tokenizer_config.json
+UNK, MASK = "[UNK]", "[MASK]"
 # Separators that survive the cleaning; the control characters among White_Space are deleted
 # before they separate.
 SEPARATOR = re.compile("[\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
@@ -38,12 +40,10 @@ def category(char: str) -> str:
 
 class WordPieceTokenizer(Tokenizer):
     """BERT's tokenizer: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP] with token types 0 and 1.
-
     vocab: tokens in the order of their ids, or token -> id. lowercase=False is for cased models;
     strip_accents=None follows lowercase. special: the model's names of [PAD], [UNK], [CLS], [SEP];
     separators: how many stand between a pair, 2 for MPNet, which has no token types either. Raises
-    ModelError for a missing special token or a token that occurs twice.
-    """
+    ModelError for a missing special token or a token that occurs twice."""
 
     kind, separator = "wordpiece", SEPARATOR
     optional = (MASK,)
@@ -58,7 +58,7 @@ class WordPieceTokenizer(Tokenizer):
         max_word: int = 100,
         added: Mapping[str, int | Added] | None = None,
         where: str = "vocabulary",
-        special: Sequence[str] = (PAD, UNK, CLS, SEP),
+        special: Sequence[str] = SPECIALS,
         separators: int = 1,
     ):
         self.lowercase, self.split_cjk, self.max_word = lowercase, split_cjk, max_word
@@ -115,10 +115,9 @@ class WordPieceTokenizer(Tokenizer):
         return " ".join(token for token in tokens if token not in self.added).replace(" ##", "")
 
     def _saved(self) -> tuple[dict[str, bytes], dict]:
-        names = ("pad_token", "unk_token", "cls_token", "sep_token")
         config = {
             "tokenizer_class": "BertTokenizer" if self.has_types else "MPNetTokenizer",
-            **dict(zip(names, self.special, strict=True)),
+            **dict(zip(SPECIAL_KEYS, self.special, strict=True)),
             "do_lower_case": self.lowercase,
             "strip_accents": self.strip_accents,
             "tokenize_chinese_chars": self.split_cjk,
@@ -135,7 +134,7 @@ def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
     ModelError when `size` is too small for the characters alone.
     """
     ascii_chars = [chr(code) for code in range(33, 127)]
-    vocab = [PAD, UNK, CLS, SEP, MASK, *ascii_chars, *(f"##{char}" for char in ascii_chars)]
+    vocab = [*SPECIALS, MASK, *ascii_chars, *(f"##{char}" for char in ascii_chars)]
     if size < len(vocab):
         raise ModelError(f"a WordPiece vocabulary needs at least {len(vocab)} pieces, not {size}")
     splitter, counts = WordPieceTokenizer(vocab), Counter()
@@ -153,8 +152,7 @@ def build_wordpiece_vocab(texts: Iterable[str], size: int) -> list[str]:
     known = set(vocab)
     while heap and len(vocab) < size:
         n, best = heapq.heappop(heap)
-        # counted again since: the fresh entry is in the heap as well
-        if -n != pairs[best] or n == 0:
+        if -n != pairs[best] or n == 0:  # counted again since: the heap has the fresh entry too
             continue
         joined = best[0] + best[1].removeprefix("##")
         if joined not in known:  # "a ##bc" and "ab ##c" both give "abc"
