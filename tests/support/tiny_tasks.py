@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from minilora.atomic import write_json
 from minilora.training import checkpoint
 from minilora.training.state import tensors_sha256
@@ -19,6 +21,7 @@ train, evaluate = program("train"), program("evaluate")
 
 def write_tasks(root: Path) -> dict[str, list[str]]:
     """Data and checkpoints of the three tasks below `root`; {task: the flags that use them}."""
+    torch.manual_seed(0)
     save_pretrained(create_model("vit-tiny-patch16-224", 3, **VISION | {"patch_size": 8}), root / "vit")
     tokenizer = wordpiece()
     sizes = TEXT | {"vocab_size": tokenizer.vocab_size}
