@@ -104,10 +104,8 @@ def row_losses(logits: Tensor, batch: dict, smoothing: float = 0.0) -> Tensor:
 
 
 class SoftTargets:
-    """--soft-targets: learn from all ten people, each answer as the accuracy that it would get.
-
-    Targets (B, K): 0, .3, .6, .9, 1 for k of ten equal answers; 1 where a question has one.
-    """
+    """--soft-targets: each of ten people's answers is learned as the accuracy that it would get;
+    targets (B, K) of 0, .3, .6, .9, 1 for k equal answers, and 1 where a question has one."""
 
     def __init__(self, answers: Answers):
         self.answers = answers
