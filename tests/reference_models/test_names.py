@@ -119,6 +119,12 @@ def write(folder, names, config=None):
     return folder
 
 
+def test_an_adapter_on_the_head_of_siglips_text_tower_is_known(tmp_path):
+    names = [f"base_model.model.text_model.head.lora_{matrix}.weight" for matrix in "AB"]
+    assert convert(write(tmp_path / "a", names), tmp_path / "b", "transformers5") == 0
+    assert set(tensors(tmp_path / "b")) == set(names)
+
+
 def test_the_family_is_asked_for_where_the_names_fit_several(tmp_path):
     names = ["base_model.model.encoder.layer.0.output.dense.lora_A.weight"]
     folder = write(tmp_path / "a", names)
