@@ -125,15 +125,13 @@ class Beit(Classifier):
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> tokens (B, T, d)."""
         x = self.patch_embed(x)  # (B, P, d)
-        cls_token = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
-        x = torch.cat([cls_token, x], dim=1)  # (B, T, d)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 
     def forward_features(self, x: Tensor, last_rows: int | None = None) -> Tensor:
         """All tokens, normed where the class token is read: (B, T, d), or last_rows (B, 1, d)."""
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (1, h, T, T)
-        checkpointing = self.grad_checkpointing
-        x = run_blocks(self.blocks, self.embed(x), shared, checkpointing=checkpointing, last_rows=last_rows)
+        x = run_blocks(self.blocks, self.embed(x), shared, checkpointing=self.grad_checkpointing, last_rows=last_rows)
         return x if self.norm is None else self.norm(x)
 
     def pooled(self, x: Tensor) -> Tensor:

@@ -136,8 +136,7 @@ class TwoTower(nn.Module):
         super().__init__()
         if getattr(vision.config, "num_classes", 0) and hasattr(vision, "reset_classifier"):
             vision.reset_classifier(0)  # nothing trainable outside the loss
-        sizes = {"fusion": fusion, "hidden": hidden, "inner": inner, "dropout": dropout}
-        self.config = FusionConfig(name, vision.config, text.config, **sizes, num_classes=num_classes)
+        self.config = FusionConfig(name, vision.config, text.config, fusion, hidden, inner, dropout, num_classes)
         self.preprocess, self.labels = getattr(vision, "preprocess", {}), None
         self.vision, self.text = vision, text
         # a convolutional tower gives the product all its cells, not their mean

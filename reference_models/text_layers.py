@@ -67,8 +67,7 @@ def pack_choices(input_ids: Tensor, ends: Tensor, length: int | None = None) -> 
     same = (input_ids == input_ids[:, :1]).all(1)  # (B, T)
     common = same.long().cumprod(1).sum(1).minimum(ends.amin(1))  # (B,), the end tokens stay apart
     first = torch.arange(C, device=input_ids.device)[:, None] == 0
-    kept = (place <= ends[..., None]) & (first | (place >= common[:, None, None]))  # (B, C, T)
-    kept = kept.flatten(1)
+    kept = ((place <= ends[..., None]) & (first | (place >= common[:, None, None]))).flatten(1)
     length = int(kept.sum(1).max()) if length is None else length
     order = kept.long().argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, L)
     choice, position = order // T, order % T
