@@ -81,7 +81,7 @@ def table(done: dict[str, dict]) -> str:
         each = [100 * one.mean() for one in runs]
         spread = f" ± {np.std(each, ddof=1):.2f}" if len(each) > 1 else ""
         facts = [v for k, v in done.items() if k.startswith(f"{row}/")]
-        seconds = np.mean([v["seconds"] for v in facts])
+        seconds = np.median([v["seconds"] for v in facts])  # one busy hour should not count
         lines.append(
             f"| {row} | {facts[0]['trainable']:,} | {np.mean(each):.2f}{spread} ({len(each)}) | {seconds:.0f} |"
         )
