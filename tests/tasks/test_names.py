@@ -84,6 +84,29 @@ def test_logits_and_lora_gradients_are_those_of_transformers_clip_with_peft(clip
     assert towers == {"vision", "text"}
 
 
+def test_with_a_linear_head_a_clip_is_its_picture_tower_as_in_transformers(clip, photos, tmp_path):
+    """CLIPForImageClassification: the mean of the pictures' tokens, a new layer behind it, no text at all."""
+    task = task_of(clip, photos, "--head", "linear", "--lora-r", "3", "--target-modules", "q_proj", "v_proj")
+    randomise(task.model)
+    model, image = task.model.double().train(), first_batch(task)["image"].double()
+    theirs = transformers.CLIPForImageClassification.from_pretrained(clip, dtype=torch.float64, num_labels=3)
+    theirs = peft.PeftModel.from_pretrained(theirs, export_adapter(model, tmp_path), is_trainable=True).double()
+    logits, wanted = model(image), theirs(pixel_values=image).logits
+    assert distance(logits, wanted) < BOUNDS[torch.float64]
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+    (logits * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    grads = {name.partition("base_model.model.")[2]: p.grad for name, p in theirs.named_parameters()}
+    table = {entry.ours[0]: entry.theirs for entry in model.key_table("transformers5")}
+    for name, layer in lora_layers(model):
+        for part in ("lora_A", "lora_B"):
+            grad = grads[f"{table[name + '.weight'][:-7]}.{part}.default.weight"]
+            assert distance(getattr(layer, part).weight.grad, grad) < BOUNDS[torch.float64] and grad.abs().max() > 0
+    saved = {name: grad for name, grad in grads.items() if name.startswith("classifier.") and grad is not None}
+    (head,) = [grad for name, grad in saved.items() if name.endswith(".weight")]
+    assert distance(model.head.weight.grad, head) < BOUNDS[torch.float64]
+
+
 def test_several_prompts_are_averaged_as_unit_vectors(clip, photos):
     prompts = ["a photo of a {}.", "{}, at the right"]
     task = task_of(clip, photos, "--prompt", *prompts)
