@@ -3,6 +3,7 @@
     python -m tests.benchmarks.daquar                          # every row, about two hours on two cores
     python -m tests.benchmarks.daquar lora --seeds 0 1 2       # one row
     python -m tests.benchmarks.daquar --search                 # settings on val alone, nothing of test
+    python -m tests.benchmarks.daquar --search --set easy_vqa  # the same heads on easy_vqa, pictures of 96 pixels
     python -m tests.benchmarks.daquar --reports                # MobileNetV2 teacher, student and pruning, ten answers
 
 The protocol: the 2,494 questions that are quoted become `test`, which chooses nothing; a tenth of the training
@@ -172,14 +173,15 @@ def table(options, data: Path) -> None:
 def search(options, data: Path) -> None:
     """Settings of the linear mode on val; test is not looked at."""
     rows = []
+    size = "" if options.set == "daquar" else "--image-size 96"
     for name, flags in SEARCH.items():
-        words = [*towers(), *shlex.split(f"--mode linear --cache-features --epochs 10 {flags}")]
-        run = train(words, data, options.output / f"search-{name.replace(', ', '-')}")
+        words = [*towers(), *shlex.split(f"--mode linear --cache-features --epochs 10 {flags} {size}")]
+        run = train(words, data, options.output / f"search-{options.set}-{name.replace(', ', '-')}")
         best = json.loads((run / "summary.json").read_text())["best"]
         rows.append({"head": name, "val %": f"{100 * best['accuracy']:.2f}", "epoch": best["epoch"]})
     print(markdown(rows))
     if options.save:
-        (RESULTS / "daquar_search.md").write_text(markdown(rows) + "\n")
+        (RESULTS / f"{options.set}_search.md").write_text(markdown(rows) + "\n")
 
 
 def reports(options, data: Path) -> None:
@@ -225,12 +227,13 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", choices=[[], *ROWS], help="rows of the table; without any, all")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of each row's own")
     parser.add_argument("--search", action="store_true", help="the head's settings on val")
+    parser.add_argument("--set", default="daquar", choices=("daquar", "easy_vqa"), help="what --search learns from")
     parser.add_argument("--reports", action="store_true", help="MobileNetV2 teacher and student, ten answers")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "minilora-daquar")
     parser.add_argument("--save", action="store_true", help="write the tables into tests/benchmarks/results")
     options = parser.parse_args()
     options.output = options.output.resolve()
-    data = lay_out(shared_folder() / "daquar", options.output / "data")
+    data = lay_out(shared_folder() / options.set, options.output / ("data" if options.set == "daquar" else options.set))
     (search if options.search else reports if options.reports else table)(options, data)
 
 
