@@ -48,7 +48,7 @@ ROWS = {  # flags, seeds, whether the towers start from weights
     "lora": (f"--cache-features {TEXT} --lr 1e-3 --epochs 8", (0, 1, 2), True),
     "lora-both": (f"--group-by-image {BOTH} --lr 1e-3 --epochs 8", (0, 1, 2), True),
     "full": ("--mode full --group-by-image --lr 1e-4 --head-lr 1e-3 --epochs 5", (0,), True),
-    "scratch": ("--mode full --group-by-image --lr 3e-4 --epochs 8", (0,), False),
+    "scratch": ("--mode full --group-by-image --lr 3e-4 --epochs 5 --amp bf16", (0,), False),
 }
 # what each change gives, one at a time from version 0.1's head to today's; val alone
 SEARCH = {
