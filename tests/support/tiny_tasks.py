@@ -21,7 +21,7 @@ train, evaluate = program("train"), program("evaluate")
 
 def write_tasks(root: Path) -> dict[str, list[str]]:
     """Data and checkpoints of the three tasks below `root`; {task: the flags that use them}."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # a fixture of a module comes before the seed of a test
     save_pretrained(create_model("vit-tiny-patch16-224", 3, **VISION | {"patch_size": 8}), root / "vit")
     tokenizer = wordpiece()
     sizes = TEXT | {"vocab_size": tokenizer.vocab_size}

@@ -5,6 +5,8 @@ import re
 import shutil
 
 import pytest
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.support.cli_data import ROOT
@@ -12,7 +14,13 @@ from tests.support.tiny_tasks import evaluate, run_quickly
 
 RUNS = ROOT / "tests/fixtures/runs_0.1"
 TASKS = ("classify", "vqa", "choice")
+DRAWN_THEN = [0, 0, 2, 0, 0, 0, 2, 2]
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
+
+
+def drawn_now() -> list[float]:
+    torch.manual_seed(0)
+    return F.dropout(torch.ones(8)).tolist()
 
 
 def rows(run):
@@ -35,6 +43,8 @@ def test_a_finished_run_has_the_scores_that_were_printed_then(task, capsys):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_stopped_run_resumes_to_the_end_of_the_one_that_was_not_stopped(task, tmp_path, monkeypatch):
     """Weights, losses and scores of every epoch; processors round differently, by less than 1e-6 here."""
+    if task == "vqa" and drawn_now() != DRAWN_THEN:
+        pytest.skip("this torch draws other dropout than the one that wrote these runs")
     run = shutil.copytree(RUNS / f"{task}-stopped", tmp_path / "run")
     run_quickly(["--resume", run, "--device", "cpu"], monkeypatch)  # a GPU draws other dropout
     assert "step-9: epoch" in (run / "train.log").read_text()
