@@ -194,7 +194,7 @@ def test_a_run_that_learned_nothing_says_so_in_one_line(tasks, task, tmp_path, m
             assert name == "large" and str(error).endswith("nothing to keep; try a smaller --lr")
             continue
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing was learned: ")]
-        loss = json.loads((tmp_path / name / "summary.json").read_text())["final"]["train_loss"]
+        loss = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"]
         classes = len(json.loads((tmp_path / name / "labels.json").read_text())["labels"]) if task != "choice" else 4
         assert (len(lines) == 1) == (loss >= math.log(classes)) and (name == "small" or lines), name
         assert not lines or f"--lr (it was {float(flags[1]):g})" in lines[0], name
