@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,24 @@ def lay_out(source: Path, folder: Path, share: float = 0.1) -> Path:
             if part != "test":
                 rows = [row for row in rows if (row["question_id"] in in_val) == (part == "val")]
             (folder / f"{part}_{kind}.json").write_text(json.dumps({kind: rows}))
+    return folder
+
+
+def only_frequent(data: Path, folder: Path, answers: int) -> Path:
+    """The questions of every part whose answer is one of the training part's most frequent ones, as report R5 has it."""
+    folder.mkdir(exist_ok=True)
+    kept: list[str] = []
+    for part in ("train", "val", "test"):
+        read = {
+            kind: json.loads((data / f"{part}_{kind}.json").read_text())[kind] for kind in ("questions", "annotations")
+        }
+        said = {row["question_id"]: row["answers"][0]["answer"] for row in read["annotations"]}
+        kept = kept or [answer for answer, _ in Counter(said.values()).most_common(answers)]
+        for kind, rows in read.items():
+            rows = [row for row in rows if said[row["question_id"]] in kept]
+            (folder / f"{part}_{kind}.json").write_text(json.dumps({kind: rows}))
+        if not (folder / part).exists():
+            (folder / part).symlink_to(data / part)
     return folder
 
 
@@ -186,7 +205,7 @@ def search(options, data: Path) -> None:
 
 def reports(options, data: Path) -> None:
     """R5 with real towers: teacher, student alone and taught, and the teacher pruned in both scopes."""
-    weights = shared_folder() / "weights"
+    data, weights = only_frequent(data, options.output / "ten-answers", 10), shared_folder() / "weights"
     minilm, teacher = weights / "minilm-l6", options.output / "teacher"
     words = ["--model", "vision=mobilenet-v2", f"text={minilm}", *shlex.split(REPORT), "--text-pooling", "mean"]
     words += ["--weights", f"vision={weights / 'mobilenet_v2_features.safetensors'}", f"text={minilm}"]
