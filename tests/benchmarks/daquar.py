@@ -87,20 +87,17 @@ def lay_out(source: Path, folder: Path, share: float = 0.1) -> Path:
 
 
 def only_frequent(data: Path, folder: Path, answers: int) -> Path:
-    """The questions of every part whose answer is one of the training part's most frequent ones, as report R5 has it."""
-    folder.mkdir(exist_ok=True)
+    """The questions of every part whose answer is among the training part's most frequent ones, as in report R5."""
     kept: list[str] = []
     for part in ("train", "val", "test"):
-        read = {
-            kind: json.loads((data / f"{part}_{kind}.json").read_text())[kind] for kind in ("questions", "annotations")
-        }
+        shutil.copytree(data / part, folder / part, dirs_exist_ok=True)
+        names = {kind: f"{part}_{kind}.json" for kind in ("questions", "annotations")}
+        read = {kind: json.loads((data / name).read_text())[kind] for kind, name in names.items()}
         said = {row["question_id"]: row["answers"][0]["answer"] for row in read["annotations"]}
         kept = kept or [answer for answer, _ in Counter(said.values()).most_common(answers)]
         for kind, rows in read.items():
             rows = [row for row in rows if said[row["question_id"]] in kept]
-            (folder / f"{part}_{kind}.json").write_text(json.dumps({kind: rows}))
-        if not (folder / part).exists():
-            (folder / part).symlink_to(data / part)
+            (folder / names[kind]).write_text(json.dumps({kind: rows}))
     return folder
 
 
