@@ -113,7 +113,7 @@ def workplace(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README", pytest.param("GUIDE", marks=pytest.mark.slow)])
 def test_the_commands_run_as_they_are_written(page, workplace, monkeypatch, tmp_path):
     """In their order, in one folder, with few steps; `vit-tiny` stands for itself with weights made on the spot."""
     from minilora.commands.shards import main as write_shards
