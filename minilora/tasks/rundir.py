@@ -85,6 +85,8 @@ def open_run_dir(config: Config, base: dict[str, Any], labels: Sequence[str] = (
             atomic_write(path / "config.toml", text)
         return path
     if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {lock.FILE}):
+        if lock.at_work(path):  # another process, at its first files
+            _lock(path)  # says so
         raise UserError(f"--output {path} is not empty and holds no run; choose another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from minilora.errors import UserError
+from minilora.settings.flags import Config
 from minilora.tasks import lock
+from minilora.tasks.rundir import open_run_dir
 from tests.support.process_lab import fork, join
 
 
@@ -54,6 +56,17 @@ def test_a_second_process_is_refused_with_the_first_one_s_number_host_and_time(t
     assert f"process {child[0]}" in lock.take(tmp_path) and lock.at_work(tmp_path) is None
     lock.release()
     assert not (tmp_path / lock.FILE).exists() and lock.take(tmp_path) is None
+
+
+def test_the_first_files_of_another_process_are_its_run_not_something_foreign(tmp_path):
+    """It has the lock, and its config.toml is about to be there: so this one is told who trains there."""
+    child = other(tmp_path)
+    with pytest.raises(UserError, match=f"process {child[0]} on .* trains there now"):
+        open_run_dir(Config(output=str(tmp_path)), {"weights": "none"})
+    os.kill(child[0], signal.SIGKILL)
+    join(child)
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        open_run_dir(Config(output=str(tmp_path)), {"weights": "none"})
 
 
 def between(run):

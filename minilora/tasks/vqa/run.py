@@ -33,7 +33,6 @@ class VQARun(Run):
     """A trained question answerer."""
 
     unit: ClassVar[str] = "questions"
-    limit: int  # of a question, in tokens
 
     @property
     def predictor(self) -> VQAPredictor:
@@ -51,7 +50,12 @@ class VQARun(Run):
 
     def check(self) -> None:
         super().check()
-        self.limit = text_limit(self.model, self.tokenizer, self.config.max_length)
+        _ = self.limit  # UserError for a --max-length that the model cannot have
+
+    @cached_property
+    def limit(self) -> int:
+        """Of a question, in tokens; a pruned copy of a run asks for it as well."""
+        return text_limit(self.model, self.tokenizer, self.config.max_length)
 
     @torch.inference_mode()
     def predict(self, pictures: Sequence[Picture], question: str | Sequence[str] = "", top_k: int = 5) -> list:
