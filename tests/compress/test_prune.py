@@ -297,6 +297,9 @@ def test_a_pruned_question_answerer_learns_on_with_its_own_answers_and_tokens(tm
     run, seen = load_run(tmp_path / "run"), []
     small = pruned_run(run, EvalConfig(prune=0.8, prune_scope="conv", prune_epochs=1))
     assert [zeros(conv.weight) for conv in (small.model.vision.conv1, small.model.vision.conv2)] == [346, 3686]
+    rows = compression.compression_rows([run, small], ["whole", "small"], EvalConfig(), rounds=1)
+    assert [row["accuracy"] for row in rows] == [one.evaluate(EvalConfig()).scores["accuracy"] for one in (run, small)]
+    assert all(set(row["seconds"]) == {1, 64} for row in rows)
     build = compression.build_task
 
     def spy(config, device, taught):

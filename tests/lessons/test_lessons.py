@@ -29,8 +29,7 @@ def test_loop_learns_saves_loads_and_merges(capsys):
 def test_merge_keeps_W_and_loses_small_steps_in_half_precision():
     found = merge.facts()
     assert found["and W of the unmerged model has moved by"] == 0
-    # the same layers; where a tensor lies in memory, MKL may add in another order (3.7e-7 with torch 2.11)
-    assert found["switched off, they are the base's, up to"] < 2e-6
+    assert found["switched off, they are the base's, up to"] == 0
     assert found["merged, they are the adapter's, up to"] < 1e-4
     assert found["float16, a small update added at once: kept, %"] > 95
     assert found["float16, the same in 100 steps: kept, %"] < 70

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import shlex
@@ -185,19 +184,13 @@ def test_a_test_part_without_a_readable_picture_does_not_cost_the_run(tasks, tmp
 
 @pytest.mark.parametrize("task", ["classify", "choice", "vqa"])
 def test_a_run_that_learned_nothing_says_so_in_one_line(tasks, task, tmp_path, monkeypatch, capsys):
-    """A rate far too large, and no step to speak of, unless chance put the new head below a guess's loss, log(K)."""
-    for name, flags in (("large", ["--lr", "1000", "--epochs", "1"]), ("small", ["--lr", "1e-12", "--epochs", "1"])):
-        words = [*tasks[task], *flags, "--nan-policy", "skip", "--output", tmp_path / name]
-        try:
-            run_quickly(words, monkeypatch)
-        except RunError as error:  # with some versions of torch the large one leaves nothing finite to keep
-            assert name == "large" and str(error).endswith("nothing to keep; try a smaller --lr")
-            continue
+    """A rate far too large; no step to speak of; and not where something was learned. With so much smoothing no random
+    head is below the loss of a guess by chance."""
+    for name, flags in (("large", ["--lr", "100", "--epochs", "1"]), ("small", ["--lr", "1e-12", "--epochs", "1"])):
+        words = [*tasks[task], *flags, "--smoothing", "0.9", "--nan-policy", "skip", "--output", tmp_path / name]
+        run_quickly(words, monkeypatch)
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing was learned: ")]
-        loss = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"]
-        classes = len(json.loads((tmp_path / name / "labels.json").read_text())["labels"]) if task != "choice" else 4
-        assert (len(lines) == 1) == (loss >= math.log(classes)) and (name == "small" or lines), name
-        assert not lines or f"--lr (it was {float(flags[1]):g})" in lines[0], name
+        assert len(lines) == 1 and f"--lr (it was {float(flags[1]):g})" in lines[0], name
 
 
 def test_a_run_that_learned_something_says_nothing_of_the_kind(tmp_path, monkeypatch, capsys):

@@ -62,7 +62,9 @@ def possible() -> bool:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             torch.ones(2).to(CUDA)[:, None].mul(2)
-    except RuntimeError:
+    except RuntimeError as error:
+        if "driver" not in str(error):
+            raise
         return False
     return True
 
