@@ -141,9 +141,8 @@ def open_tokenizer(config: Config, weights: dict[str, str | None], shards: str |
     return load_tokenizer(folder)
 
 
-def text_limit(model: TwoTower, tokenizer: Tokenizer, wanted: int | None) -> int:
-    """The longest text in tokens; UserError where the text tower cannot read so many."""
-    config = model.text.config
+def text_limit(config: Any, tokenizer: Tokenizer, wanted: int | None) -> int:
+    """The longest text in tokens; UserError where a text tower of `config` cannot read so many."""
     longest = positions(config) or tokenizer.max_length
     if wanted and (wanted > longest or (tokenizer.fill and wanted < longest)):
         reads = f"{config.name} reads {'' if tokenizer.fill else 'at most '}{longest} tokens"

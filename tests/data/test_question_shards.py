@@ -119,6 +119,12 @@ def test_shards_for_another_model_or_length_are_refused(source, tmp_path):
         write(source, tmp_path / "shards", "--seed", "3")
 
 
+def test_texts_longer_than_the_model_reads_are_refused_before_anything_is_written(source, tmp_path):
+    with pytest.raises(UserError, match="--max-length 999: bert-nano reads at most 128 tokens"):
+        write(source, tmp_path / "shards", "--max-length", "999")
+    assert not (tmp_path / "shards").exists()
+
+
 def test_a_damaged_index_is_named(source, tmp_path):
     write(source, tmp_path / "shards")
     for content in ("{", "{}", json.dumps({"format": "other", "shards": {}})):

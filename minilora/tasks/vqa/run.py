@@ -55,7 +55,7 @@ class VQARun(Run):
     @cached_property
     def limit(self) -> int:
         """Of a question, in tokens; a pruned copy of a run asks for it as well."""
-        return text_limit(self.model, self.tokenizer, self.config.max_length)
+        return text_limit(self.model.text.config, self.tokenizer, self.config.max_length)
 
     @torch.inference_mode()
     def predict(self, pictures: Sequence[Picture], question: str | Sequence[str] = "", top_k: int = 5) -> list:

@@ -62,8 +62,8 @@ def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
     tokenizer = towers.open_tokenizer(config, weights)
     text = config_of(names["text"])
     text = getattr(text, "text", text)
-    longest, tokenizer.fill = towers.positions(text), getattr(text, "fill", None)
-    limit = min(config.max_length or tokenizer.max_length, longest or tokenizer.max_length)
+    tokenizer.fill = getattr(text, "fill", None)
+    limit = towers.text_limit(text, tokenizer, config.max_length)
 
     def tokens(part):
         texts = Texts(part.questions, tokenizer, limit)
@@ -186,7 +186,7 @@ class VQA(Task):
         super().__init__(config, model, record, splits, VQAPredictor(device, config.soft_targets))
         self.answers, self.tokenizer, self.labels, self.keys = answers, tokenizer, answers.labels, answers.keys
         towers.check_tokenizer(model, tokenizer)
-        self.limit = towers.text_limit(model, tokenizer, config.max_length)
+        self.limit = towers.text_limit(model.text.config, tokenizer, config.max_length)
         if splits.stored:
             check_shards(splits.stored, self.preprocess, self.limit, config.data_dir)
         self.asked = len(splits.train.questions)
