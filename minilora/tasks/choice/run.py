@@ -94,7 +94,7 @@ class ChoiceRun(Run):
         return [q.choices[q.answer] if q.answer >= 0 else "" for q in batch["asked"]]
 
     def captions(self, batch: dict) -> list[str]:
-        return [f"{q.question} {truth}" for q, truth in zip(batch["asked"], self.titles(batch), strict=True)]
+        return [f"{q.question} ({truth})" for q, truth in zip(batch["asked"], self.titles(batch), strict=True)]
 
     def said(self, batch: dict) -> list[str]:
         answers, pictures = super().said(batch), batch["picture"].tolist()

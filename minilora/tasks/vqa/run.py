@@ -118,7 +118,7 @@ class VQARun(Run):
         return [question.text for question in self.asked]
 
     def captions(self, batch: dict[str, Tensor]) -> list[str]:
-        return [f"{question.text} {question.answer}" for question in self.asked]
+        return [f"{question.text} ({question.answer})" for question in self.asked]
 
 
 load = VQARun.load
