@@ -69,7 +69,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 def export_adapter(model: nn.Module, directory: str | Path, layout: str = "transformers5") -> Path:
     """Write the adapter with another library's names, for PeftModel.from_pretrained on its model.
 
-    layout: one of the model's, such as "transformers5", "transformers4", "timm". Returns the
-    directory. Raises UserError for a layout without a place for something that was trained.
+    layout: one of the model's: "timm", "transformers5" (the names of transformers since 5.10,
+    DINOv2's since 5.18), "transformers4" (those before). Returns the directory. Raises UserError
+    for a layout without a place for something that was trained.
     """
     return foreign.export_adapter(model, Path(directory), layout)
