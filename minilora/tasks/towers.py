@@ -147,7 +147,7 @@ def text_limit(config: Any, tokenizer: Tokenizer, wanted: int | None) -> int:
     if wanted and (wanted > longest or (tokenizer.fill and wanted < longest)):
         reads = f"{config.name} reads {'' if tokenizer.fill else 'at most '}{longest} tokens"
         raise UserError(f"--max-length {wanted}: {reads}; {'leave it out' if tokenizer.fill else 'use at most that'}")
-    return min(wanted or tokenizer.max_length, longest)
+    return wanted or (longest if tokenizer.fill else min(tokenizer.max_length, longest))
 
 
 def positions(config: Any) -> int | None:

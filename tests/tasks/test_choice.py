@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_logits_are_transformers_from_every_layout_and_tokenizer_file(act, legac
 def test_long_questions_are_cut_not_the_choices(clip):
     tokenizer = load_tokenizer(clip)
     config, _ = parse_args([*QUICK, "--max-length", "30"])
-    prompt = ChoicePrompt(tokenizer, config, 40)
+    prompt = ChoicePrompt(tokenizer, config, SimpleNamespace(name="clip", context=40))
     rows = prompt("what is it?", ["a cat", "a dog"])
     assert prompt.cut == 0 and prompt.note() == []
     rows = prompt("what is " + "the cat " * 30, ["a cat", "a dog"])
@@ -169,14 +170,14 @@ def test_long_questions_are_cut_not_the_choices(clip):
     assert prompt.note() == [
         "warning: 2 questions are longer than 30 tokens with the choices; the end of the question was cut"
     ]
-    with pytest.raises(UserError, match="--max-length 30: this model has positions for 20 tokens"):
-        ChoicePrompt(tokenizer, config, 20)
+    with pytest.raises(UserError, match="--max-length 30: .* reads at most 20 tokens; use at most that"):
+        ChoicePrompt(tokenizer, config, SimpleNamespace(name="clip", context=20))
 
 
 def test_prompt_is_filled_in_literally(clip):
     config, _ = parse_args([*QUICK, "--prompt", "{choice}: {question} {x}"])
     tokenizer = load_tokenizer(clip)
-    (row, _) = ChoicePrompt(tokenizer, config, 40)("is {choice} it", ["cat", "dog"])
+    (row, _) = ChoicePrompt(tokenizer, config, SimpleNamespace(context=40))("is {choice} it", ["cat", "dog"])
     assert tokenizer.decode(row) == tokenizer.decode(tokenizer.encode("cat: is cat it {x}"))
 
 

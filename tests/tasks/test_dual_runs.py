@@ -4,6 +4,7 @@ transformers loads; text towers of other families in the third.
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from minilora.inject import lora_state_dict
 from minilora.settings.flags_evaluate import EvalConfig
 from minilora.settings.parse import parse_args
 from minilora.tasks import build_task, load_run
+from minilora.tasks.towers import text_limit
 from reference_models import ModelError, create_model, load_pretrained, save_pretrained
 from reference_models.load import bundled_weights
 from reference_models.text.tokenizers import load_tokenizer
@@ -237,8 +239,14 @@ def test_a_run_of_siglip_is_opened_again_and_merged_to_transformers(siglip, scpc
         assert distance(ours(x, ids)[0], wanted) < 10 * BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("fill, limit", [(True, 24), (None, 16)])
+def test_a_tokenizers_length_shortens_texts_only_where_they_are_not_filled_up(fill, limit):
+    tokenizer = SimpleNamespace(fill=fill, max_length=16)
+    assert text_limit(SimpleNamespace(name="text", max_positions=24), tokenizer, None) == limit
+
+
 def test_a_siglip_reads_no_shorter_texts(siglip, scpc):
-    with pytest.raises(UserError, match="--max-length 20: .* 24 tokens; all its texts have so many, leave it out"):
+    with pytest.raises(UserError, match="--max-length 20: .* reads 24 tokens; leave it out"):
         siglip_task(siglip, scpc, "--max-length", "20")
 
 

@@ -38,7 +38,7 @@ class ChoiceRun(Run):
     @property
     def prompt(self) -> ChoicePrompt:
         """A new one, which has counted nothing yet."""
-        return ChoicePrompt(self.tokenizer, self.config, self.model.config.context)
+        return ChoicePrompt(self.tokenizer, self.config, self.model.config)
 
     def restore(self, weights: str | None) -> tuple[nn.Module, dict]:
         return restore_clip(self, weights)

@@ -10,6 +10,7 @@ The sentence of choice c is the prompt with {question} and {choice} filled in.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from minilora.data.choice_sets import load_choices
 from minilora.data.pictures.loader import make_loader
 from minilora.data.questions.choice_batches import ChoiceDataset, Tokens, choice_collate
 from minilora.data.questions.choices import LETTERS, ChoiceSplit, ChoiceSplits
-from minilora.errors import UserError
 from minilora.settings.flags import NANO_CLIP_LR, Config
 from minilora.tasks.clip import cosine_logits, load_clip, trained_heads
 from minilora.tasks.labelled import Labelled, LabelledPredictor, Predictions
 from minilora.tasks.method import make_trainable, resolve
 from minilora.tasks.teacher import teacher_names
+from minilora.tasks.towers import text_limit
 from reference_models.text.tokenizers import Tokenizer
 
 DEFAULT_MODEL = "clip-nano"
@@ -41,14 +42,12 @@ def open_data(config: Config, require_train: bool = True) -> ChoiceSplits:
 
 
 class ChoicePrompt:
-    """Questions with their choices -> token ids by one prompt; cut: how many were too long."""
+    """Questions with their choices -> token ids by one prompt, for a model of the configuration
+    `clip`; cut: how many were too long."""
 
-    def __init__(self, tokenizer: Tokenizer, config: Config, context: int):
+    def __init__(self, tokenizer: Tokenizer, config: Config, clip: Any):
         self.tokenizer, self.prompt = tokenizer, config.prompt or PROMPT
-        self.limit = config.max_length or (context if tokenizer.fill else min(tokenizer.max_length, context))
-        if self.limit > context or (tokenizer.fill and self.limit < context):
-            most = "all its texts have so many, leave it out" if tokenizer.fill else "use at most that"
-            raise UserError(f"--max-length {self.limit}: this model has positions for {context} tokens; {most}")
+        self.limit = text_limit(clip, tokenizer, config.max_length)
         self.cut = 0
 
     def __call__(self, question: str, choices: Sequence[str]) -> list[list[int]]:
@@ -137,7 +136,7 @@ class Choice(Labelled):
         make_trainable(model, config, trained_heads(model, config))
         super().__init__(config, model, record, splits, ChoicePredictor(device))
         self.predictor.pairwise = model.logit_bias is not None
-        self.prompt = ChoicePrompt(self.tokenizer, config, model.config.context)
+        self.prompt = ChoicePrompt(self.tokenizer, config, model.config)
         parts = {"train": splits.train, "val": splits.val, "test": splits.test}
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
 
