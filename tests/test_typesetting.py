@@ -81,7 +81,7 @@ def faults(source: str) -> list[str]:
                 if len(joined) <= 120 and '"""' not in joined:
                     found.append(f"{code[0].start[0]}: broken to keep the comment behind it")
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Constant, ast.JoinedStr)):
+        if isinstance(node, (ast.Constant, ast.JoinedStr)) and node.end_lineno > node.lineno:
             found += rubble(node, source)
     return found
 

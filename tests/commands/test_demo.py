@@ -76,7 +76,7 @@ def demos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(demos):
     server = Server("127.0.0.1", 0, demos)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -307,7 +307,7 @@ def test_a_foreign_page_cannot_ask(server, origin):
 
 def test_only_a_server_for_others_takes_any_number_as_its_name(demos):
     server = Server("0.0.0.0", 0, demos)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         assert server.public
         address = "127.0.0.1", server.server_address[1]
@@ -546,7 +546,7 @@ def opened(page, demos):
     def open_page(width, *names):
         server = Server("127.0.0.1", 0, {name: demos[name] for name in names})
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         page.open(server.url, width)
         page.wait(f"document.querySelectorAll('section').length == {len(names)}")
         return page

@@ -35,7 +35,7 @@ def server(tmp_path):
     folder.mkdir()
     Quiet.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         yield folder, f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
 
