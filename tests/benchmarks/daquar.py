@@ -53,7 +53,8 @@ ROWS = {  # flags, seeds, whether the towers start from weights
     "full": ("--mode full --group-by-image --lr 1e-4 --head-lr 1e-3 --epochs 5", (0,), True),
     "scratch": ("--mode full --group-by-image --lr 3e-4 --epochs 5 --amp bf16", (0,), False),
 }
-# what each change gives, one at a time from version 0.1's head to today's; val alone
+# what each change gives, one at a time from version 0.1's head to today's, then the rates of the text tower and
+# of the head, and batches of one picture's questions; val alone
 SEARCH = {
     "product, pooler": "--fusion product --text-pooling pooler --lr 5e-3",
     "concat, pooler": "--fusion concat --text-pooling pooler --lr 3e-3",
@@ -63,6 +64,11 @@ SEARCH = {
     "concat-product, mean": "--fusion concat-product --text-pooling mean --lr 1e-3",
     "concat-product, mean, smoothing": "--fusion concat-product --text-pooling mean --lr 1e-3 --smoothing 0.1",
     "concat-product, mean, decay": "--fusion concat-product --text-pooling mean --lr 1e-3 --weight-decay 0.1",
+    "lora": f"{TEXT} --lr 1e-3",
+    "lora, head 3 times as fast": f"{TEXT} --lr 1e-3 --head-lr 3e-3",
+    "lora, text tower 3 times as fast": f"{TEXT} --lr 3e-3 --head-lr 1e-3",
+    "lora, text tower 3 times as slow": f"{TEXT} --lr 3e-4 --head-lr 1e-3",
+    "lora, grouped": f"{TEXT} --lr 1e-3 --group-by-image",
 }
 REPORT = "--num-answers 10 --max-length 100 --batch-size 64 --opt adam --lr 1e-3 --sched constant --warmup-ratio 0 "
 REPORT += "--weight-decay 0 --epochs 10 --fusion product"
@@ -189,12 +195,13 @@ def table(options, data: Path) -> None:
 
 
 def search(options, data: Path) -> None:
-    """Settings of the linear mode on val; test is not looked at."""
-    rows = []
-    size = "" if options.set == "daquar" else "--image-size 96"
+    """Settings of the linear mode, then of LoRA in the text tower, on val; test is not looked at."""
+    rows, size = [], "" if options.set == "daquar" else "--image-size 96"
     for name, flags in SEARCH.items():
-        words = [*towers(), *shlex.split(f"--mode linear --cache-features --epochs 10 {flags} {size}")]
-        run = train(words, data, options.output / f"search-{options.set}-{name.replace(', ', '-')}")
+        linear = f"--mode linear --epochs 10 {flags}"
+        lora = f"{flags} --epochs {8 if options.set == 'daquar' else 3}"
+        words = [*towers(), *shlex.split(f"{lora if name.startswith('lora') else linear} --cache-features {size}")]
+        run = train(words, data, options.output / f"search-{options.set}-{name.replace(', ', '-').replace(' ', '-')}")
         best = json.loads((run / "summary.json").read_text())["best"]
         rows.append({"head": name, "val %": f"{100 * best['accuracy']:.2f}", "epoch": best["epoch"]})
     print(markdown(rows))
