@@ -59,8 +59,21 @@ def start(device: str | torch.device) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    store, rank, size = next(dist.rendezvous("env://"))
+    where = {"store": dist.PrefixStore(f"start-{restarts()}", store), "rank": rank, "world_size": size}
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **where)
     return device
+
+
+def restarts() -> str:
+    """How often torchrun has started these processes again.
+
+    It keeps one store over all of its starts. Without a part of its own for each, a process finds
+    the addresses of processes that have died, and waits for them. Several machines each count for
+    themselves, so there the number is no common name.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
 
 
 def stop() -> None:

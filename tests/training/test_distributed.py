@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from minilora.training import checkpoint, distributed
 from tests.training.test_faults import laboratory
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_alone_every_function_is_that_of_one_process():
@@ -87,6 +90,51 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_nan_is_named_from_a
         assert status == 1 and f"item-{found['second']}.jpg" in message and "(soft)" in message
 
 
+@pytest.fixture
+def one_store(monkeypatch):
+    """torchrun's store, which it keeps over all starts of two processes."""
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return server
+
+
+@pytest.mark.parametrize("machines, found", [("1", False), ("2", True)])
+def test_a_start_of_one_machine_finds_nothing_of_the_start_before(one_store, monkeypatch, machines, found):
+    """Several machines do not count their restarts alike, so that their names have to stay the same."""
+    stores = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, store, **__: stores.append(store))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    monkeypatch.setenv("RANK", "0")
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        distributed.start("cpu")
+        stores[0].set("address", "of a process that died")
+    assert stores[1].check(["address"]) == found
+
+
+@pytest.mark.slow
+def test_processes_that_are_started_again_and_late_find_each_other(one_store, monkeypatch):
+    script = "import os, sys, time; from minilora.training import distributed; time.sleep(float(sys.argv[1]))\n"
+    script += "distributed.start('cpu'); distributed.barrier(); os._exit(0)"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for start in range(5):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(start))
+        late = {0: 3 * (start > 0), 1: 0}  # rank 1 looks for rank 0 before that is there
+        command = [sys.executable, "-c", script]
+        processes = [
+            subprocess.Popen([*command, str(late[rank])], cwd=ROOT, env=os.environ | {"RANK": str(rank)})
+            for rank in (0, 1)
+        ]
+        try:
+            assert [process.wait(timeout=60) for process in processes] == [0, 0], f"start {start}"
+        finally:
+            for process in processes:
+                process.kill()
+
+
 @pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_max_restarts_goes_on_from_the_checkpoint(tmp_path):
     script = Path(tmp_path, "job.py")
@@ -101,10 +149,10 @@ def test_torchrun_passes_sigterm_on_and_max_restarts_goes_on_from_the_checkpoint
         f"train({str(tmp_path / 'run')!r}, ToyTask(after=after))\n"
         "distributed.stop()\n"
     )
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "--max-restarts", "3", str(script)],  # gloo does not always connect at once
+        [*command, "--max-restarts", "1", str(script)],
         cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         capture_output=True,
