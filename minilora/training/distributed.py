@@ -70,7 +70,7 @@ def restarts() -> str:
 
     It keeps one store over all of its starts. Without a part of its own for each, a process finds
     the addresses of processes that have died, and waits for them. Several machines each count for
-    themselves, so there the number is no common name.
+    themselves: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every start its own store.
     """
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
