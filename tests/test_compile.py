@@ -136,12 +136,12 @@ def test_train_py_compiles_and_trains(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_cpp_compiler_one_line_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_cpp_compiler_one_line_says_what_to_do(tmp_path):
     from torch._inductor import config
 
     torch._dynamo.reset()
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     options = TrainOptions(epochs=1, compile=True, log_interval=0)
-    with pytest.raises(RunError, match="--compile") as told:
+    absent = config.patch({"cpp.cxx": ("no-such-compiler",)})  # and back, which setattr cannot do
+    with absent, pytest.raises(RunError, match="--compile") as told:
         Trainer(ToyTask(dropout=0.0), options, tmp_path, "cpu").fit()
     assert len(str(told.value).splitlines()) == 1 and "g++" in str(told.value)
