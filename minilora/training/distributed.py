@@ -66,7 +66,7 @@ def start(device: str | torch.device) -> torch.device:
 
 
 def restarts() -> str:
-    """How often torchrun has started these processes again.
+    """How often torchrun has started these processes again, "0" on several machines.
 
     It keeps one store over all of its starts. Without a part of its own for each, a process finds
     the addresses of processes that have died, and waits for them. Several machines each count for
