@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from minilora.settings import exit_codes as cli
+from minilora.settings.flags_evaluate import EvalConfig, check, evaluate_parser
 from minilora.speed.threads import set_threads, settle_waiting
 
 settle_waiting()  # before torch is loaded
-
-from minilora.signals import StopSignals
-
 if __name__ == "__main__":
-    StopSignals.shared().__enter__()  # what follows takes seconds to import
+    cli.begin(evaluate_parser(__doc__).read)  # what follows takes seconds to import
 
 import torch
 from PIL import Image
@@ -41,10 +40,8 @@ from minilora.report.curves import read_metrics
 from minilora.report.page import Figure, Table, write_report
 from minilora.report.tables import RunRow, comparison_table, text_table
 from minilora.report.vqa_metric import write_results as write_vqa_results
-from minilora.settings import exit_codes as cli
 from minilora.settings.flags import PICTURE_FLAGS, Config
-from minilora.settings.flags_evaluate import EvalConfig, check
-from minilora.settings.parse import Parser, check_prompt
+from minilora.settings.parse import check_prompt
 from minilora.tasks import lock
 from minilora.tasks.load import load_run, task_module
 from minilora.tasks.run import Evaluation, Run
@@ -60,11 +57,7 @@ SCORED = {"data_dir", "data_format", "split", "predictions", "submission", "repo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    title, _, examples = __doc__.partition("\n\n")
-    examples = "examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines())
-    parser = Parser(EvalConfig, "evaluate.py", "RUN ... [flags]", title, examples)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories; several are compared")
-    typed, args = parser.read(argv)
+    typed, args = evaluate_parser(__doc__).read(argv)
     options = EvalConfig(**typed)
     check(options, typed, args.runs)
     device = choose_device(options.device)

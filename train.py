@@ -13,34 +13,24 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from minilora.settings import exit_codes as cli
+from minilora.settings.parse import parse_args, train_parser
 from minilora.speed.threads import set_threads, settle_waiting
 
 settle_waiting()  # before torch is loaded
-
-from minilora.signals import Interrupted, StopSignals
-
 if __name__ == "__main__":
-    StopSignals.shared().__enter__()  # what follows takes seconds to import
+    cli.begin(train_parser().read)  # what follows takes seconds to import
 
 import torch
 
+from minilora.commands import results
 from minilora.commands.dryrun import describe_plan
 from minilora.commands.listing import print_lists
-from minilora.commands.results import (
-    method_line,
-    next_commands,
-    result_line,
-    resume_command,
-    unlearned_line,
-    write_results,
-    zero_shot_line,
-)
 from minilora.commands.seeds import train_all
 from minilora.errors import UserError
 from minilora.inject import count_parameters
-from minilora.settings import exit_codes as cli
 from minilora.settings.flags import Config
-from minilora.settings.parse import parse_args
+from minilora.signals import Interrupted
 from minilora.tasks import lock
 from minilora.tasks.load import build_task
 from minilora.tasks.precision import choose_amp, settle_precision
@@ -96,20 +86,20 @@ def run(task: Task, trainer: Trainer) -> int:
     try:
         for line in (*task.data_lines(), *task.picture_lines(), str(count_parameters(task.model))):
             trainer.progress.log(line)
-        trainer.progress.log(method_line(config, options, device))
+        trainer.progress.log(results.method_line(config, options, device))
         if zero_shot := task.zero_shot():
-            trainer.progress.log(zero_shot_line(task, zero_shot))
+            trainer.progress.log(results.zero_shot_line(task, zero_shot))
         result = trainer.fit()
         if trainer.cut_short:
-            trainer.progress.log(f"resume with: {resume_command(run_dir)}")
+            trainer.progress.log(f"resume with: {results.resume_command(run_dir)}")
         test = task.test(task.model, result["best"])
-        for line in filter(None, (result_line(task, result, test), unlearned_line(task, result))):
+        for line in filter(None, (results.result_line(task, result, test), results.unlearned_line(task, result))):
             trainer.progress.log(line)
         if distributed.is_main():
-            write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)
-            print(*map(printable, next_commands(run_dir, config)), sep="\n")
+            results.write_results(task, run_dir, result | {"zero_shot": zero_shot}, test, device)
+            print(*map(printable, results.next_commands(run_dir, config)), sep="\n")
     except Interrupted:
-        trainer.progress.log(f"go on with: {resume_command(run_dir)}")
+        trainer.progress.log(f"go on with: {results.resume_command(run_dir)}")
         raise
     return 0
 

@@ -160,8 +160,24 @@ def test_public_names_are_found_where_the_package_says():
 
 
 def test_importing_minilora_imports_no_torch():
-    """The lazy names keep `import minilora` and `python train.py --list-recipes` quick."""
-    import subprocess
-
+    """The names are lazy: who wants one of them does not wait for all."""
     code = "import sys, minilora; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words, rc, told",
+    [
+        ("train.py --help", 0, "usage: train.py"),
+        ("train.py --lr abc", 2, "error: --lr must be a number above 0, got 'abc'"),
+        ("evaluate.py --help", 0, "usage: evaluate.py RUN"),
+        ("evaluate.py RUN --imag x", 2, "did you mean --image?"),
+    ],
+)
+def test_help_and_mistyped_flags_are_answered_before_torch_is_loaded(words, rc, told):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *words.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert (done.returncode, imported & {"torch", "numpy", "PIL"}) == (rc, set())
+    assert "minilora.settings.parse" in imported and told in done.stdout + done.stderr

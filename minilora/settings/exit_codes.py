@@ -10,11 +10,19 @@ import sys
 from collections.abc import Callable, Sequence
 
 from minilora import ticker
-from minilora.errors import RunError
+from minilora.errors import RunError, UserError
 from minilora.signals import Interrupted, StopSignals
 from minilora.textfiles import printable
 
 LONGEST = 4000  # letters of a message that quotes a file's
+
+
+def begin(read: Callable[[Sequence[str] | None], object]) -> None:
+    """Before what takes seconds to import: from here on signals count, and `read` has answered
+    --help and mistyped flags."""
+    StopSignals.shared().__enter__()
+    if code := run(lambda argv: read(argv) and 0, (UserError,)):
+        sys.exit(code)
 
 
 def run(main: Callable[[Sequence[str] | None], int], user_errors: tuple[type[Exception], ...]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from minilora.errors import UserError
 from minilora.settings.flags import AMP, FILTERS, FORMATS, LAYOUTS, PICTURE_FLAGS, TASKS, flag
-from minilora.settings.parse import check_device
+from minilora.settings.parse import Parser, check_device
 from minilora.settings.values import option
 
 D, O, C, P, X, B = "data", "output", "compression", "one picture", "export", "a base model, without a run"
@@ -79,6 +79,15 @@ PICTURES = MACHINE | {"image", "question", "choices", "classes", "weights"}
 OF_ONE_RUN = ("image", "predictions", "submission", "merge_to", "export_adapter")
 NEEDS = {"question": ("image",), "choices": ("image",), "classes": ("image", "data_dir")}
 NEEDS |= {"per_head": ("attention",), "layout": ("merge_to", "export_adapter")}
+
+
+def evaluate_parser(about: str) -> Parser:
+    """The command line of evaluate.py; `about`: its docstring, a title and examples."""
+    title, _, examples = about.partition("\n\n")
+    examples = "examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines())
+    parser = Parser(EvalConfig, "evaluate.py", "RUN ... [flags]", title, examples)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories; several are compared")
+    return parser
 
 
 def check(options: EvalConfig, typed: Collection[str], paths: Sequence[str]) -> None:

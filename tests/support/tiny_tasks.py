@@ -50,7 +50,7 @@ def run_quickly(words, monkeypatch) -> None:
     def summary(task, run_dir, result, test, device):
         write_json(run_dir / "summary.json", {"weights_sha256": result["weights_sha256"]})
 
-    monkeypatch.setattr(train, "write_results", summary)
+    monkeypatch.setattr(train.results, "write_results", summary)
     assert train.main([str(word) for word in words]) == 0
 
 

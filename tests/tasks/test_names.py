@@ -12,7 +12,7 @@ from minilora.adapter import export_adapter
 from minilora.data.generated.shapes import ShapesSplit
 from minilora.errors import UserError
 from minilora.inject import lora_layers, lora_state_dict
-from minilora.settings.flags_evaluate import EvalConfig
+from minilora.settings.flags_evaluate import EvalConfig, evaluate_parser
 from minilora.settings.parse import parse_args, read_run_config
 from minilora.tasks import build_task, load_run
 from minilora.tasks.classify.prompts import class_texts
@@ -254,9 +254,7 @@ def test_prompts_and_class_names_are_never_split():
     text = "a photo, of a {}, in the sun"
     assert parse_args(["--prompt", text])[0].prompt == text
     assert parse_args(["--prompt", text, "{}, too"])[0].prompt == (text, "{}, too")
-    typed, _ = (
-        program("evaluate").Parser(program("evaluate").EvalConfig, "e", "", "").read(["--classes", "a, b", "c d"])
-    )
+    typed, _ = evaluate_parser("").read(["--classes", "a, b", "c d"])
     assert typed["classes"] == ("a, b", "c d")
 
 
