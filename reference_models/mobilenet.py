@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import MobileNetV2
 
 from reference_models.layers import Classifier
 
@@ -45,6 +44,8 @@ class MobileNet(Classifier):
     """Pictures (B, 3, H, W) -> logits (B, num_classes); H and W are multiples of 32."""
 
     def __init__(self, config: MobileNetConfig):
+        from torchvision.models import MobileNetV2  # here: it takes a second
+
         super().__init__()
         self.config = config
         body = MobileNetV2(num_classes=1, width_mult=config.width, norm_layer=BatchNorm)

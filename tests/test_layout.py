@@ -181,3 +181,20 @@ def test_help_and_mistyped_flags_are_answered_before_torch_is_loaded(words, rc, 
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert (done.returncode, imported & {"torch", "numpy", "PIL"}) == (rc, set())
     assert "minilora.settings.parse" in imported and told in done.stdout + done.stderr
+
+
+def test_torchvision_is_loaded_where_it_augments_and_nowhere_else():
+    """It loads torch's compiler, which takes a second of every start."""
+    code = """
+import sys, train, evaluate, minilora.commands.demo
+from PIL import Image
+from minilora.data.pictures.transforms import build_transform
+from reference_models import load_pretrained
+model = load_pretrained("vit-nano-patch8-48")
+model(build_transform(model.preprocess)(Image.new("RGB", (60, 50)))[None])
+early = "torchvision" in sys.modules
+build_transform(model.preprocess, "rand")
+print(early, "torchvision" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr

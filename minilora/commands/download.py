@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -21,9 +22,8 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-
-from torchvision.datasets.utils import calculate_md5
 
 from minilora.errors import RunError, UserError
 from minilora.settings import exit_codes as cli
@@ -136,9 +136,11 @@ def _download(archive: Archive, root: Path, url: str) -> Path:
     except ModelError as error:
         raise RunError(f"{error}; repeat the command to try again") from None
     size, wrong = path.stat().st_size, None
+    with open(path, "rb") as file:
+        md5 = archive.md5 and hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
     if archive.size is not None and size != archive.size:
         wrong = f"got {size:,} bytes instead of {archive.size:,}"
-    elif archive.md5 is not None and calculate_md5(str(path)) != archive.md5:
+    elif md5 != archive.md5:
         wrong = f"the checksum differs from {archive.md5}"
     if wrong:
         path.unlink()

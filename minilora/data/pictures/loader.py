@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from minilora.data import workers as processes
 from minilora.data.pictures.folder import Split
 from minilora.data.pictures.images import BadImage
-from minilora.data.pictures.transforms import Normalise, build_transform, to_tensor
+from minilora.data.pictures.transforms import Chain, Normalise, build_transform, to_tensor
 from minilora.data.workers import in_workers
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures kept in memory, per process
@@ -99,7 +98,7 @@ class PictureTensors(Dataset):
         self.split, self.pictures, self.seed, self.bad_data = split, Pictures(split), seed, bad_data
         self.size = preprocess["image_size"]
         stored = getattr(split, "prepared", False)
-        self.plain = v2.Compose([to_tensor, Normalise(preprocess)]) if stored else build_transform(preprocess)
+        self.plain = Chain((to_tensor, Normalise(preprocess))) if stored else build_transform(preprocess)
         self.augmented = self.plain if stored and augment == "none" else build_transform(preprocess, augment)
 
     def __len__(self) -> int:

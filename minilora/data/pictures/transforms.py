@@ -7,12 +7,12 @@ uint8 pictures and files give the same bits.
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from minilora.errors import UserError
 
@@ -30,12 +30,21 @@ def build_transform(preprocess: dict, augment: str = "none") -> Callable[[Image.
     if augment not in AUGMENTATIONS:
         raise UserError(f"--augment {augment!r} is unknown; choose from {', '.join(AUGMENTATIONS)}")
     if augment == "none":
-        return v2.Compose([Resize(preprocess), Normalise(preprocess)])
+        return Chain((Resize(preprocess), Normalise(preprocess)))
+    from torchvision.transforms import v2  # here: it takes a second
+
     mode = v2.InterpolationMode(resampling(preprocess).name.lower())
     steps = [v2.RandomResizedCrop(preprocess["image_size"], interpolation=mode), v2.RandomHorizontalFlip()]
     if augment == "rand":
         steps.append(v2.RandAugment())
-    return v2.Compose([*steps, to_tensor, Normalise(preprocess)])
+    return Chain((*steps, to_tensor, Normalise(preprocess)))
+
+
+class Chain(tuple):
+    """Several steps as one: x -> the last of ... of the first of x."""
+
+    def __call__(self, x: Image.Image) -> Tensor:
+        return reduce(lambda x, step: step(x), self, x)
 
 
 class Resize:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minilora.data.pictures.batch_augment import draw
 from minilora.data.pictures.folder import PARTS, Sample, Split, Splits
 from minilora.data.pictures.images import BadImage
 from minilora.data.pictures.loader import mix
@@ -130,6 +129,10 @@ class ShardDataset(Dataset):
     def __init__(self, split: ShardSplit, augment: str = "none", seed: int = 0):
         self.split, self.augment, self.seed = split, augment, seed
         self.wide = bool(split.index["made"]["wide"])
+        if augment != "none":
+            from minilora.data.pictures.batch_augment import draw  # here: takes a second
+
+            self.draw = draw
 
     def __len__(self) -> int:
         return len(self.split)
@@ -141,4 +144,4 @@ class ShardDataset(Dataset):
             return item | {"image": self.split.pixels(i)}
         image = self.split.pixels(i, "wide" if self.wide else "pixels")
         shape = self.split.size(i) if self.wide else (image.shape[-1], image.shape[-2])
-        return item | {"image": image} | draw(mix(self.seed, epoch, i), shape, image, self.augment)
+        return item | {"image": image} | self.draw(mix(self.seed, epoch, i), shape, image, self.augment)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from minilora.data.pictures.batch_augment import Finish
 from minilora.data.pictures.folder import Splits
 from minilora.data.pictures.loader import PictureDataset, make_loader
 from minilora.data.sets import few_shots, load_classification
@@ -124,8 +123,11 @@ class Classify(Labelled):
         parts = {"train": joined(splits), "val": splits.val, "test": splits.test}
         self.unlabelled = len(splits.unlabelled or ())
         self.data = {name: self.dataset(split, name) for name, split in parts.items() if split is not None}
-        stored = is_prepared(splits.train)
-        self.finish = Finish(self.preprocess, config.augment, self.device) if stored else None
+        self.finish = None
+        if is_prepared(splits.train):
+            from minilora.data.pictures.batch_augment import Finish  # here: takes a second
+
+            self.finish = Finish(self.preprocess, config.augment, self.device)
         if config.class_weights == "auto":
             labels = (sample.label for sample in splits.train)
             predictor.weights = class_weights(labels, len(self.labels)).to(self.device)
