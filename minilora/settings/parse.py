@@ -191,6 +191,8 @@ def check(config: Config, typed: Iterable[str] = ()) -> None:
         raise UserError(f"--base-dtype {config.base_dtype} needs --amp {config.base_dtype} or auto, not {config.amp}")
     check_prompt(config.task, config.prompt)
     check_labels(config, given(config))
+    if config.subset > 1 and config.subset % 1:
+        raise UserError(f"--subset {config.subset} is above 1 and so a number of pictures, which must be whole")
     if config.shots and config.subset != 1:
         raise UserError("--shots and --subset both choose the training pictures; use one of the two")
     if config.steps_per_shot and not config.shots:

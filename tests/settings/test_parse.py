@@ -90,6 +90,7 @@ def test_a_switch_of_the_recipe_can_be_switched_off():
         ("--target-modules ,", "at least one name"),
         ("--epochs", "--epochs needs a value"),
         ("stray", "belongs to no flag"),
+        ("--subset 2.6", "--subset 2.6 is above 1 and so a number of pictures, which must be whole"),
         ("--num-answers 10", "does not apply to --task classify; it belongs to --task vqa"),
         ("--task vqa --prompt {question}{choice}", "it belongs to --task classify and --task choice"),
         ("--task choice --prompt Hello", "must contain {question} and {choice}"),
