@@ -17,15 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minilora.data.questions import vqa_batches
 from minilora.data.questions.vqa2 import Question, VQAPart
-from minilora.data.questions.vqa_batches import (
-    Texts,
-    VQADataset,
-    bucketed_batches,
-    grouped_batches,
-    shuffled_groups,
-    vqa_loader,
-)
 from minilora.data.shards.questions import check_shards
 from minilora.data.unlabelled import add_unlabelled, joined
 from minilora.data.vqa_sets import Answers, VQASplits, choose_answers, load_vqa, question_only_guess
@@ -66,7 +59,7 @@ def prepare(config: Config) -> tuple[VQASplits, dict, Tokenizer, int, Callable]:
     limit = towers.text_limit(text, tokenizer, config.max_length)
 
     def tokens(part):
-        texts = Texts(part.questions, tokenizer, limit)
+        texts = vqa_batches.Texts(part.questions, tokenizer, limit)
         return [texts.ids[row] for row in texts.row]
 
     return splits, towers.tower_of(whole, "vision").preprocess, tokenizer, limit, tokens
@@ -199,12 +192,12 @@ class VQA(Task):
         self.data = {name: self.dataset(part, name) for name, part in parts.items()}
         self.cache = FeatureCache(self) if config.cache_features else None
 
-    def dataset(self, part: VQAPart, name: str) -> VQADataset:
+    def dataset(self, part: VQAPart, name: str) -> vqa_batches.VQADataset:
         config = self.config
-        texts = Texts(part.questions, self.tokenizer, self.limit)
+        texts = vqa_batches.Texts(part.questions, self.tokenizer, self.limit)
         labels = self.answers.classes(part.questions)
         augment = config.augment if name == "train" else "none"
-        return VQADataset(part, texts, labels, self.preprocess, augment, config.seed, config.bad_data)
+        return vqa_batches.VQADataset(part, texts, labels, self.preprocess, augment, config.seed, config.bad_data)
 
     def train_batches(self, epoch: int, times: int = 1) -> list[list[int]]:
         data, seed, size = self.data["train"], self.config.seed, times * self.config.batch_size
@@ -212,8 +205,8 @@ class VQA(Task):
 
         def cut(size: int) -> list[list[int]]:
             if self.config.group_by_image:
-                return shuffled_groups(data.picture[rows], size, seed, epoch)
-            return bucketed_batches(data.texts.lengths[rows], size, seed, epoch)
+                return vqa_batches.shuffled_groups(data.picture[rows], size, seed, epoch)
+            return vqa_batches.bucketed_batches(data.texts.lengths[rows], size, seed, epoch)
 
         return self.mixed(cut, size, epoch) if self.unlabelled else cut(size)
 
@@ -222,7 +215,7 @@ class VQA(Task):
         if self.cache:
             rows = self.cache.batches(part, batches, epoch)
         else:
-            rows = vqa_loader(data, batches, epoch, self.workers)
+            rows = vqa_batches.vqa_loader(data, batches, epoch, self.workers)
         return self.soft.added(rows, data.part.questions) if self.soft else rows
 
     def answered(self, part: str) -> bool:
@@ -234,7 +227,7 @@ class VQA(Task):
         return {"loss": found.mean_loss(), "accuracy": score(said, self.data[part].part)["accuracy"]}
 
     def eval_batches(self, part: str) -> list[list[int]]:
-        return grouped_batches(self.data[part].picture, self.predictor.batches * self.config.batch_size)
+        return vqa_batches.grouped_batches(self.data[part].picture, self.predictor.batches * self.config.batch_size)
 
     def file_of(self, row: int, part: str = "train") -> str:
         question, pictures = self.data[part].part.questions[row], self.data[part].part.pictures
