@@ -72,7 +72,7 @@ def quickly() -> None:
     def summary(task, run_dir, result, test, device):
         write_json(run_dir / "summary.json", {"weights_sha256": result["weights_sha256"]})
 
-    train.write_results = summary
+    train.results.write_results = summary
 
 
 def whole(words) -> None:
