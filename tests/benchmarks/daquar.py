@@ -226,22 +226,9 @@ def reports(options, data: Path) -> None:
         runs[name] = train(taught, data, options.output / name.replace(", ", "-").replace(" ", ""))
     text = markdown([row(name, [run]) for name, run in runs.items()]) + "\n"
     for scope in ("conv", "backbone"):
-        command = [
-            "evaluate.py",
-            str(teacher),
-            "--split",
-            "test",
-            "--prune",
-            "0.8",
-            "--prune-epochs",
-            "2",
-            "--prune-scope",
-            scope,
-        ]
-        text += (
-            "\n"
-            + subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        )
+        words = f"--split test --prune 0.8 --prune-epochs 2 --prune-scope {scope}".split()
+        command = [sys.executable, "evaluate.py", str(teacher), *words]
+        text += "\n" + subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     print(text)
     if options.save:
         (RESULTS / "daquar_reports.md").write_text(text)
