@@ -183,7 +183,7 @@ def test_help_and_mistyped_flags_are_answered_before_torch_is_loaded(words, rc, 
     assert "minilora.settings.parse" in imported and told in done.stdout + done.stderr
 
 
-def test_torchvision_is_loaded_where_it_augments_and_nowhere_else():
+def test_torchvision_is_loaded_once_it_augments_and_not_before():
     """It loads torch's compiler, which takes a second of every start."""
     code = """
 import sys, train, evaluate, minilora.commands.demo

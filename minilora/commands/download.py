@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,6 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from minilora.errors import RunError, UserError
@@ -135,12 +133,12 @@ def _download(archive: Archive, root: Path, url: str) -> Path:
         download(url, path)
     except ModelError as error:
         raise RunError(f"{error}; repeat the command to try again") from None
+    from torchvision.datasets.utils import calculate_md5  # here: --help need not wait for it
+
     size, wrong = path.stat().st_size, None
-    with open(path, "rb") as file:
-        md5 = archive.md5 and hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
     if archive.size is not None and size != archive.size:
         wrong = f"got {size:,} bytes instead of {archive.size:,}"
-    elif md5 != archive.md5:
+    elif archive.md5 is not None and calculate_md5(str(path)) != archive.md5:
         wrong = f"the checksum differs from {archive.md5}"
     if wrong:
         path.unlink()

@@ -40,7 +40,7 @@ def set_deterministic(on: bool) -> None:
     """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    if on != torch.are_deterministic_algorithms_enabled():  # to say so again loads torch's compiler
+    if on or torch.are_deterministic_algorithms_enabled():  # the call alone loads torch's compiler
         torch.use_deterministic_algorithms(on)
     # to fill new memory with NaN finds mistakes in kernels, and takes time
     torch.utils.deterministic.fill_uninitialized_memory = not on

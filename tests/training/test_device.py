@@ -110,6 +110,7 @@ def undone():
 
 
 def test_deterministic_is_asked_strictly_because_attention_only_warns_else(undone):
+    torch.use_deterministic_algorithms(True, warn_only=True)  # a notebook's own wish before ours
     set_deterministic(True)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()

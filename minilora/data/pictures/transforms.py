@@ -41,7 +41,7 @@ def build_transform(preprocess: dict, augment: str = "none") -> Callable[[Image.
 
 
 class Chain(tuple):
-    """Several steps as one: x -> the last of ... of the first of x."""
+    """torchvision's Compose without torchvision: x -> the last step of ... of the first of x."""
 
     def __call__(self, x: Image.Image) -> Tensor:
         return reduce(lambda x, step: step(x), self, x)
